@@ -1,0 +1,295 @@
+"""Picture 2, loader: prepared data on disk, and its batches as a pure function of (seed, step).
+
+A document's stream is [eos] + text + [eos]: inputs are the stream without its last token, targets without its
+first, so every text token and the closing eos are predicted exactly once. A piece that starts inside a document
+has the token before it as its first input. Legend: B rows of T positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from pellucid.config import DataConfig, MixtureSegment, TokenMaskingConfig, UserError, explain_validation_error
+from pellucid.data.augment.token_masking import mask_tokens
+from pellucid.data.order import Mixture, make_mixture, mixed_rows, permute, sample_rows
+from pellucid.data.packing import Plan, make_plan
+from pellucid.data.shards import ShardReader, damage
+from pellucid.data.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+IGNORE = -100  # target of a position that predicts nothing
+VALIDATION_KEY = 0x76616C6964  # the fixed order of held-out rows, whatever the seed
+
+
+@dataclass
+class Batch:
+    """Rows for one forward pass, as torch tensors on the CPU (`to` moves them)."""
+
+    tokens_BT: torch.Tensor  # int64; pad where nothing is
+    targets_BT: torch.Tensor  # int64; IGNORE (-100) where nothing is
+    segment_ids_BT: torch.Tensor  # int32; 0 = padding, 1.. = pieces of the row (all 1 with cross_document_attention)
+    positions_BT: torch.Tensor  # int32; from 0 in each segment
+    sample_ids_B: torch.Tensor  # int64; row of the split
+    source_ids_B: torch.Tensor  # int64; entry of data.sources (of data.validation, for held-out sources)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the rows (a micro-batch)."""
+        return Batch(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+class Dataset:
+    """A folder that `prepare` made. Sizes of all files are checked on opening, and sha256 too unless verify=False.
+
+    `manifest` (dict), `tokenizer`, `directory`; `train` and `validation` (None if nothing is held out) are splits
+    in the order of seed 0: `split("train", seed)` gives that of another seed. `reused` tells whether prepare()
+    found it ready. Raises UserError that names a missing or damaged file.
+    """
+
+    def __init__(self, directory: str | Path, *, verify: bool = True, mixture: Sequence[MixtureSegment] = ()):
+        self.directory = Path(directory)
+        self.reused = False
+        self.mixture = list(mixture)  # data.mixture: the loader's own, not part of what is prepared
+        self.manifest = _read_manifest(self.directory)
+        wrong = damage(self.directory, self.manifest["files"], hashes=verify)
+        if wrong:
+            raise UserError(f"{wrong}; remove the folder {self.directory} and build the data again")
+        self.config = _settings(self.manifest, self.directory)
+        self.tokenizer: Tokenizer = load_tokenizer(self.directory / "tokenizer")
+        self.train = self.split("train")
+        self.validation = self.split("validation") if "validation" in self.manifest["splits"] else None
+
+    def split(self, name: str, seed: int = 0) -> Split:
+        """The "train" or "validation" split in the order of `seed` (training.seed)."""
+        if name not in self.manifest["splits"]:
+            raise UserError(f"{self.directory}: holds no {name} split; set data.validation_fraction or data.validation")
+        return Split(self._parts(name), self, name, seed)
+
+    def _parts(self, name: str) -> tuple[ShardReader, Plan]:
+        if name not in self._opened:
+            split = self.manifest["splits"][name]
+            reader = ShardReader(self.directory / "shards", split["shards"])
+            self._opened[name] = reader, _plan(reader, self.config, name)
+        return self._opened[name]
+
+    @cached_property
+    def _opened(self) -> dict[str, tuple[ShardReader, Plan]]:
+        return {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that decides the batches: shards, tokenizer, row length, packing, weights. Not of paths."""
+        config = self.config
+        shards = {name: file["sha256"] for name, file in self.manifest["files"].items() if name.endswith((".tok", ".idx"))}
+        decisive = [self.manifest["format"], shards, self.manifest["splits"], self.tokenizer.fingerprint,
+                    config.sequence_length, config.packing, config.cross_document_attention,
+                    [source.weight for source in config.sources]]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+class Split:
+    """Rows of one split. Sample k of a run is one row, found from (seed, k) alone; a step takes the next batch_size.
+
+    With all weights 1 an epoch is every row once, shuffled. A source of weight w has round(w * its rows) places in
+    an epoch and goes through its rows again and again, each time in a new order, none twice before all once.
+    With data.mixture the shares of the sources follow the step instead; an epoch then is as many rows as there are.
+    """
+
+    def __init__(self, parts: tuple[ShardReader, Plan], dataset: Dataset, name: str, seed: int):
+        self.reader, self.plan = parts
+        self.name, self.seed, self.tokenizer = name, seed, dataset.tokenizer
+        self.sequence_length = self.plan.sequence_length
+        self.cross_document = dataset.config.cross_document_attention
+        self.masking = [a for a in dataset.config.augment if isinstance(a, TokenMaskingConfig) and name == "train"]
+        self.fingerprint = dataset.fingerprint
+        self.mixture = dataset.mixture if name == "train" else []
+        weighted = name == "train" and not self.mixture
+        weights = [s.weight for s in dataset.config.sources] if weighted else [1.0] * len(self.plan.source_rows)
+        for segment in self.mixture:
+            for index, share in enumerate(segment.shares):
+                if share and not self.plan.source_rows[index]:
+                    raise UserError(f"data.mixture: source {index} has a share but no rows to give")
+        self.quotas = np.array([max(1, round(w * r)) if r else 0
+                                for w, r in zip(weights, self.plan.source_rows.tolist(), strict=True)], dtype=np.int64)
+        self.rows_per_epoch = int(self.quotas.sum())
+
+    def __len__(self) -> int:
+        """Number of different rows."""
+        return self.plan.rows
+
+    @cached_property
+    def tokens_per_epoch(self) -> int:
+        """Predicted tokens of one epoch (rounded where weights are not 1)."""
+        row_tokens = np.add.reduceat(self.plan.length, self.plan.row_first[:-1])
+        source = np.repeat(np.arange(len(self.quotas)), self.plan.source_rows)
+        tokens = np.bincount(source, weights=row_tokens, minlength=len(self.quotas))
+        return round(float((tokens * self.quotas / np.maximum(1, self.plan.source_rows)).sum()))
+
+    def epoch_of(self, step: int, batch_size: int) -> float:
+        """Epochs completed before this step."""
+        return step * batch_size / self.rows_per_epoch
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        """The batch of step 0, 1, ... of the run: samples step * batch_size and on."""
+        return self.samples(step * batch_size, (step + 1) * batch_size, batch_size)
+
+    def samples(self, start: int, stop: int, batch_size: int = 1) -> Batch:
+        """Samples start..stop-1 of the run (what a rank's part of a batch, or a growing batch, needs).
+
+        `batch_size` is that of the run: it says where the steps of data.mixture lie.
+        """
+        batch = self._assemble(self._sample_rows(start, stop, batch_size))
+        for entry in self.masking:
+            masked = mask_tokens(batch.tokens_BT.numpy(), batch.segment_ids_BT.numpy(), np.arange(start, stop),
+                                 rate=entry.rate, seed=self.seed, eos_token_id=self.tokenizer.eos_token_id)
+            batch.tokens_BT = torch.from_numpy(masked)
+        return batch
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Each row once in one fixed order that no seed changes (evaluation); stops at the last row."""
+        order = permute(np.arange(start, min(stop, len(self))), len(self), VALIDATION_KEY)
+        return self._assemble(order)
+
+    def trace(self, step: int, batch_size: int) -> list[dict[str, Any]]:
+        """Which documents a step's batch holds, without running it: one dict per piece.
+
+        row (in the batch), sample (row of the split), document, source (uri), source_index, ordinal, segment,
+        position_start, length, token_start (within the document), byte_start and byte_end in the decompressed
+        source: of the piece where `exact`, else of its whole document (for parquet, row numbers).
+        """
+        return self.describe_rows(self._sample_rows(step * batch_size, (step + 1) * batch_size, batch_size))
+
+    def describe_rows(self, sample_ids: np.ndarray) -> list[dict[str, Any]]:
+        """As `trace`, for given rows of the split (a batch's sample_ids_B)."""
+        row, piece, position, segment = self._pieces(np.asarray(sample_ids))
+        plan = self.plan
+        provenance = self.reader.provenance(plan.document[piece].tolist())
+        return [{
+            "row": int(row[n]), "sample": int(sample_ids[row[n]]), "document": int(plan.document[p]),
+            "source": origin["source"], "source_index": origin["source_index"], "ordinal": origin["ordinal"],
+            **self._byte_range(int(p), origin), "segment": int(segment[n]), "position_start": int(position[n]),
+            "length": int(plan.length[p]), "token_start": int(plan.start[p]),
+        } for n, (p, origin) in enumerate(zip(piece, provenance, strict=True))]
+
+    def document(self, index: int) -> dict[str, Any]:
+        """Provenance, tokens (closing eos included) and text of one document of this split."""
+        first, last = int(self.reader.starts[index]), int(self.reader.ends[index])
+        tokens = self.reader.tokens(np.arange(first, last)).tolist()
+        return {**self.reader.provenance([index])[0], "token_ids": tokens, "text": self.tokenizer.decode(tokens[:-1])}
+
+    def steps_with(self, rows: set[int], steps: int, batch_size: int) -> list[int]:
+        """Which of the steps 0..steps-1 of a run saw any of these rows."""
+        wanted, found = np.array(sorted(rows), dtype=np.int64), []
+        for first in range(0, steps * batch_size, 1 << 18):
+            last = min(first + (1 << 18), steps * batch_size)
+            hits = np.flatnonzero(np.isin(self._sample_rows(first, last, batch_size), wanted))
+            found += ((hits + first) // batch_size).tolist()
+        return sorted(set(found))
+
+    def rows_of_document(self, index: int) -> set[int]:
+        """The rows that hold a piece of a document."""
+        pieces = np.flatnonzero(self.plan.document == index)
+        return set((np.searchsorted(self.plan.row_first, pieces, side="right") - 1).tolist())
+
+    def _sample_rows(self, start: int, stop: int, batch_size: int) -> np.ndarray:
+        if self.mixture:
+            mixture = self._mixture(batch_size)
+            return mixed_rows(np.arange(start, stop), self.plan.source_rows, mixture, self.seed)
+        return sample_rows(np.arange(start, stop), self.plan.source_rows, self.quotas, self.seed)
+
+    def _mixture(self, batch_size: int) -> Mixture:
+        if batch_size not in self._mixtures:
+            segments = [(segment.from_step * batch_size, segment.shares) for segment in self.mixture]
+            self._mixtures[batch_size] = make_mixture(segments, self.seed)
+        return self._mixtures[batch_size]
+
+    @cached_property
+    def _mixtures(self) -> dict[int, Mixture]:
+        return {}
+
+    def _pieces(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(row in the batch, piece, first position, segment 1..) of every piece of some rows, row by row."""
+        first, counts = self.plan.row_first[rows], self.plan.row_first[rows + 1] - self.plan.row_first[rows]
+        row = np.repeat(np.arange(len(rows)), counts)
+        segment = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        piece = np.repeat(first, counts) + segment
+        length = self.plan.length[piece]
+        flat = np.cumsum(length) - length
+        position = flat - np.repeat(flat[np.cumsum(counts) - counts], counts) if len(row) else flat
+        return row, piece, position, segment + 1
+
+    def _assemble(self, rows: np.ndarray) -> Batch:
+        B, T = len(rows), self.sequence_length
+        row, piece, position, segment = self._pieces(rows)
+        length, document = self.plan.length[piece], self.plan.document[piece]
+        within = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+        place = np.repeat(row * T + position, length) + within
+        at = np.repeat(self.reader.starts[document] + self.plan.start[piece], length) + within
+        begins = np.repeat(self.plan.start[piece] == 0, length) & (within == 0)
+        tokens = np.full(B * T, self.tokenizer.pad_token_id, dtype=np.int64)
+        targets = np.full(B * T, IGNORE, dtype=np.int64)
+        segments, positions = np.zeros(B * T, dtype=np.int32), np.zeros(B * T, dtype=np.int32)
+        targets[place] = self.reader.tokens(at)
+        tokens[place] = np.where(begins, self.tokenizer.eos_token_id, self.reader.tokens(np.maximum(at - 1, 0)))
+        segments[place] = 1 if self.cross_document else np.repeat(segment, length)
+        positions[place] = place % T if self.cross_document else within
+        source = np.searchsorted(np.cumsum(self.plan.source_rows), rows, side="right")
+        shaped = [torch.from_numpy(array.reshape(B, T)) for array in (tokens, targets, segments, positions)]
+        return Batch(*shaped, torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(source.astype(np.int64)))
+
+    def _byte_range(self, piece: int, origin: dict[str, Any]) -> dict[str, Any]:
+        """Bytes of a piece: the sum of its tokens' bytes, where the source's bytes are the text."""
+        if not origin["exact"]:
+            return {"byte_start": origin["byte_start"], "byte_end": origin["byte_end"], "exact": False}
+        first = int(self.reader.starts[self.plan.document[piece]])
+        start, length = int(self.plan.start[piece]), int(self.plan.length[piece])
+        ends = np.cumsum(self.tokenizer.byte_lengths[self.reader.tokens(np.arange(first, first + origin["tokens"]))])
+        extra = int(ends[-1]) - origin["text_bytes"]  # SentencePiece puts a space before the text
+        bounds = [max(0, int(ends[n - 1]) - extra) if n else 0 for n in (start, start + length)]
+        return {"byte_start": origin["byte_start"] + bounds[0], "byte_end": origin["byte_start"] + bounds[1], "exact": True}
+
+
+def split_plan(folder: Path, split: dict[str, Any], config: DataConfig, name: str) -> Plan:
+    """The plan of a split whose shards lie in folder/shards."""
+    return _plan(ShardReader(folder / "shards", split["shards"]), config, name)
+
+
+def _plan(reader: ShardReader, config: DataConfig, name: str) -> Plan:
+    sources = config.validation if name == "validation" and config.validation else config.sources
+    return make_plan(reader.lengths, reader.source_index, len(sources), config.sequence_length, config.packing)
+
+
+def _settings(manifest: dict[str, Any], directory: Path) -> DataConfig:
+    known = {key: value for key, value in manifest["settings"].items() if key in DataConfig.model_fields}
+    try:
+        return DataConfig.model_validate(known)
+    except ValidationError as error:
+        raise UserError(f"{directory / MANIFEST}: settings this version does not know "
+                        f"({explain_validation_error(error, DataConfig)}); build the data again") from None
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is this a folder of prepared data?") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged (not valid JSON); remove the folder and build the data again") from None
+    needed = {"settings", "splits", "files", "tokenizer"}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not needed <= manifest.keys():
+        raise UserError(f"{path}: not a manifest of data format {FORMAT}; build the data again")
+    return manifest

@@ -1,0 +1,244 @@
+"""Picture 2, source: one file's bytes become documents. A table, `READERS`, from format to reader.
+
+A reader gets a decompressed stream, the file, and the span to read: part of a large file where its format can be
+entered in the middle, else all of it. It streams, and raises nothing over content: what cannot be read comes out
+as `Unreadable`, and the caller stops or counts it. Web formats are in readers_web.py, tables in readers_tables.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import BinaryIO
+from zipfile import BadZipFile, ZipFile
+
+from pellucid.data.compression import OPENERS
+from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, unreadable_field
+from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet
+from pellucid.data.readers_web import read_html, read_warc
+
+LARGEST_PLAIN = 1 << 20  # bytes; a longer plain file becomes several documents, cut at line ends
+LARGEST_LINE = 1 << 28  # bytes of one jsonl line
+LARGEST_JSON = 1 << 30  # bytes of one json file that is not line by line
+
+
+def read_plain(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """A text file is one document; one longer than LARGEST_PLAIN becomes several, cut after a line end."""
+    start, ordinal = span.start, span.ordinal
+    for block in plain_cuts(stream, span):
+        skip = 3 if start == 0 and block.startswith(b"\xef\xbb\xbf") else 0  # a byte order mark is no text
+        text, end = _decode(block[skip:], file, start + skip), start + len(block)
+        yield text if isinstance(text, Unreadable) else Document(
+            text, file.uri, file.source_index, ordinal, start + skip, end, True, file.split)
+        start, ordinal = end, ordinal + 1
+    if start == 0 and file.named:
+        yield Unreadable("empty", f"{file.uri}: the file is empty")
+
+
+def plain_cuts(stream: BinaryIO, span: Span = WHOLE) -> Iterator[bytes]:
+    """A plain text stream, cut as read_plain does."""
+    start, rest = span.start, b""
+    while span.stop is None or start < span.stop:
+        block = rest + stream.read(LARGEST_PLAIN - len(rest))
+        if not block:
+            return
+        size = len(block)
+        if size == LARGEST_PLAIN:
+            size = block.rfind(b"\n") + 1 or _whole_characters(block)
+        yield block[:size]
+        start, rest = start + size, block[size:]
+
+
+def read_jsonl(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """One JSON object a line, its text in `text_field`; blank lines are passed over."""
+    start, number = span.start, span.ordinal
+    while (span.stop is None or start < span.stop) and (line := stream.readline(LARGEST_LINE)):
+        number += 1
+        size, body = len(line), line.rstrip(b"\r\n")
+        if size == LARGEST_LINE and not line.endswith(b"\n"):
+            while more := stream.readline(1 << 20):
+                size += len(more)
+                if more.endswith(b"\n"):
+                    break
+            yield Unreadable("line too long", f"{file.uri}:{number}: a line of {size:,} bytes, longer than "
+                             f"{LARGEST_LINE:,}; split it, or leave it out")
+        elif body.strip():
+            text = _json_text(body, f"{file.uri}:{number}", file)
+            yield text if isinstance(text, Unreadable) else Document(
+                text, file.uri, file.source_index, number - 1, start, start + len(body), False, file.split)
+        start += size
+    if start == 0 and file.named:
+        yield Unreadable("empty", f"{file.uri}: the file is empty")
+
+
+def read_json(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """A list of objects, or one object, or one object a line. Documents of a list are numbered, without byte ranges."""
+    content = stream.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        yield Unreadable("too large", f"{file.uri}: more than {LARGEST_JSON:,} bytes of one JSON value; write one object a "
+                         "line instead (.jsonl)")
+        return
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        yield from read_jsonl(_Lines(content), file)  # its messages name the line
+        return
+    for number, record in enumerate(value if isinstance(value, list) else [value]):
+        text = _record_text(record, f"{file.uri}: item {number}", file)
+        yield text if isinstance(text, Unreadable) else Document(
+            text, file.uri, file.source_index, number, 0, len(content), False, file.split)
+
+
+class _Lines:
+    """The lines of bytes in memory, as a stream gives them."""
+
+    def __init__(self, content: bytes):
+        self._lines = iter(content.splitlines(keepends=True))
+
+    def readline(self, limit: int) -> bytes:
+        return next(self._lines, b"")
+
+
+def read_csv(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """A table with a header line; one record, one document. Tabs separate the fields of a .tsv."""
+    csv.field_size_limit(LARGEST_LINE)
+    lines = _CountedLines(stream, file)
+    rows = csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",", strict=True)
+    try:
+        header = next(rows, None)
+        if header is None:
+            if file.named:
+                yield Unreadable("empty", f"{file.uri}: the file is empty")
+            return
+        if file.text_field not in header:
+            yield unreadable_field(file.uri, file.text_field, header)
+            return
+        column, start = header.index(file.text_field), lines.position
+        for number, row in enumerate(rows):
+            where, end = f"{file.uri}:{rows.line_num}", lines.position
+            if row and len(row) != len(header):
+                yield Unreadable("bad CSV", f"{where}: {len(row)} fields where the header has {len(header)}")
+            elif row:
+                yield Document(row[column], file.uri, file.source_index, number, start, end, False, file.split)
+            start = end
+    except csv.Error as error:
+        yield Unreadable("bad CSV", f"{file.uri}:{rows.line_num}: not a CSV record ({error})")
+    except UnicodeDecodeError as error:
+        yield Unreadable("wrong encoding", f"{file.uri}:{rows.line_num + 1}: not UTF-8 (0x{error.object[error.start]:02x} "
+                         f"at column {error.start + 1}); convert it: iconv -f latin1 -t utf-8")
+
+
+class _CountedLines:
+    """Decoded lines; `position` counts the bytes given out."""
+
+    def __init__(self, stream: BinaryIO, file: SourceFile):
+        self.stream, self.position = stream, 0
+
+    def __iter__(self) -> _CountedLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.stream.readline(LARGEST_LINE)
+        if not line:
+            raise StopIteration
+        first = self.position == 0
+        self.position += len(line)
+        return line.decode("utf-8-sig" if first else "utf-8")
+
+
+def read_zip(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """Every member of a known kind, in the order of names; its documents bear the uri ARCHIVE!MEMBER."""
+    try:
+        with ZipFile(stream) as archive:
+            for name in sorted(archive.namelist()):
+                known = known_format(name)
+                if known is None or known[0] == "zip":
+                    continue
+                member = replace(file, uri=f"{file.uri}!{name}", format=known[0], compression=known[1], named=False)
+                with archive.open(name) as raw, OPENERS[member.compression](raw) as inner:
+                    yield from READERS[member.format](inner, member)
+    except (BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged; encrypted; unknown method
+        yield Unreadable("damaged", f"{file.uri}: not a zip archive that can be read ({error})")
+
+
+def read_topics(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """The help texts of this Python (`pydoc_data.topics`), one document each; ranges are within the topic."""
+    from pydoc_data.topics import topics
+
+    for ordinal, (name, text) in enumerate(sorted(topics.items())):
+        size = len(text.encode())
+        yield Document(text, f"{file.uri}/{name}", file.source_index, ordinal, 0, size, True, file.split)
+
+
+def _decode(block: bytes, file: SourceFile, start: int) -> str | Unreadable:
+    if block.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return Unreadable("wrong encoding", f"{file.uri}: UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8")
+    if (nul := block.find(b"\0")) >= 0:
+        return Unreadable("binary", f"{file.uri}: a binary file, not text (a NUL byte at byte {start + nul})")
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        value = f"0x{block[error.start]:02x} at byte {start + error.start}"
+        return Unreadable("wrong encoding", f"{file.uri}: not UTF-8 ({value}); convert it: iconv -f latin1 -t utf-8")
+
+
+def _json_text(body: bytes, where: str, file: SourceFile) -> str | Unreadable:
+    try:
+        record = json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Unreadable("wrong encoding", f"{where}: not UTF-8 (0x{body[error.start]:02x} at column {error.start + 1})")
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        return Unreadable("bad JSON", f"{where}: not a JSON object ({reason})")
+    return _record_text(record, where, file)
+
+
+def _record_text(record: object, where: str, file: SourceFile) -> str | Unreadable:
+    if not isinstance(record, dict):
+        return Unreadable("bad JSON", f"{where}: a JSON {type(record).__name__}, not an object with a '{file.text_field}'")
+    if file.text_field not in record:
+        return unreadable_field(where, file.text_field, list(record))
+    text = record[file.text_field]
+    if text is None:
+        return Unreadable("no text", f"{where}: field '{file.text_field}' is null")
+    if not isinstance(text, str):
+        return Unreadable("wrong field", f"{where}: field '{file.text_field}' is a {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        return Unreadable("wrong encoding", f"{where}: half of a surrogate pair ({code}) in field '{file.text_field}'")
+    return text
+
+
+def _whole_characters(block: bytes) -> int:
+    """The longest prefix of a block (cut anywhere) that does not end inside a UTF-8 character."""
+    size = len(block)
+    while size > len(block) - 4 and block[size - 1] & 0xC0 == 0x80:
+        size -= 1
+    return size - 1 if block[size - 1] >= 0xC0 else size
+
+
+READERS: dict[str, Callable[[BinaryIO, SourceFile, Span], Iterator[Document | Unreadable]]] = {
+    "txt": read_plain, "md": read_plain, "py": read_plain, "rst": read_plain,
+    "jsonl": read_jsonl, "ndjson": read_jsonl, "json": read_json, "csv": read_csv, "tsv": read_csv,
+    "parquet": read_parquet, "arrow": read_arrow, "feather": read_arrow,
+    "html": read_html, "htm": read_html, "warc": read_warc, "wet": read_warc, "zip": read_zip,
+    "topics": read_topics, "hf": read_hugging_face,
+}
+PLAIN = ("txt", "md", "py", "rst")
+EXTENSIONS = tuple(name for name in READERS if name not in ("topics", "hf"))
+
+
+def known_format(name: str) -> tuple[str, str] | None:
+    """("jsonl", ".gz") for "x.jsonl.gz"; None where no reader knows the name."""
+    stem, compression = name.lower(), ""
+    for suffix in OPENERS:
+        if suffix and stem.endswith(suffix):
+            stem, compression = stem.removesuffix(suffix), suffix
+            break
+    extension = PurePosixPath(stem).suffix.removeprefix(".")
+    return (extension, compression) if extension in EXTENSIONS else None

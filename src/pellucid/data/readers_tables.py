@@ -1,0 +1,138 @@
+"""Picture 2, source: tables (parquet, arrow, feather, Hugging Face datasets) become documents, a row each.
+
+A column's bytes are not contiguous, so byte_start and byte_end are row numbers. A column of lists of token ids
+instead of texts is for `pellucid data import` (formats.py).
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pellucid.config import UserError
+from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, unreadable_field
+
+
+def read_parquet(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """One row, one document. A span starts and stops at row groups (see `row_groups`)."""
+    try:
+        table = pq.ParquetFile(_seekable(stream, file))
+        problem = _wrong_column(table.schema_arrow, file)
+        if problem:
+            yield problem
+            return
+        groups = [number for number, row in enumerate(row_groups(table))
+                  if row >= span.start and (span.stop is None or row < span.stop)]
+        batches = table.iter_batches(batch_size=256, columns=[file.text_field], row_groups=groups) if groups else ()
+        yield from _rows((batch.column(0) for batch in batches), file, span.start)
+    except (pa.ArrowException, OSError) as error:
+        yield _damaged(error, file)
+
+
+def row_groups(table: pq.ParquetFile) -> list[int]:
+    """The first row of each row group."""
+    counts = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+    return [sum(counts[:number]) for number in range(len(counts))] if len(counts) < 1000 else _running(counts)
+
+
+def _running(counts: list[int]) -> list[int]:
+    starts, total = [], 0
+    for count in counts:
+        starts.append(total)
+        total += count
+    return starts
+
+
+def read_arrow(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """An Arrow file (feather v2) or an Arrow stream; one row, one document."""
+    try:
+        source = _seekable(stream, file)
+        start = source.read(6)
+        source.seek(0)
+        if start == b"ARROW1":
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            batches = reader = pa.ipc.open_stream(source)
+        problem = _wrong_column(reader.schema, file)
+        if problem:
+            yield problem
+            return
+        column = reader.schema.get_field_index(file.text_field)
+        yield from _rows((batch.column(column) for batch in batches), file, 0)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        yield _damaged(error, file)
+
+
+def read_hugging_face(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """The rows of `hf-dataset:NAME[:CONFIG[:SPLIT]]`, streamed."""
+    dataset = open_hugging_face(str(file.path), file.version)
+    for number, row in enumerate(dataset):
+        text = row.get(file.text_field)
+        if file.text_field not in row:
+            yield unreadable_field(f"{file.uri}: row {number}", file.text_field, list(row))
+        elif not isinstance(text, str):
+            kind = "no text" if text is None else "wrong field"
+            yield Unreadable(kind, f"{file.uri}: row {number}: field '{file.text_field}' is "
+                             f"{'null' if text is None else f'a {type(text).__name__}, not text'}")
+        else:
+            yield Document(text, file.uri, file.source_index, number, number, number + 1, False, file.split)
+
+
+def open_hugging_face(name: str, version: str = "") -> Any:
+    """A streaming `datasets` dataset of NAME[:CONFIG[:SPLIT]]; version is a commit of the hub, or empty.
+
+    Raises UserError: `datasets` is missing, or has no such dataset.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"hf-dataset:{name}: Hugging Face datasets is not installed; pip install 'pellucid[hub]'") from None
+    path, config, split = [*name.split(":"), "", ""][:3]
+    revision = {"revision": version} if version and "/" not in version and len(version) == 40 else {}
+    try:
+        return datasets.load_dataset(path, config or None, split=split or "train", streaming=True, **revision)
+    except Exception as error:  # the library raises a dozen kinds over names, configurations and networks
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"hf-dataset:{name}: cannot be opened ({reason})") from None
+
+
+def _wrong_column(schema: pa.Schema, file: SourceFile) -> Unreadable | None:
+    if file.text_field not in schema.names:
+        return unreadable_field(file.uri, file.text_field, schema.names)
+    kind = schema.field(file.text_field).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        return Unreadable("wrong field", f"{file.uri}: column '{file.text_field}' holds {kind}, not text")
+    return None
+
+
+def _rows(columns: Iterator[pa.Array], file: SourceFile, row: int) -> Iterator[Document | Unreadable]:
+    for column in columns:
+        for text in column.to_pylist():
+            yield Unreadable("no text", f"{file.uri}: row {row}: column '{file.text_field}' is null") if text is None \
+                else Document(text, file.uri, file.source_index, row, row, row + 1, False, file.split)
+            row += 1
+
+
+def _damaged(error: Exception, file: SourceFile) -> Unreadable:
+    kind = "parquet" if file.format == "parquet" else "Arrow"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return Unreadable("damaged", f"{file.uri}: not a complete {kind} file ({reason})")
+
+
+def _seekable(stream: BinaryIO, file: SourceFile) -> BinaryIO:
+    """The stream itself, or a temporary copy of what it decompresses to."""
+    if stream.seekable() and not file.compression:
+        return stream
+    copy = tempfile.TemporaryFile()
+    while block := stream.read(io.DEFAULT_BUFFER_SIZE * 128):
+        copy.write(block)
+    copy.seek(0)
+    return copy

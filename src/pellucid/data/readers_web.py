@@ -1,0 +1,198 @@
+"""Picture 2, source: web pages become documents: html files, and WARC archives as crawlers write them.
+
+WARC 1.0 and 1.1 (ISO 28500): `response` and `resource` records with HTML or plain text, and `conversion` records
+(Common Crawl's WET files). Byte ranges are those of the record's content in the decompressed file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from pellucid.config import UserError
+from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable
+
+LARGEST_PAGE = 1 << 26  # bytes
+DROPPED = "script, style, noscript, template, svg, nav, header, footer, iframe, form"
+BLOCKS = ("p div section article main aside h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr blockquote pre figure figcaption "
+          "hr address").split()
+CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([A-Za-z0-9_-]+)""", re.IGNORECASE)
+BLANKS = re.compile(r"[ \t\f\v]+")
+
+
+def read_html(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """One page, one document: its text without navigation, scripts and styles, a line per block."""
+    content = stream.read(LARGEST_PAGE + 1)
+    if not content and file.named:
+        yield Unreadable("empty", f"{file.uri}: the file is empty")
+    if not content:
+        return
+    if len(content) > LARGEST_PAGE:
+        yield Unreadable("too large", f"{file.uri}: a page of more than {LARGEST_PAGE:,} bytes")
+        return
+    text = _page(content, file.uri, None)
+    yield text if isinstance(text, Unreadable) else Document(
+        text, file.uri, file.source_index, 0, 0, len(content), False, file.split)
+
+
+def read_warc(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """One record with text, one document; other records are passed over. `ordinal` counts all records."""
+    position, ordinal = 0, 0
+    while True:
+        head, size = _header(stream)
+        if head is None:
+            if size:
+                yield Unreadable("damaged", f"{file.uri}: not a WARC record at byte {position}")
+            elif position == 0 and file.named:
+                yield Unreadable("empty", f"{file.uri}: the file is empty")
+            return
+        length = int(head.get("content-length", "0"))
+        start = position + size
+        content = stream.read(min(length, LARGEST_PAGE))
+        if len(content) < min(length, LARGEST_PAGE) or not _skip(stream, length - len(content)):
+            yield Unreadable("damaged", f"{file.uri}: ends inside the record at byte {position}")
+            return
+        position = start + length
+        where = f"{file.uri}: record {ordinal} ({head.get('warc-target-uri', 'no address')})"
+        text = Unreadable("too large", f"{where}: more than {LARGEST_PAGE:,} bytes") if length > LARGEST_PAGE \
+            else _record_text(head, content, where)
+        if isinstance(text, str):
+            yield Document(text, file.uri, file.source_index, ordinal, start, position, False, file.split)
+        elif text is not None:
+            yield text
+        ordinal += 1
+
+
+def _header(stream: BinaryIO) -> tuple[dict[str, str] | None, int]:
+    """(fields in lower case, bytes read) of the next record; (None, 0) at the end, (None, bytes) where it is none."""
+    size, line = 0, stream.readline(1 << 16)
+    while line in (b"\r\n", b"\n"):  # between records
+        size, line = size + len(line), stream.readline(1 << 16)
+    if not line:
+        return None, 0
+    size += len(line)
+    if not line.startswith(b"WARC/"):
+        return None, size
+    fields = {}
+    while (line := stream.readline(1 << 16)).strip():
+        size += len(line)
+        name, _, value = line.decode("utf-8", "replace").partition(":")
+        fields[name.strip().lower()] = value.strip()
+    if not line or not fields.get("content-length", "").isdigit():
+        return None, size
+    return fields, size + len(line)
+
+
+def _skip(stream: BinaryIO, size: int) -> bool:
+    while size > 0 and (block := stream.read(min(size, 1 << 20))):
+        size -= len(block)
+    return size == 0
+
+
+def _record_text(head: dict[str, str], content: bytes, where: str) -> str | Unreadable | None:
+    """The text of a record, or None where it has none to read."""
+    kind, mime = head.get("warc-type", ""), head.get("content-type", "")
+    if kind == "response" and mime.startswith("application/http"):
+        status, _, rest = content.partition(b"\r\n")
+        fields, _, body = rest.partition(b"\r\n\r\n")
+        if not re.match(rb"HTTP/\S+ 2\d\d", status):
+            return None
+        headers = {name.strip().lower(): value.strip() for name, _, value in
+                   (line.partition(":") for line in fields.decode("latin1").split("\r\n"))}
+        mime = headers.get("content-type", "text/html")
+        try:
+            content = _decoded_body(headers, body)
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            return Unreadable("damaged", f"{where}: its body cannot be decoded ({error})")
+    elif kind not in ("conversion", "resource"):
+        return None
+    charset = re.search(r"charset=[\"']?([\w-]+)", mime)
+    if "html" in mime:
+        return _page(content, where, charset and charset.group(1))
+    return _text(content, where, charset and charset.group(1)) if mime.startswith("text/plain") else None
+
+
+def _decoded_body(headers: dict[str, str], body: bytes) -> bytes:
+    if "chunked" in headers.get("transfer-encoding", "").lower() and re.match(rb"[0-9A-Fa-f]+[;\r]", body):
+        parts = []
+        while body:
+            line, _, body = body.partition(b"\r\n")
+            size = int(line.split(b";")[0], 16)
+            if not size:
+                break
+            parts.append(body[:size])
+            body = body[size + 2 :]
+        body = b"".join(parts)
+    encoding = headers.get("content-encoding", "").lower()
+    if "gzip" in encoding and body[:2] == b"\x1f\x8b":
+        return gzip.decompress(body)
+    return zlib.decompress(body) if encoding == "deflate" else body
+
+
+def _text(content: bytes, where: str, charset: str | None) -> str | Unreadable:
+    for name in (charset, "utf-8-sig"):
+        try:
+            return content.decode(name) if name else content.decode("utf-8")
+        except (LookupError, UnicodeDecodeError):
+            continue
+    return Unreadable("wrong encoding", f"{where}: neither UTF-8 nor the encoding it names ({charset or 'none'})")
+
+
+def _page(content: bytes, where: str, charset: str | None) -> str | Unreadable:
+    if not charset and (named := CHARSET.search(content[:4096])):
+        charset = named.group(1).decode()
+    markup = _text(content, where, charset)
+    return markup if isinstance(markup, Unreadable) else html_text(markup)
+
+
+def html_text(markup: str) -> str:
+    """The text of a page: main content if marked, blocks on lines of their own, `pre` as it stands."""
+    try:
+        from selectolax.lexbor import LexborHTMLParser
+    except ImportError:
+        raise UserError("HTML is read with selectolax, which is not installed; pip install 'pellucid[html]'") from None
+    tree = LexborHTMLParser(markup)
+    for node in tree.css(DROPPED):
+        node.decompose()
+    node = tree.css_first("main") or tree.css_first("article") or tree.body
+    if node is None:
+        return ""
+    parts: list[str] = []
+    _walk(node, parts, False)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", "".join(parts))).strip("\n \t")
+
+
+def _walk(root: object, parts: list[str], inside_pre: bool) -> None:
+    """Text in document order; an explicit stack, for pages nest deep."""
+    stack: list = [(root, inside_pre)]
+    while stack:
+        node, pre = stack.pop()
+        if isinstance(node, str):
+            parts.append(node)
+            continue
+        tag = node.tag
+        if tag == "-text":
+            text = node.text_content or ""
+            if not pre:
+                text = BLANKS.sub(" ", text.replace("\n", " ").replace("\r", " "))
+                text = text.lstrip() if not parts or parts[-1].endswith(("\n", " ", "\t")) else text
+            if text:
+                parts.append(text)
+            continue
+        if tag == "br":
+            parts.append("\n")
+            continue
+        children = []
+        child = node.child
+        while child is not None:
+            children.append((child, pre or tag == "pre"))
+            child = child.next
+        if tag in BLOCKS:
+            parts.append("\n")
+            stack.append(("\n", pre))
+        elif tag in ("td", "th"):
+            stack.append(("\t", pre))
+        stack.extend(reversed(children))

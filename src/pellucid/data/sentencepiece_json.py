@@ -1,0 +1,122 @@
+"""A SentencePiece BPE model as a tokenizer.json that gives the same ids (the stock converters do not).
+
+The recipe: every piece yields a merge for each split into two pieces, ranked by the piece's score, then id;
+spaces become U+2581 with one in front; user-defined symbols are cut out first, longest first, leaving out those
+with a raw space (the text has none once escaped, so they never match). Checked on probes before it is given out.
+It differs where a control piece's name stands as text alone between two user-defined symbols ("\\n[PAD]\\n").
+Format: sentencepiece_model.proto of github.com/google/sentencepiece (wire format of protocol buffers).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+BPE_MODEL = 2
+MARK = "\u2581"
+PROBES = (
+    "", " ", "  leading and   inner    spaces ", "def f(x):\n\treturn x ** 2  # 1234567890\n\n\n\t\t\tpass\n",
+    "The quick brown fox; naïve café — “quotes” … 你好，世界 мир दुनिया 😀👩‍👩‍👧 e\u0301", "\x00\x7f\r\n\u2028\ufeff\u2581x",
+    "<s></s>[PAD] <0x41> <|separator|> <|mask|>x", "\n" * 23 + "\t" * 17 + " " * 33 + "0.1e-7,000",
+    "https://example.org/a_b?c=%20&d#e {\"k\": [1, 2]} CamelCaseIdentifier SHOUTING aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+)
+
+
+def sentencepiece_to_json(model: bytes, added: dict[int, str] | None = None) -> bytes | None:
+    """The tokenizer.json of a tokenizer.model; `added` names special ids to append.
+
+    None where it would not be exact: not BPE, no byte fallback, a normalizer, or a probe that comes out differently.
+    """
+    pieces, trainer, normalizer = _parse(model)
+    plain = trainer.get(3) == BPE_MODEL and trainer.get(35) and not trainer.get(24)  # type, byte_fallback, suffix marks
+    escaped = normalizer.get(3, 1) and not normalizer.get(4, 1) and normalizer.get(5, 1) and not normalizer.get(2)
+    if not (plain and escaped):
+        return None
+    result = json.dumps(_document(pieces, added or {}), ensure_ascii=False).encode()
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    converted = tokenizers.Tokenizer.from_buffer(result)
+    converted.encode_special_tokens = True
+    if any(converted.encode(text, add_special_tokens=False).ids != reference.encode(text) for text in PROBES):
+        return None
+    return result
+
+
+def _document(pieces: list[tuple[str, float, int]], added: dict[int, str]) -> dict[str, Any]:
+    special = {n: name for n, (name, _, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN)} | added
+    symbols = sorted((name for name, _, kind in pieces if kind == USER_DEFINED and " " not in name), key=len, reverse=True)
+    split = {"type": "Split", "pattern": {"Regex": "|".join(_escape(name) for name in symbols)}, "behavior": "Isolated",
+             "invert": False}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": n, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for n, name in sorted(special.items())],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": MARK}, {"type": "Replace", "pattern": {"String": " "}, "content": MARK}]},
+        "pre_tokenizer": split if symbols else None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": MARK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True, "ignore_merges": True,
+                  "vocab": {name: n for n, (name, _, _) in enumerate(pieces)}, "merges": _merges(pieces)},
+    }
+
+
+def _merges(pieces: list[tuple[str, float, int]]) -> list[list[str]]:
+    ids = {name: n for n, (name, _, kind) in enumerate(pieces) if kind == NORMAL}
+    ranked = []
+    for name, n in ids.items():
+        for cut in range(1, len(name)):
+            left, right = name[:cut], name[cut:]
+            if left in ids and right in ids:
+                ranked.append((-pieces[n][1], n, ids[left], ids[right]))
+    return [[pieces[left][0], pieces[right][0]] for _, _, left, right in sorted(ranked)]
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([\\^$.|?*+()\[\]{}\-/#&~])", r"\\\1", name)
+
+
+def _parse(model: bytes) -> tuple[list[tuple[str, float, int]], dict[int, Any], dict[int, Any]]:
+    """Pieces (name, score, kind), trainer_spec and normalizer_spec of a ModelProto."""
+    pieces, trainer, normalizer = [], {}, {}
+    for number, value in _fields(model):
+        if number == 1:
+            piece = dict(_fields(value))
+            pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, b"\0" * 4))[0], piece.get(3, NORMAL)))
+        elif number == 2:
+            trainer = dict(_fields(value))
+        elif number == 3:
+            normalizer = dict(_fields(value))
+    return pieces, trainer, normalizer
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of a protocol buffer message: integers, or raw bytes."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        if key & 7 == 0:
+            value, at = _varint(message, at)
+        else:
+            size, at = _varint(message, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+            value, at = message[at : at + size], at + size
+        yield key >> 3, value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at

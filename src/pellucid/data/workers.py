@@ -1,0 +1,159 @@
+"""Picture 2: who does the jobs. In this process, in several of this machine, or (ray_workers.py) in a cluster.
+
+A worker process is `python -m pellucid.data.worker`, spoken to through its pipes: nothing of the caller's program
+is run again in it, and it ends when the caller does. A worker that dies is replaced and its job done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, Protocol
+
+from pellucid.config import UserError
+from pellucid.data.pipeline import Report, Setup
+
+TRIES = 3
+LENGTH = struct.Struct("<Q")
+
+
+class Workers(Protocol):
+    """Does jobs, in any order, and gives out (job number, report) as they come."""
+
+    def do(self, jobs: Iterable[Any], setup: Setup) -> Iterator[tuple[int, Report]]: ...
+
+
+class InThisProcess:
+    """One after another."""
+
+    def do(self, jobs: Iterable[Any], setup: Setup) -> Iterator[tuple[int, Report]]:
+        for number, job in enumerate(jobs):
+            for report in job.run(setup):
+                yield number, report
+
+
+class Processes:
+    """Several processes of this machine."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def do(self, jobs: Iterable[Any], setup: Setup) -> Iterator[tuple[int, Report]]:
+        waiting = list(enumerate(jobs))
+        todo: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        for item in waiting:
+            todo.put(item)
+        said: queue.Queue[tuple[str, int, Any]] = queue.Queue(maxsize=1024)
+        stop = threading.Event()
+        threads = [threading.Thread(target=_serve, args=(todo, said, setup, stop), daemon=True)
+                   for _ in range(min(self.count, len(waiting)))]
+        for thread in threads:
+            thread.start()
+        try:
+            left = len(waiting)
+            while left:
+                kind, number, value = said.get()
+                if kind == "failed":
+                    raise value
+                if kind == "done":
+                    left -= 1
+                else:
+                    yield number, value
+        finally:
+            stop.set()
+            while any(thread.is_alive() for thread in threads):  # they may be waiting to say something
+                with contextlib.suppress(queue.Empty):
+                    said.get(timeout=0.05)
+
+
+def _serve(todo: queue.SimpleQueue, said: queue.Queue, setup: Setup, stop: threading.Event) -> None:
+    """Keeps one worker process busy until there is nothing left to do."""
+    worker = None
+    try:
+        while not stop.is_set():
+            try:
+                number, job = todo.get_nowait()
+            except queue.Empty:
+                return
+            for attempt in range(1, TRIES + 1):
+                worker = worker or _Worker(setup)
+                try:
+                    for report in worker.run(job):
+                        if stop.is_set():
+                            return
+                        said.put(("report", number, report))
+                    break
+                except (EOFError, OSError, pickle.UnpicklingError):  # it died
+                    code = worker.end()
+                    worker = None
+                    if attempt == TRIES:
+                        raise UserError(f"a worker process died {TRIES} times at the same work (exit code {code}; out of "
+                                        "memory?); set data.workers lower: what is done is kept") from None
+            said.put(("done", number, None))
+    except FailedThere as failure:
+        said.put(("failed", -1, failure.error))
+    except BaseException as error:
+        said.put(("failed", -1, error))
+    finally:
+        if worker is not None:
+            worker.end()
+
+
+class _Worker:
+    def __init__(self, setup: Setup):
+        environment = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **os.environ}
+        self.process = subprocess.Popen([sys.executable, "-m", "pellucid.data.worker"], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=environment)
+        send(self.process.stdin, setup)
+
+    def run(self, job: Any) -> Iterator[Report]:
+        send(self.process.stdin, job)
+        while True:
+            kind, value = receive(self.process.stdout)
+            if kind == "done":
+                return
+            if kind == "failed":
+                raise FailedThere(value)
+            yield kind, value
+
+    def end(self) -> int:
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            return self.process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+class FailedThere(Exception):
+    """Carries an error out of a worker that is well."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+def send(stream: BinaryIO, value: Any) -> None:
+    content = pickle.dumps(value, protocol=5)
+    stream.write(LENGTH.pack(len(content)))
+    stream.write(content)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> Any:
+    """The next value. Raises EOFError when the other side is gone."""
+    head = stream.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        raise EOFError
+    size = LENGTH.unpack(head)[0]
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError
+    return pickle.loads(content)

@@ -1,0 +1,48 @@
+"""What this machine can do, which kernels will be used, and why not others."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+
+import torch
+
+from pellucid.run import REPORTED_PACKAGES, choose_device, choose_precision, has_fast_bf16, installed_version
+
+
+def examine() -> dict[str, str]:
+    """Facts by name, each one line."""
+    device = choose_device("auto")
+    dtype, _ = choose_precision("auto", device)
+    bf16 = has_fast_bf16(device)
+    facts = {
+        "pellucid": installed_version("pellucid"),
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{name: installed_version(name) for name in REPORTED_PACKAGES},
+        "processors": f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads",
+        "memory": _memory(),
+        "disk free here": f"{shutil.disk_usage('.').free / 1e9:.1f} GB",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+        "device": f"{device} (training.device = 'auto')",
+        "bf16": "fast on this device" if bf16 else "slow or absent on this device: fp32 is used",
+        "precision": f"{'bf16, fp32 master weights' if dtype == torch.bfloat16 else 'fp32'} (training.precision = 'auto')",
+        "attention": "chunked plain attention with capped logits; the whole mask for decoding and rows that begin with pads",
+        "experts": _experts(device),
+        "loss": "linear cross-entropy in chunks of tokens, its gradient computed in the forward pass",
+    }
+    return facts
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+
+
+def _experts(device: torch.device) -> str:
+    if device.type not in ("cpu", "cuda"):
+        return f"one product per expert in a loop: grouped_mm is not used on {device.type}"
+    only = "bf16" if device.type == "cuda" else "fp32 and bf16"
+    return f"torch grouped_mm in {only} where sizes are multiples of 16 bytes, else one product per expert in a loop"

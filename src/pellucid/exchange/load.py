@@ -1,0 +1,137 @@
+"""`pellucid.load`: a model from wherever it lies: a run, a Hugging Face directory, an official `ckpt-0`, or a preset.
+
+Peak memory is the model and one of its tensors: weights are copied matrix by matrix out of memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pellucid.config import Config, ModelConfig, UserError, load_config, make_config, preset_names
+from pellucid.data.tokenizer import load_tokenizer
+from pellucid.exchange.folder import read_json
+from pellucid.exchange.huggingface import HuggingFaceSource
+from pellucid.exchange.leaves import ModelSource, Source, fill
+from pellucid.exchange.xai import XaiSource, official_folder
+from pellucid.model.grok import Grok1
+from pellucid.model.initialize import initialize
+from pellucid.training.checkpoint import newest_good
+
+DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    path_or_preset: str | Path,
+    config: ModelConfig | Config | dict[str, Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    progress=None,
+) -> tuple[Grok1, Any]:
+    """A model and its tokenizer (None for `ckpt-0` and presets).
+
+    config: needed only where the files do not say everything: a `ckpt-0` without one is taken for Grok-1 (its
+    multipliers, head_dim 128). dtype: of the parameters and products, float32 unless said; in bfloat16 the model follows
+    every cast of the official run (`model.parity = False` is faster, and less exact). Raises UserError.
+    """
+    kind = as_dtype(dtype)
+    path = Path(path_or_preset)
+    if not path.exists():
+        return _initialized(str(path_or_preset), config, kind, device), None
+    source = open_source(path, config)
+    model = fill(Grok1(source.config, device, kind), source, progress)
+    return model, find_tokenizer(path)
+
+
+def open_source(path: str | Path, config: ModelConfig | Config | dict[str, Any] | None = None) -> Source:
+    """The weights at `path`, checked but not yet read. Raises UserError if nothing we know is there."""
+    path, config = Path(path), _model_config(config)
+    if not path.is_dir():
+        raise UserError(f"{path}: a model is a folder: a run, a Hugging Face directory, or an official ckpt-0")
+    if (path / "model" / "config.json").exists():
+        return HuggingFaceSource(path / "model", config)
+    if (official := official_folder(path)) is not None:
+        return XaiSource(official, config or _manifest_config(official))
+    if (path / "checkpoints").is_dir():
+        return ModelSource(_newest_checkpoint(path))
+    if (path / "config.json").exists() or any(path.glob("*.safetensors")):
+        return HuggingFaceSource(path, config)
+    raise UserError(
+        f"{path}: holds no model: neither model/ or checkpoints/ (a run), nor config.json with .safetensors "
+        "(Hugging Face), nor tensor00000_000 (an official checkpoint)"
+    )
+
+
+def find_tokenizer(path: Path) -> Any:
+    """The tokenizer saved with the weights, or (for an unfinished run) with the data it trains on; else None."""
+    folders = [path / "model", path]
+    if (path / "checkpoints").is_dir() and (path / "manifest.json").exists():
+        data = read_json(path / "manifest.json").get("data")
+        if isinstance(data, dict) and isinstance(data.get("directory"), str):
+            folders.append(Path(data["directory"]) / "tokenizer")
+    found = next((folder for folder in folders if any(folder.glob("tokenizer.*"))), None)
+    return None if found is None else load_tokenizer(found)
+
+
+def manifest_path(destination: str | Path) -> Path:
+    """Where `convert` writes its record: beside the output, because engines read whole folders."""
+    destination = Path(os.path.abspath(destination))
+    return destination.with_name(destination.name + ".manifest.json")
+
+
+def _newest_checkpoint(run: Path) -> Grok1:
+    """The model of an unfinished run, as of its newest intact checkpoint."""
+    bad: list[str] = []
+    saved = newest_good(run / "checkpoints", on_bad=lambda path, reason: bad.append(f"; {path}: {reason}"))
+    if saved is None:
+        raise UserError(f"{run}: the run has neither a finished model nor an intact checkpoint{''.join(bad)}")
+    weights = saved.tensors["model"]
+    config = load_config(run / "config.toml").model
+    config = config.model_copy(update={"vocab_size": weights["embedding.weight"].shape[0]})
+    model = Grok1(config, device="meta")
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{saved.folder}: does not fit {run / 'config.toml'} ({reason})") from None
+    return model
+
+
+def _manifest_config(folder: Path) -> ModelConfig | None:
+    """An official folder says no multipliers; one that `convert` wrote has them in its record."""
+    if not manifest_path(folder).exists():
+        return None
+    values = read_json(manifest_path(folder)).get("config")
+    if not isinstance(values, dict):
+        raise UserError(f"{manifest_path(folder)}: holds no 'config' table; remove the file to do without")
+    return _model_config(values)
+
+
+def _initialized(name: str, config: Any, dtype: torch.dtype, device: Any) -> Grok1:
+    if name not in preset_names():
+        close = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.6)
+        hint = f"; did you mean '{close[0]}'?" if close else f" ({', '.join(preset_names())})"
+        raise UserError(f"{name}: neither a folder nor a preset{hint}")
+    if config is not None:
+        raise UserError(f"{name}: a preset is itself a configuration; give one or the other")
+    settings = make_config({"model": {"preset": name}})
+    vocabulary = settings.model.vocab_size or settings.data.tokenizer.vocab_size
+    return initialize(Grok1(settings.model.model_copy(update={"vocab_size": vocabulary}), device, dtype), 0)
+
+
+def _model_config(config: ModelConfig | Config | dict[str, Any] | None) -> ModelConfig | None:
+    if isinstance(config, dict):
+        return make_config({"model": config}).model
+    return config.model if isinstance(config, Config) else config
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """float32 or bfloat16, by torch's name or ours; float32 for None. Raises UserError for others."""
+    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    if found not in DTYPES.values():
+        raise UserError(f"dtype {dtype}: models are loaded as float32 or bfloat16")
+    return found

@@ -1,0 +1,69 @@
+"""How well a model predicts whole files: every token of every document once, in windows of its context.
+
+A document is eos + text, and text + eos is predicted (as in training). Windows do not overlap: the first tokens of a
+window see little before them, so a longer `context` gives a lower loss. Letters: B windows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from pellucid.config import NormalizeConfig, SourceConfig, UserError
+from pellucid.data.dataset import IGNORE, Batch
+from pellucid.data.document import Unreadable
+from pellucid.data.sources import list_files, read_documents
+from pellucid.data.stages.normalize import normalize
+from pellucid.model.grok import Grok1
+from pellucid.training.evaluate import Evaluation, evaluate_batches
+
+WINDOWS = 16  # predicted at once
+DEFAULT_CONTEXT = 1024  # where neither the caller nor the model's training says
+
+
+def evaluate_files(
+    model: Grok1, tokenizer: Any, path: str, text_field: str = "text", context: int | None = None,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Loss over all documents of `path` (anything data.sources accepts). Raises UserError when nothing is there."""
+    context = context or min(DEFAULT_CONTEXT, model.config.max_position_embeddings)
+    files = list_files([SourceConfig(path=path, text_field=text_field)], "--data")
+    total, done = sum(file.size for file in files), 0
+    result = Evaluation()
+    for file in files:
+        for text in _texts(file):
+            batches = _windows(tokenizer, text, context)
+            result += evaluate_batches(model, batches, tokenizer.byte_lengths)
+            done += len(text.encode())
+            if progress is not None:
+                progress("evaluating", min(done, total), total)
+    if not result.tokens:
+        raise UserError(f"{path}: holds no text to evaluate")
+    return result
+
+
+def _texts(file: Any) -> Iterator[str]:
+    config = NormalizeConfig()
+    for document in read_documents(file):
+        if isinstance(document, Unreadable):
+            raise UserError(document.message)
+        yield normalize(document.text, config)
+
+
+def _windows(tokenizer: Any, text: str, T: int) -> Iterator[Batch]:
+    """Batches of up to WINDOWS rows; the last row of a document is padded."""
+    eos = tokenizer.eos_token_id
+    stream = torch.tensor([eos, *tokenizer.encode(text), eos])
+    rows = -(-(len(stream) - 1) // T)
+    tokens = torch.full((rows * T,), tokenizer.pad_token_id)
+    targets = torch.full((rows * T,), IGNORE)
+    tokens[: len(stream) - 1], targets[: len(stream) - 1] = stream[:-1], stream[1:]
+    tokens, targets = tokens.view(rows, T), targets.view(rows, T)
+    segments = (targets != IGNORE).to(torch.int32)
+    positions = torch.arange(T, dtype=torch.int32).expand(rows, T)
+    ids = torch.arange(rows)
+    for start in range(0, rows, WINDOWS):
+        part = slice(start, start + WINDOWS)
+        yield Batch(*(t[part] for t in (tokens, targets, segments, positions, ids, torch.zeros_like(ids))))

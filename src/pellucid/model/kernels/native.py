@@ -1,0 +1,112 @@
+"""The compiled CPU kernels of cpu.cpp: built once per machine by the C++ compiler it has, kept in a cache, called by name.
+
+Without a compiler, or with PELLUCID_KERNELS=plain in the environment, the plain functions serve instead; `status()`
+says which and why. The choice never depends on the length of a run, so that a resumed run computes the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
+WIDE = {"x86_64": ["-mprefer-vector-width=512"]}  # compilers choose 256 bits where they fear for the clock
+SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether a kernel can take these tensors: plain ones on the CPU, the first in fp32 or bf16; and a kernel exists."""
+    return (
+        tensors[0].dtype in SUFFIXES
+        and all(tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and _load()[0] is not None
+    )
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+    """Run kernel `name` for `dtype` on contiguous tensors (by address), integers and floats, in its declared order."""
+    function = getattr(_load()[0], f"{name}_{SUFFIXES[dtype]}")
+    function(*[_as_c(argument) for argument in arguments])
+
+
+def status() -> str:
+    """One line: what serves, and why not the kernels."""
+    library, reason = _load()
+    return f"compiled by this machine's C++ compiler ({library._name})" if library else f"plain PyTorch: {reason}"
+
+
+def _as_c(argument: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
+    if isinstance(argument, Tensor):
+        if not argument.is_contiguous():
+            raise ValueError("a kernel was given a tensor that is not contiguous")
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """(the library, or None; why there is none)."""
+    if os.environ.get("PELLUCID_KERNELS") == "plain":
+        return None, "PELLUCID_KERNELS=plain is set"
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None, "no C++ compiler (g++ or clang++) was found"
+    try:
+        path = cache_folder() / f"cpu-{_fingerprint(compiler)}.so"
+        if not path.exists():
+            _build(compiler, path)
+        return ctypes.CDLL(str(path)), ""
+    except (OSError, subprocess.SubprocessError) as error:
+        output = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        return None, f"the kernels could not be built ({output[-1] if output else 'no message'})"
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/pellucid or ~/.cache/pellucid, readable by its owner alone."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pellucid"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _fingerprint(compiler: str) -> str:
+    """Changes with the source, the compiler and the processor: code built for one may not run on another."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    processor = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256("\n".join([SOURCE.read_text(), version, processor, *FLAGS]).encode()).hexdigest()[:16]
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile into a temporary file and rename: a library that exists is whole."""
+    print("compiling pellucid's CPU kernels (once, some seconds)", file=sys.stderr, flush=True)
+    flags = [*FLAGS, *WIDE.get(platform.machine(), [])]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        run = lambda *arguments: subprocess.run(
+            [compiler, *arguments], capture_output=True, text=True, check=True, timeout=300
+        )
+        try:
+            # Linked without an OpenMP of its own: it must share torch's, or two pools of threads would fight.
+            run(*flags, "-fopenmp", "-c", str(SOURCE), "-o", f"{built}.o")
+            run("-shared", f"{built}.o", "-o", str(built))
+            ctypes.CDLL(str(built))
+        except (subprocess.CalledProcessError, OSError):
+            run(*flags, "-fopenmp-simd", "-shared", str(SOURCE), "-o", str(built))  # one thread
+            ctypes.CDLL(str(built))
+        os.replace(built, path)

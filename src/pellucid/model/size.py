@@ -1,0 +1,66 @@
+"""How large a model is and what a token costs, from its configuration alone.
+
+Letters: D hidden, H query heads, K key/value heads, d head_dim, E experts, k per token, F intermediate, L layers,
+V vocabulary, T sequence length.
+"""
+
+from __future__ import annotations
+
+from pellucid.config import ModelConfig, make_config
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by component, their `total`, and those `active` for one token (k of E experts)."""
+    c = config
+    D, L = c.hidden_size, c.num_hidden_layers
+    expert = 3 * D * c.intermediate_size
+    counts = {
+        "embedding": c.vocab_size * D,
+        "attention": L * 2 * D * c.head_dim * (c.num_attention_heads + c.num_key_value_heads),
+        "experts": L * c.num_experts * expert,
+        "routers": L * D * c.num_experts,
+        "norms": (4 * L + 1) * D,
+    }
+    total = sum(counts.values())
+    idle = L * (c.num_experts - c.num_experts_per_tok) * expert
+    return {**counts, "total": total, "active": total - idle}
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Model FLOPs of one trained token, forward and backward: 6 per matrix weight, causal attention counted at half.
+
+    The convention of NVIDIA's published Grok-1 numbers: 521.8 GFLOP at T = 8192. The embedding lookup is free, the
+    tied head is not; the backward pass costs twice the forward.
+    """
+    c = config
+    counts = parameter_counts(c)
+    matrices = counts["active"] - counts["norms"]
+    core = c.num_hidden_layers * 2 * c.num_attention_heads * c.head_dim * sequence_length  # q.k and weights.v, halved
+    return 6.0 * matrices + 3.0 * core
+
+
+def training_bytes(config: ModelConfig) -> int:
+    """Memory of weights and optimizer, without activations: fp32 master, gradient and two Adam moments."""
+    return 16 * parameter_counts(config)["total"]
+
+
+def sizes(presets: list[str]) -> dict[str, dict[str, float]]:
+    """Per preset: its shape, parameters, FLOPs of one trained token at its own sequence length, bytes to train."""
+    table = {}
+    for name in presets:
+        settings = make_config({"model": {"preset": name}})
+        config = settings.model.model_copy(
+            update={"vocab_size": settings.model.vocab_size or settings.data.tokenizer.vocab_size}
+        )
+        counts = parameter_counts(config)
+        table[name] = {
+            "layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "vocabulary": config.vocab_size,
+            "sequence": settings.data.sequence_length,
+            "parameters": counts["total"],
+            "active": counts["active"],
+            "FLOP/token": flops_per_token(config, settings.data.sequence_length),
+            "bytes to train": training_bytes(config),
+        }
+    return table

@@ -1,0 +1,142 @@
+"""Is the gradient right? Two independent answers for one element: the chain rule by hand, and a finite difference.
+
+By hand: what went into a layer and what came back to it are caught, and multiplied in float64 as the formulas say:
+linear maps (Rumelhart et al. 1986), RMSNorm's scale, and the gated experts of Grok-1. The embedding, used at both ends, has
+the finite difference only. Letters: N tokens, D hidden, F intermediate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pellucid.model.grok import Grok1
+from pellucid.model.layers import RMSNorm
+from pellucid.model.moe import MoE, Routing
+
+
+class ChainRule:
+    """Catches the inputs and the returning gradients of the module that owns a parameter; `element` multiplies them."""
+
+    def __init__(self, model: Grok1, name: str):
+        owner, _, self.leaf = name.rpartition(".")
+        self.module = model.get_submodule(owner)
+        self.caught: list[dict[str, Any]] = []  # one per forward pass
+        self.known = owner != "embedding"
+        self.hook = self.module.register_forward_hook(self._catch) if self.known else None
+
+    def _catch(self, module, inputs, output) -> None:
+        record: dict[str, Any] = {"x": inputs[0].detach()}
+        tensor = output
+        if isinstance(output, tuple):
+            tensor, record["routing"] = output
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: record.update(slope=gradient.detach()))
+            self.caught.append(record)
+
+    def close(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+
+    def element(self, index: tuple[int, ...]) -> float | None:
+        """d loss / d weight[index] in float64, summed over the forward passes; None where there is no formula here."""
+        if not self.known:
+            return None
+        return sum(self._one(record, index) for record in self.caught)
+
+    def _one(self, record: dict[str, Any], index: tuple[int, ...]) -> float:
+        x = record["x"].double().reshape(-1, record["x"].shape[-1])
+        slope = record["slope"].double().reshape(len(x), -1)
+        if isinstance(self.module, RMSNorm):
+            (i,) = index
+            scale = torch.rsqrt(x.square().mean(-1) + self.module.eps)
+            return (slope[:, i] * x[:, i] * scale).sum().item()
+        if isinstance(self.module, MoE):
+            return self._expert(x, slope, record["routing"], *index)
+        i, j = index
+        return (slope[:, i] @ x[:, j]).item()
+
+    def _expert(self, x: Tensor, slope: Tensor, routing: Any, e: int, i: int, j: int) -> float:
+        token, choice = (routing.expert_index_Nk == e).nonzero(as_tuple=True)
+        x, weight = x[token], routing.gate_Nk.detach()[token, choice].double()
+        gate_up, down = self.module.gate_up_proj[e].detach().double(), self.module.down_proj[e].detach().double()
+        gate, up = (x @ gate_up.T).chunk(2, dim=-1)
+        returning = slope[token] * weight[:, None]  # to this expert's output
+        if self.leaf == "down_proj":
+            return (returning[:, i] * (F.gelu(gate, approximate="tanh") * up)[:, j]).sum().item()
+        size, inner = down.shape[1], returning @ down
+        if i >= size:
+            into = inner[:, i - size] * F.gelu(gate[:, i - size], approximate="tanh")
+        else:
+            into = inner[:, i] * up[:, i] * _gelu_slope(gate[:, i])
+        return (into * x[:, j]).sum().item()
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    """Derivative of 0.5 z (1 + tanh(a (z + b z^3))), a = sqrt(2/pi), b = 0.044715 (Hendrycks & Gimpel 2016)."""
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(a * (z + b * z**3))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * a * (1 + 3 * b * z * z)
+
+
+@contextmanager
+def fixed_choices(model: Grok1) -> Iterator[Callable[[], None]]:
+    """Within, every token keeps the experts chosen in the first pass; call what is yielded before each later pass.
+
+    The loss jumps where a token changes experts, and the gradient (by design of top-k routing) knows nothing of jumps.
+    """
+    chosen: list[Tensor] = []
+    turn = [0, False]  # place in `chosen`; whether we are replaying
+
+    def rewind() -> None:
+        turn[:] = [0, True]
+
+    def wrap(moe: MoE):
+        def route(x_ND: Tensor) -> Routing:
+            routing = MoE.route(moe, x_ND)
+            if not turn[1]:
+                chosen.append(routing.expert_index_Nk)
+                return routing
+            index = chosen[turn[0]]
+            turn[0] += 1
+            return Routing(routing.logits_NE, routing.probs_NE, index, routing.probs_NE.gather(-1, index))
+
+        return route
+
+    for layer in model.layers:
+        layer.moe.route = wrap(layer.moe)
+    try:
+        yield rewind
+    finally:
+        for layer in model.layers:
+            del layer.moe.route
+
+
+@torch.no_grad()
+def finite_difference(objective: Callable[[], float], weight: Tensor, direction: Tensor, size: float) -> tuple[float, float]:
+    """(slope of the objective along `direction`, its uncertainty), by Richardson's rule from steps of size and size / 2.
+
+    direction has the weight's shape; the weight is put back as it was. The uncertainty is what the last halving changed.
+    """
+    kept = weight.detach().clone()
+
+    def central(step: float) -> float:
+        values = []
+        for sign in (1, -1):
+            weight.copy_((kept.double() + sign * step * direction.double()).to(kept.dtype))
+            values.append((objective(), ((weight.double() - kept.double()) * direction.double()).sum().item()))
+        (up, high), (down, low) = values  # where rounding put the weights, not where we aimed
+        return (up - down) / ((high - low) / direction.double().square().sum().item())
+
+    try:
+        coarse, fine = central(size), central(size / 2)
+    finally:
+        weight.copy_(kept)
+    best = (4 * fine - coarse) / 3
+    return best, abs(best - fine)

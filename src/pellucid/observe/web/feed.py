@@ -1,0 +1,264 @@
+"""What the page asks of a run, answered from run.sqlite: the same answers live (server.py) and in a report (report.py).
+
+`answer(feeds, path, query)` is the whole interface: JSON, or for numbers a binary window of one stream. Whatever the
+zoom, a window's minimum, maximum and count of non-finite values are exact: they come from the store's rollups.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import tomllib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pellucid.config import UserError
+from pellucid.observe.reader import Reader
+from pellucid.observe.rules import RULES
+from pellucid.observe.store import FAN, FILE_NAME, LEVELS, RECORDER, SCHEMA_VERSION, is_network
+from pellucid.observe.web.capsule import read_capsule
+from pellucid.observe.web.river import River
+
+COLUMNS = 2048  # the most columns of a window
+READ_BYTES = 200e6  # the most read for one window; beyond it a coarser rollup is taken
+JSON_TYPE, BINARY_TYPE = "application/json", "application/octet-stream"
+
+
+class Feed:
+    """One run directory, alive or ended. Opens its telemetry when it appears; `problem` says why there is none yet."""
+
+    def __init__(self, run_dir: str | Path):
+        """Raises UserError if `run_dir` is not a run, or one of a newer version."""
+        self.directory = Path(run_dir)
+        if not self.directory.exists():
+            raise UserError(f"{run_dir}: no such run directory")
+        if not self.directory.is_dir() or not ({"config.toml", FILE_NAME} & {p.name for p in self.directory.iterdir()}):
+            raise UserError(f"{run_dir}: not a run directory (it has neither config.toml nor {FILE_NAME})")
+        self.problem: str | None = None
+        self._reader: Reader | None = None
+        self.open()
+
+    def open(self) -> Reader | None:
+        """The reader; None while there is no telemetry, with the reason in `problem`."""
+        if self._reader is None:
+            if not (self.directory / FILE_NAME).is_file():
+                self.problem = (f"{self.directory} has no telemetry yet: the run has not begun its first step, "
+                                "or it was started with observe.enabled=false")  # fmt: skip
+                return None
+            reader = Reader(self.directory)
+            version = reader.meta.get("schema_version")
+            if version is not None and version > SCHEMA_VERSION:
+                raise UserError(f"{self.directory}: its telemetry has schema {version}, this Pellucid reads up to "
+                                f"{SCHEMA_VERSION}; install a newer Pellucid to watch it")  # fmt: skip
+            if reader.latest_step() is None:
+                self.problem = f"{self.directory}: no step is recorded yet; this page begins with the first one"
+                reader.close()
+                return None
+            self._reader, self.problem = reader, None
+        return self._reader
+
+    @property
+    def reader(self) -> Reader:
+        reader = self.open()
+        if reader is None:
+            raise UserError(self.problem)
+        return reader
+
+    def pulse(self) -> dict[str, Any]:
+        """What changes while a run trains: newest step and event. Costs two index look-ups."""
+        if self.open() is None:
+            return {"step": None, "event": 0, "problem": self.problem}
+        newest = self.reader.query("SELECT (SELECT max(step) FROM frame WHERE stream = 'run') AS step, "
+                                   "(SELECT coalesce(max(id), 0) FROM event) AS event")[0]  # fmt: skip
+        return {**newest, "problem": None}
+
+    @cached_property
+    def river(self) -> River:
+        return River(self.directory, self.manifest)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        try:
+            return tomllib.loads((self.directory / "config.toml").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.directory / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that names the axes of a run: streams with rows and statistics, settings, provenance."""
+        facts = {"name": self.directory.resolve().name, "config": self.config, "manifest": self.manifest}
+        facts["finished"] = (self.directory / "model" / "config.json").is_file()
+        facts["network"] = is_network(self.directory)
+        if self.open() is None:
+            return {**facts, "problem": self.problem, "streams": {}, "capsules": [], "latest": None}
+        reader = self.reader
+        streams = {name: {**about, "rows": reader.rows(name), "stats": reader.stats(name)}
+                   for name, about in reader.streams().items()}  # fmt: skip
+        newest = reader.query(
+            "SELECT max(step) AS step, max(time) AS time, min(time) AS began FROM frame WHERE stream = 'run'"
+        )[0]
+        return {**facts, "problem": None, "streams": streams, "meta": reader.meta, "latest": newest["step"],
+                "age": time.time() - newest["time"], "began": newest["began"], "capsules": reader.capsules(),
+                "histograms": reader.query("SELECT count(*) AS n FROM hist")[0]["n"]}  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ numbers
+
+    def window(self, stream: str, stat: str, since: int = 0, until: int | None = None, span: int | None = None) -> bytes:
+        """Steps since..until of one statistic (or '*': all) of a stream, as few columns as the screen needs.
+
+        span: steps per column (1, 16, 256, 4096), to continue a window; by default chosen.
+        Bytes: uint32 length of a JSON header, the header padded to a multiple of 8, int32 first step of each column,
+        float32 [parts, columns, rows(, stats)]. parts: ["value"], or ["min", "max", "last", "nonfinite", "measured"]
+        where a column holds `span` steps.
+        """
+        reader = self.reader
+        about = reader.streams().get(stream)
+        if about is None:
+            raise UserError(f"{self.directory}: this run recorded no stream '{stream}'")
+        latest = reader.latest_step(stream)
+        column = slice(None) if stat == "*" else reader._index("stat", stream, stat)
+        level = 0 if latest is None else self._level(about, since, min(latest, 2**62 if until is None else until), latest)
+        if span in [FAN**known for known in (0, *LEVELS)]:
+            level = [FAN**known for known in (0, *LEVELS)].index(span)
+        if level == 0:
+            steps, frames = reader.frames(stream, since - 1, until)
+            parts = frames[..., column][None]
+            names = ["value"]
+        else:
+            steps, parts = self._rollup(stream, level, since, until, column)
+            names = ["min", "max", "last", "nonfinite", "measured"]
+        header = {"stream": stream, "stat": stat, "parts": names, "shape": list(parts.shape), "span": FAN**level,
+                  "latest": latest}  # fmt: skip
+        return pack(header, steps, parts)
+
+    def _level(self, about: dict[str, Any], since: int, until: int, latest: int) -> int:
+        """The finest level that fits the screen and the clock, and that saw every step of the window."""
+        cells = about["rows"] * about["columns"]
+        thinned = about["keep_every"] > 1 and until > about["dense_steps"] and since < latest - RECORDER
+        for level in (0, *LEVELS):
+            columns = (until - since + 1) / FAN**level
+            size = columns * cells * 4 * (6 if level else 1)
+            if columns <= COLUMNS and (size <= READ_BYTES or columns <= 64) and not (thinned and level == 0):
+                return level
+        return LEVELS[-1]
+
+    def _rollup(self, stream: str, level: int, since: int, until: int | None, column: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Only what is asked of each bucket is kept in memory: rollups of a big model are wide."""
+        buckets, parts = self.reader.rollup(stream, level, since // FAN**level - 1)
+        if until is not None:
+            inside = buckets <= until // FAN**level
+            buckets, parts = buckets[inside], parts[inside]
+        low, high, _, last, measured, nonfinite = (parts[:, i][..., column] for i in range(6))
+        return buckets * FAN**level, np.stack([low, high, last, nonfinite, measured])
+
+    def histograms(self, row: int, kind: str) -> dict[str, Any]:
+        """All exponent histograms of one tensor: what the weights' sizes were, step by step."""
+        found = self.reader.query("SELECT * FROM hist WHERE row = ? AND kind = ? ORDER BY step", (row, kind))
+        kept = found[:: max(1, len(found) // 400)]
+        return {"kind": kind, "row": row, "recorded": len(found), "columns": [
+            {**{key: h[key] for key in ("step", "zero", "subnormal", "nan", "inf", "first")},
+             "counts": np.frombuffer(h["data"], "<u4").reshape(2, -1).tolist()} for h in kept]}  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------- facts
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the rules said, and what was noted."""
+        read = lambda detail: json.loads(detail) if detail else None
+        return [{**event, "detail": read(event["detail"])} for event in self.reader.events()]
+
+    def step(self, step: int) -> dict[str, Any]:
+        """The documents of one step's batch with their losses, worst first, and the worst tokens in their text."""
+        losses, worst = self.reader.document_losses(step), self.reader.worst_tokens(step)
+        return self.river.step(step, losses, worst, self.config)
+
+    def samples(self) -> dict[str, Any]:
+        """Texts the model wrote, and rows kept with the loss of each token."""
+        rows = self.reader.samples()
+        kept = rows[:: max(1, len(rows) // 12)][-12:] if rows else []
+        return {"texts": self._texts(), "rows": [self.river.sample(row) for row in kept]}
+
+    def _texts(self) -> list[dict[str, Any]]:
+        return self.reader.query("SELECT step, subject AS prompt, text FROM event WHERE rule = 'text_sample' ORDER BY id")
+
+
+def pack(header: dict[str, Any], steps: np.ndarray, parts: np.ndarray) -> bytes:
+    head = json.dumps(header).encode()
+    head += b" " * (-(len(head) + 4) % 8)
+    return b"".join([np.uint32(len(head)).tobytes(), head, steps.astype("<i4").tobytes(), b"\0" * (-4 * len(steps) % 8),
+                     np.ascontiguousarray(parts, dtype="<f4").tobytes()])  # fmt: skip
+
+
+def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[bytes, str]:
+    """(body, media type) of one question of the page. Raises UserError with the sentence to show."""
+    if path == "runs":
+        return _json([feed.describe() for feed in feeds])
+    feed = feeds[_number(query, "run", len(feeds))]
+    try:
+        if path == "window":
+            until = int(query["until"]) if "until" in query else None
+            span = int(query["span"]) if "span" in query else None
+            return feed.window(query["stream"], query["stat"], int(query.get("since", 0)), until, span), BINARY_TYPE
+        if path == "events":
+            return _json(feed.events())
+        if path == "rules":
+            return _json([{name: getattr(rule, name) for name in ("name", "severity", "cause", "remedy", "source")}
+                          for rule in RULES])  # fmt: skip
+        if path == "step":
+            return _json(feed.step(int(query["step"])))
+        if path == "histograms":
+            return _json(feed.histograms(int(query["row"]), query["kind"]))
+        if path == "samples":
+            return _json(feed.samples())
+        if path == "capsule":
+            return _json(read_capsule(feed.directory, int(query["step"])))
+        if path == "river":
+            return _json(feed.river.describe(feed.open()))
+        if path == "document":
+            return _json(feed.river.document(query["split"], int(query["index"]), feed.config, feed.pulse()["step"]))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"/api/{path}: cannot read the question ({error})") from None
+    except sqlite3.OperationalError as error:
+        raise UserError(f"{feed.directory}: the telemetry is busy ({error}); trying again") from None
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{feed.directory}: the telemetry file is damaged ({error})") from None
+    raise UserError(f"/api/{path}: no such question")
+
+
+def _number(query: dict[str, str], name: str, size: int) -> int:
+    text = query.get(name, "0")
+    if not text.isdigit() or int(text) >= size:
+        raise UserError(f"{name}={text}: there are {size} runs, counted from 0")
+    return int(text)
+
+
+def _json(value: Any) -> tuple[bytes, str]:
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False).encode(), JSON_TYPE
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: non-finite numbers become the strings "nan", "inf" and "-inf", which the page shows as such."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, bytes):
+        return None
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
+

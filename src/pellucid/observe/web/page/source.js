@@ -1,0 +1,91 @@
+// Where numbers come from: the server of `pellucid watch`, or, in a report, the answers packed into the file itself.
+
+const packed = window.__report__ ?? null; // {path: base64 of gzip}
+export const isReport = packed !== null;
+
+async function bytesOf(path) {
+  if (!packed) {
+    const response = await fetch(`/api/${path}`);
+    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).problem ?? `the server answered ${response.status}`);
+    return response.arrayBuffer();
+  }
+  if (!(path in packed)) throw new Error("This report does not hold that; open the run with pellucid watch.");
+  const zipped = Uint8Array.from(atob(packed[path]), (c) => c.charCodeAt(0));
+  const stream = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
+
+/** A JSON answer. Throws an Error whose message is a sentence for the user. */
+export async function ask(path) {
+  return JSON.parse(new TextDecoder().decode(await bytesOf(path)));
+}
+
+/** A window of a stream: see Feed.window for the layout. Values keep their bits, so "not measured" differs from NaN. */
+export class Window {
+  constructor(buffer) {
+    const size = new DataView(buffer).getUint32(0, true);
+    this.header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, size)));
+    const [parts, columns, rows, stats = 1] = this.header.shape;
+    Object.assign(this, { parts, columns, rows, stats, span: this.header.span });
+    this.steps = new Int32Array(buffer.slice(4 + size, 4 + size + 4 * columns));
+    const start = 4 + size + 8 * Math.ceil(columns / 2);
+    this.values = new Float32Array(buffer, start);
+    this.bits = new Uint32Array(buffer, start);
+  }
+
+  /** Offset of a cell; part "min", "max", "last", "nonfinite" or "measured" (all the value itself where a column is one step). */
+  at(part, column, row, stat = 0) {
+    const index = this.parts === 1 ? 0 : Math.max(0, this.header.parts.indexOf(part));
+    return ((index * this.columns + column) * this.rows + row) * this.stats + stat;
+  }
+
+  /** The value of a cell: a number (NaN and infinities included), or null where nothing was measured. */
+  value(column, row, stat = 0, part = "last") {
+    const i = this.at(part, column, row, stat);
+    return this.bits[i] === 0x7fc0ffee ? null : this.values[i];
+  }
+
+  /** How many non-finite values the cell holds. */
+  nonfinite(column, row, stat = 0) {
+    if (this.parts > 1) return this.values[this.at("nonfinite", column, row, stat)];
+    const value = this.value(column, row, stat);
+    return value !== null && !Number.isFinite(value) ? 1 : 0;
+  }
+
+  /** Column that holds `step`, or the last one before it; -1 if all are later. */
+  columnOf(step) {
+    let low = 0, high = this.columns - 1, found = -1;
+    while (low <= high) {
+      const middle = (low + high) >> 1;
+      if (this.steps[middle] <= step) { found = middle; low = middle + 1; } else high = middle - 1;
+    }
+    return found;
+  }
+
+  /** One row over time. */
+  series(row, stat = 0, part = "last") {
+    return Array.from({ length: this.columns }, (_, column) => this.value(column, row, stat, part));
+  }
+
+  /** This window continued by a newer one of the same grain, or null if they do not fit together. */
+  extended(newer) {
+    if (newer.columns === 0) return this;
+    if (this.parts !== newer.parts || this.span !== newer.span || this.columns + newer.columns > 2048 + 64) return null;
+    const keep = this.columnOf(newer.steps[0] - 1) + 1, columns = keep + newer.columns, cell = this.rows * this.stats;
+    const values = new Float32Array(this.parts * columns * cell), bits = new Uint32Array(values.buffer);
+    for (let p = 0; p < this.parts; p++) {
+      bits.set(this.bits.subarray(p * this.columns * cell, (p * this.columns + keep) * cell), p * columns * cell);
+      bits.set(newer.bits.subarray(p * newer.columns * cell, (p + 1) * newer.columns * cell), (p * columns + keep) * cell);
+    }
+    const steps = new Int32Array(columns);
+    steps.set(this.steps.subarray(0, keep));
+    steps.set(newer.steps, keep);
+    const made = Object.create(Window.prototype);
+    return Object.assign(made, { header: newer.header, parts: this.parts, columns, rows: this.rows, stats: this.stats,
+      span: this.span, steps, values, bits });
+  }
+}
+
+export async function askWindow(path) {
+  return new Window(await bytesOf(path));
+}

@@ -1,0 +1,142 @@
+// View 5, what was learned: loss of training and held-out text, where in the text it falls, and the text itself.
+import { Nothing, Panel, html, useMemo, useState } from "../ui.js";
+import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
+import { RUNS } from "../colour.js";
+import { Lines } from "../line.js";
+import { isReport } from "../source.js";
+import { count, number, percent, plural } from "../format.js";
+
+const TRAIN = "#0072B2", HELD = "#D55E00";
+
+export function runLine(window, stat, label, hue, more = {}) {
+  const steps = Array.from(window.steps);
+  return { label, hue, steps, values: window.series(0, stat, "last"), ...more,
+    ...(window.parts > 1 ? { low: window.series(0, stat, "min"), high: window.series(0, stat, "max"), bad: steps.filter((_, c) => window.nonfinite(c, 0, stat) > 0) } : {}) };
+}
+
+export function Learning({ theme }) {
+  const { chosen, run, index, step, runs } = useRun();
+  const range = { from: chosen.from, to: chosen.to };
+  const { window } = useWindow(index, "run", "*", range);
+  const held = useWindow(index, "evaluation", "*", range).window;
+  const other = chosen.compare !== null && chosen.compare !== index ? runs[chosen.compare] : null;
+  const otherRun = useWindow(chosen.compare ?? 0, "run", other ? "*" : null, range).window;
+  const otherHeld = useWindow(chosen.compare ?? 0, "evaluation", other ? "*" : null, range).window;
+  const loss = statIndex(run, "run", "loss"), heldLoss = statIndex(run, "evaluation", "loss");
+  const series = useMemo(() => {
+    if (!window) return [];
+    const dots = (w, label, hue) => ({ label, hue, steps: Array.from(w.steps), values: w.series(0, heldLoss), points: true });
+    return [runLine(window, loss, "training", TRAIN), held?.columns ? dots(held, "held-out", HELD) : null,
+      other && otherRun ? runLine(otherRun, loss, `${other.name}, training`, "#56B4E9", { dash: [5, 3] }) : null,
+      other && otherHeld?.columns ? dots(otherHeld, `${other.name}, held-out`, "#CC79A7") : null].filter(Boolean);
+  }, [window, held, otherRun, otherHeld]);
+  if (!window) return html`<p class="boot">Reading the losses …</p>`;
+  const column = window.columnOf(step), now = window.value(column, 0, loss), vocabulary = run.config?.model?.vocab_size;
+  const lr = statIndex(run, "run", "learning_rate"), norm = statIndex(run, "run", "gradient_norm");
+  const evaluated = held?.columns ? held.columns - 1 : -1;
+  const answer = `At step ${step} the batch's loss is ${number(now)} nats per token: the right token gets ${percent(Math.exp(-now), 2)} on (geometric) average.`
+    + (vocabulary ? ` Guessing among ${count(vocabulary)} tokens would give ${number(Math.log(vocabulary))}.` : "")
+    + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} after step ${held.steps[evaluated]}.` : "");
+  return html`
+    <${Panel} id="loss-title" wide question="Is it learning, and does that hold for text it has not seen?" answer=${answer}
+      aside=${(chosen.from !== null || chosen.to !== null) && html`<button type="button" onClick=${() => select({ from: null, to: null })}>all steps</button>`}>
+      <${Lines} label="loss" series=${series} unit="nats" height=${260} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
+        theory=${vocabulary ? [{ value: Math.log(vocabulary), label: "guessing" }] : []} />
+      <${Epochs} run=${run} index=${index} step=${step} />
+    <//>
+    <div class="columns">
+      <${ByPosition} run=${run} index=${index} step=${step} />
+      <${Panel} id="rate-title" question="How was it driven?" answer=${`Learning rate ${number(window.value(column, 0, lr))}, gradient norm ${number(window.value(column, 0, norm))} before clipping.`}>
+        <${Lines} label="learning rate" series=${[runLine(window, lr, "learning rate", "#009E73")]} height=${110} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} zero />
+        <${Lines} label="gradient norm" series=${[runLine(window, norm, "gradient norm", "#CC79A7")]} log height=${130} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
+          theory=${run.config?.training?.gradient_clip ? [{ value: run.config.training.gradient_clip, label: "clipped above" }] : []} />
+      <//>
+    </div>
+    <${BySource} run=${run} index=${index} step=${step} theme=${theme} />
+    <${Documents} run=${run} index=${index} step=${step} />
+    <${Samples} index=${index} run=${run} step=${step} />`;
+}
+
+/** How far through the data the step is. */
+function Epochs({ run, index, step }) {
+  const river = useAnswer(`river?run=${index}`).data;
+  const rows = river?.splits?.train?.packing?.rows, batch = run.config?.training?.batch_size;
+  if (!rows || !batch) return null;
+  const seen = ((step + 1) * batch) / rows, total = run.config?.training?.max_steps ? (run.config.training.max_steps * batch) / rows : seen;
+  return html`<p class="epochs"><span>After step ${step} the model has read ${number(seen)} epochs: ${count((step + 1) * batch)} of ${count(rows)} rows${seen > 1 ? ", each more than once" : ""}.</span>
+    <progress max=${Math.max(1, total)} value=${Math.min(seen, Math.max(1, total))} aria-label="epochs read"></progress></p>`;
+}
+
+/** Mean of a few columns around a step, per row: one step's position buckets hold few tokens. */
+function nearMean(window, step, stat, row, width = 10) {
+  let sum = 0, n = 0;
+  for (let c = Math.max(0, window.columnOf(step) - width + 1); c <= window.columnOf(step); c++) {
+    const value = window.value(c, row, stat);
+    if (value !== null && Number.isFinite(value)) { sum += value; n++; }
+  }
+  return n ? sum / n : null;
+}
+
+function ByPosition({ run, index, step }) {
+  const { window, there } = useWindow(index, "position", "*");
+  if (!there) return html`<${Panel} id="position-title" question="Does it use the text before?"><${Nothing}>This run did not record loss by position.<//><//>`;
+  if (!window?.columns) return null;
+  const rows = run.streams.position.rows.map((row, i) => ({ name: row.name, now: nearMean(window, step, 0, i), then: nearMean(window, window.steps[0] + 9, 0, i) })).filter((row) => row.now !== null);
+  const top = Math.max(...rows.flatMap((row) => [row.now, row.then ?? 0]), 0.1);
+  const first = rows[0], last = rows[rows.length - 1];
+  return html`<${Panel} id="position-title" question="Does it use the text before?" answer=${first && last ? `After ${last.name} tokens of context the loss is ${number(last.now)}, against ${number(first.now)} without any: context is worth ${number(first.now - last.now)} nats.` : ""}>
+    <table class="bars"><caption class="sr">loss by position in the document, mean of the last 10 recorded steps</caption>
+      <thead><tr><th scope="col">tokens before</th><th scope="col" class="left">loss now (bar), in the first 10 steps (mark)</th><th scope="col">nats</th></tr></thead>
+      <tbody>${rows.map((row) => html`<tr><th scope="row">${row.name}</th><td class="left"><div class="bar-cell"><i style=${{ width: `${(100 * row.now) / top}%`, background: TRAIN }}></i>
+        ${row.then !== null && html`<b style=${{ left: `${(100 * row.then) / top}%` }}></b>`}</div></td><td>${number(row.now)}</td></tr>`)}</tbody></table>
+  <//>`;
+}
+
+function BySource({ run, index, step, theme }) {
+  const { window, there } = useWindow(index, "source", "*");
+  const rows = run.streams.source?.rows ?? [];
+  const series = useMemo(() => (window ? rows.map((row, i) => ({ label: row.name, hue: RUNS[i % RUNS.length], dash: i >= 8 ? [4, 3] : undefined, steps: Array.from(window.steps), values: window.series(i, 0) })) : []), [window]);
+  if (!there || !window?.columns || rows.length < 2) return null;
+  return html`<${Panel} id="source-title" wide question="Which sources are learned, and which are not?" answer=${`${rows.length} sources; the mean hides what one of them does.`}>
+    <${Lines} label="loss by source" series=${series} unit="nats" height=${200} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} /><//>`;
+}
+
+/** The batch of the selected step: pieces of documents with the loss on each, the worst on top. */
+export function Documents({ index, step }) {
+  const { data, problem } = useAnswer(isReport ? null : `step?run=${index}&step=${step}`);
+  const [open, show] = useState(null);
+  const question = `Which documents were in step ${step}?`;
+  if (isReport) return html`<${Panel} id="documents-title" wide question=${question}><${Nothing}>The report leaves out the text of the batches; see it with pellucid watch, or pellucid trace.<//><//>`;
+  if (problem || data?.problem) return html`<${Panel} id="documents-title" wide question=${question}><${Nothing}>${problem ?? data.problem}<//><//>`;
+  if (!data) return null;
+  const measured = data.pieces.filter((piece) => piece.loss !== null && piece.loss !== undefined);
+  return html`<${Panel} id="documents-title" wide question=${question}
+    answer=${measured.length ? `${plural(data.pieces.length, "piece")} of documents; the hardest is ${measured[0].source} with ${number(measured[0].loss)} nats per token.` : `${plural(data.pieces.length, "piece")} of documents; their losses were not recorded at this step.`}>
+    <div class="columns">
+      <div class="scroll tall" tabindex="0" role="region" aria-label="documents of the step"><table><thead><tr><th class="left" scope="col">document</th><th scope="col">bytes</th><th scope="col">tokens</th><th scope="col">loss</th><th scope="col">worst token</th></tr></thead>
+        <tbody>${data.pieces.map((piece, i) => html`<tr class=${open === i ? "chosen" : ""}><td class="left"><button type="button" class="link" aria-expanded=${open === i} onClick=${() => show(open === i ? null : i)}>${piece.source}</button>
+          ${open === i && html`<p><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "river", document: piece.document }); }}>follow this document through the river</a></p><pre class="text">${piece.excerpt ?? "(its text is shown for the twelve hardest)"}</pre>`}</td>
+          <td>${count(piece.byte_start)}–${count(piece.byte_end)}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${number(piece.worst)}</td></tr>`)}</tbody></table></div>
+      <div><h3>The tokens it expected least</h3>
+        <ol class="worst">${data.tokens.map((token) => html`<li><span class="loss">${number(token.loss)}</span><span class="mono">…${visible(token.before.slice(-60))}<mark>${visible(token.target_text)}</mark></span></li>`)}</ol></div>
+    </div><//>`;
+}
+
+export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "→");
+
+/** Texts the model wrote, and kept rows whose tokens carry the colour of their loss. */
+function Samples({ index, step }) {
+  const { data } = useAnswer(`samples?run=${index}`, Math.floor(step / 100));
+  const [at, pick] = useState(null);
+  if (!data) return null;
+  const rows = data.rows, row = rows[at ?? rows.length - 1];
+  return html`<div class="columns">
+    <${Panel} id="tokens-title" question="Where in a text is it still surprised?" answer=${row ? "Each token of a training row, darker the more it surprised the model at that step. Point at one for its loss." : ""}>
+      ${row ? html`<label>kept row of <select value=${at ?? rows.length - 1} onChange=${(e) => pick(Number(e.target.value))}>${rows.map((r, i) => html`<option value=${i} selected=${i === (at ?? rows.length - 1)}>step ${r.step}</option>`)}</select></label>
+        <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${row.step}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${`${JSON.stringify(text)}: ${number(row.losses[i])} nats, probability ${percent(Math.exp(-row.losses[i]), 2)}`}>${text}</span>`)}</p>`
+    : html`<${Nothing}>No row with the loss of each token was kept yet.<//>`}<//>
+    <${Panel} id="written-title" question="What does it write?" answer=${data.texts.length ? "The same prompt, continued by the model at different steps." : ""}>
+      ${data.texts.length ? data.texts.slice(-4).map((text) => html`<h3>after step ${text.step}</h3><pre class="text">${text.prompt}<mark class="written">${text.text}</mark></pre>`)
+    : html`<${Nothing}>No text was written during this run yet.<//>`}<//>
+  </div>`;
+}

@@ -1,0 +1,155 @@
+// View 1, the X-ray: every tensor by every step in one picture of the chosen statistic; two runs give their difference.
+import { Choice, Nothing, Panel, html, useMemo, useState } from "../ui.js";
+import { select, statOf, useRun, useWindow } from "../state.js";
+import { ROLES, scaleOf } from "../colour.js";
+import { ColourBar, Heatmap, cellValue, differ } from "../heatmap.js";
+import { Lines } from "../line.js";
+import { describeRow, tensorRows } from "../rows.js";
+import { float32, number, plural, withUnit } from "../format.js";
+
+export function XRay({ theme, alarms }) {
+  const { chosen, run, index, step, runs } = useRun();
+  const stat = statOf(run, "param", chosen.stat) ?? statOf(run, "param", "update_ratio");
+  const [hidden, hide] = useState(new Set());
+  const [experts, showExperts] = useState(true);
+  const [part, setPart] = useState("max");
+  const [hover, setHover] = useState(null);
+  const range = { from: chosen.from, to: chosen.to };
+  const { window, problem } = useWindow(index, "param", stat?.name, range);
+  const other = chosen.compare !== null && chosen.compare !== index ? runs[chosen.compare] : null;
+  const compared = useWindow(chosen.compare ?? 0, "param", other ? stat?.name : null, range).window;
+  const roles = useMemo(() => new Set(Object.keys(ROLES).filter((role) => !hidden.has(role))), [hidden]);
+  const rows = useMemo(() => tensorRows(run, { roles, experts, other }), [run.streams, roles, experts, other?.streams]);
+  const scale = useMemo(() => scaleOf(stat, theme, Boolean(other)), [stat, theme, other !== null]);
+  if (!stat) return html`<${Nothing}>This run recorded no statistics of its tensors.<//>`;
+  if (problem) return html`<${Nothing}>${problem}<//>`;
+  if (!window) return html`<p class="boot">Reading the steps …</p>`;
+  const log = stat.scale === "log", from = range.from ?? window.steps[0] ?? 0, to = range.to ?? run.latest;
+  const selected = chosen.tensor ?? null;
+  const describe = (row, at) => {
+    const column = window.columnOf(at), value = column < 0 ? null : window.value(column, row.index, 0, part);
+    const bad = column < 0 ? 0 : window.nonfinite(column, row.index);
+    const there = window.span > 1 && column >= 0 ? `steps ${window.steps[column]} to ${Math.min(window.steps[column] + window.span - 1, run.latest)}` : `step ${column < 0 ? at : window.steps[column]}`;
+    const said = bad ? plural(bad, "non-finite value") : value === null ? "not measured" : withUnit(value, stat.unit);
+    return `${describeRow(row.row)} · ${there} · ${said}`;
+  };
+  const rowHeight = Math.max(3, Math.min(12, Math.floor(Math.max(420, innerHeight - 330) / Math.max(1, rows.length))));
+  return html`<${Panel} id="xray-title" wide question=${other ? `Where does ${run.name} differ from ${other.name}?` : "What is happening in every tensor, at every step?"}
+    answer=${summary({ window, compared, rows, stat, step, part, other, log })}>
+    <div class="controls">
+      <${StatPicker} run=${run} value=${stat.name} />
+      ${window.parts > 1 && html`<${Choice} label="what a cell shows" value=${part} onChange=${setPart} options=${[["max", "largest"], ["min", "smallest"], ["last", "last"]]} />`}
+      <label class="tick"><input type="checkbox" checked=${experts} onChange=${(e) => showExperts(e.target.checked)} />each expert</label>
+      <div class="chips" role="group" aria-label="roles shown">${Object.entries(ROLES).map(([role, { hue, label }]) => html`<button type="button"
+        class="chip" aria-pressed=${!hidden.has(role)} onClick=${() => hide(new Set(hidden.has(role) ? [...hidden].filter((r) => r !== role) : [...hidden, role]))}>
+        <i style=${{ background: hue }}></i>${label}</button>`)}</div>
+      ${(chosen.from !== null || chosen.to !== null) && html`<button type="button" onClick=${() => select({ from: null, to: null })}>all steps</button>`}
+    </div>
+    <div class="xray-grid">
+      <div>
+        ${rows.length ? html`<${Heatmap} window=${window} other=${other ? compared : null} rows=${rows} part=${part} scale=${scale} log=${log} from=${from} to=${to}
+          rowHeight=${rowHeight} label=${`${stat.name} of ${plural(rows.length, "tensor")} over steps ${from} to ${to}`} selected=${selected} step=${step}
+          ticks=${alarms} describe=${describe}
+          onHover=${(row, at) => setHover(row ? { row, step: at } : null)} onPick=${(row, at) => select({ tensor: row.label, step: at, layer: row.row.layer, expert: row.row.expert })}
+          onOpen=${(row, at) => row && select({ view: "tensor", tensor: row.label, step: at, layer: row.row.layer, expert: row.row.expert })}
+          onZoom=${(a, b) => select({ from: a, to: b })} />` : html`<${Nothing}>All roles are switched off.<//>`}
+        <p class="hint">Click a cell to select it, drag to zoom in, double-click to open the tensor.</p>
+      </div>
+      <${Inspector} run=${run} window=${window} stat=${stat} scale=${scale} rows=${rows} step=${hover?.step ?? step} row=${hover?.row ?? rows.find((row) => row.label === selected)}
+        pinned=${rows.find((row) => row.label === selected)} theme=${theme} from=${from} to=${to} part=${part} other=${other} compared=${compared} />
+    </div>
+  <//>`;
+}
+
+const GROUPS = [
+  ["size of the change", ["update_ratio", "update_norm", "adam_rms", "credit"]], ["gradient", ["gradient_norm", "clipped_norm", "staleness", "gradient_zero"]],
+  ["direction", ["cos_descent", "cos_previous", "cos_gradient"]], ["weight", ["weight_norm", "swallowed", "unmoved", "epsilon"]],
+  ["non-finite", ["weight_nonfinite", "gradient_nan", "gradient_inf"]],
+];
+export const title = (name) => name.replaceAll("_", " ");
+
+export function StatPicker({ run, value }) {
+  const names = run.streams.param.stats.map((stat) => stat.name);
+  const rest = names.filter((name) => !GROUPS.some(([, list]) => list.includes(name)));
+  return html`<label>statistic <select class="stat-picker" value=${value} onChange=${(e) => select({ stat: e.target.value })}>
+    ${[...GROUPS, ["settings", rest]].map(([group, list]) => html`<optgroup label=${group}>${list.filter((name) => names.includes(name)).map((name) => html`<option value=${name} selected=${name === value}>${title(name)}</option>`)}</optgroup>`)}
+  </select></label>`;
+}
+
+/** One sentence with the numbers of the selected step. */
+function summary({ window, compared, rows, stat, step, part, other, log }) {
+  const column = window.columnOf(step);
+  if (column < 0) return "Nothing was recorded at this step.";
+  let bad = 0;
+  const values = [];
+  for (const row of rows) {
+    if (row.label === "all") continue;
+    let value = cellValue(window, column, row.index, 0, part);
+    if (other) value = compared && row.other !== undefined ? differ(value, cellValue(compared, compared.columnOf(step), row.other, 0, part), log) : null;
+    if (value === null) continue;
+    if (!Number.isFinite(value)) bad++; else values.push([value, row]);
+  }
+  if (!values.length) return bad ? `At step ${step}, all of ${plural(bad, "tensor")} are NaN or infinite.` : `“${title(stat.name)}” was not measured at step ${step}.`;
+  values.sort((a, b) => a[0] - b[0]);
+  const middle = values[values.length >> 1][0], top = values[values.length - 1];
+  const warn = bad ? ` ${plural(bad, "tensor")} NaN or infinite.` : "";
+  if (other) {
+    const way = log ? `${number(10 ** middle)} times` : number(middle, { signed: true });
+    return `At step ${step} the middle tensor is ${way}${log ? "" : " apart"}; largest difference: ${describeRow(top[1].row)}.${warn}`;
+  }
+  return `At step ${window.steps[column]} the middle tensor has ${withUnit(middle, stat.unit)}; the largest is ${withUnit(top[0], stat.unit)}, in ${describeRow(top[1].row)}.${warn}`;
+}
+
+/** What the cell under the pointer, or the selected one, says; and the meaning of the statistic, from the run's own file. */
+function Inspector({ run, window, stat, scale, row, pinned, step, theme, from, to, part, other, compared }) {
+  const extent = useMemo(() => (other ? null : extremes(window)), [window, other]);
+  const column = window.columnOf(step);
+  const value = row && column >= 0 ? window.value(column, row.index, 0, part) : null;
+  const shown = pinned ?? row;
+  const series = useMemo(() => (shown ? line(window, shown, compared, other, theme) : []), [window, shown, compared, theme]);
+  return html`<aside class="inspector" aria-label="selected cell">
+    <${ColourBar} scale=${scale} unit=${stat.unit} extent=${extent} />
+    <h3>${title(stat.name)} ${stat.formula && html`<code>${stat.formula}</code>`}</h3>
+    <p>${stat.meaning}</p>
+    ${stat.healthy && html`<p class="healthy"><b>Healthy:</b> ${stat.healthy}</p>`}
+    ${stat.source && html`<p class="source">${stat.source}</p>`}
+    ${row ? html`<dl class="cell">
+      <dt>tensor</dt><dd class="name">${row.label}</dd>
+      <dt>shape</dt><dd>${row.row.shape || "–"} ${row.row.dtype}</dd>
+      <dt>step</dt><dd>${column < 0 ? "–" : window.steps[column]}</dd>
+      <dt>value</dt><dd class="value" data-value=${value === null ? "" : String(value)}>${withUnit(value, stat.unit)}</dd>
+      <dt>exactly</dt><dd>${value === null ? "not measured" : float32(value)}</dd>
+      ${window.parts > 1 && column >= 0 && html`<dt>from … to</dt><dd>${number(window.value(column, row.index, 0, "min"))} … ${number(window.value(column, row.index, 0, "max"))}</dd>
+        <dt>non-finite</dt><dd>${window.nonfinite(column, row.index)} of ${window.value(column, row.index, 0, "measured")}</dd>`}
+    </dl>` : html`<p class="hint">Point at a cell to read it.</p>`}
+    ${shown && html`<${Lines} label=${`${title(stat.name)} of ${shown.label}`} series=${series} log=${stat.scale === "log"} unit=${stat.unit} height=${150}
+      step=${step} theme=${theme} from=${from} to=${to} onPick=${(s) => select({ step: s })} />
+      <p class="links"><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "tensor", tensor: shown.label }); }}>open the tensor</a>
+      <a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "learning" }); }}>documents of this step</a></p>`}
+  </aside>`;
+}
+
+/** A row as a line; what is not finite is counted and marked. */
+function line(window, row, compared, other) {
+  const one = (w, r, label, hue, dash) => ({ label, hue, dash, steps: Array.from(w.steps), values: w.series(r, 0, "last"),
+    ...(w.parts > 1 ? { low: w.series(r, 0, "min"), high: w.series(r, 0, "max"),
+      bad: Array.from(w.steps).filter((_, c) => w.nonfinite(c, r) > 0) } : {}) });
+  const found = [one(window, row.index, row.short, row.hue)];
+  if (other && compared && row.other !== undefined) found.push(one(compared, row.other, other.name, "#CC79A7", [5, 3]));
+  return found;
+}
+
+/** Smallest and largest finite value of a window. */
+function extremes(window) {
+  let low = null, high = null;
+  for (let i = 0; i < window.columns * window.rows * (window.parts > 1 ? 2 : 1); i++) {
+    const value = window.values[i];
+    if (Number.isFinite(value) && value !== 0) {
+      if (low === null || value < low) low = value;
+      if (high === null || value > high) high = value;
+    }
+  }
+  return [low, high];
+}
+
+export { extremes, line };

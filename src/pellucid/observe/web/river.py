@@ -1,0 +1,134 @@
+"""Picture 2 of a run: stages of its data, documents followed from file to batch. Reads the prepared data, if it is here.
+
+A run records where its prepared data lies; on another machine it may be missing. Then the counts come from the run's own
+telemetry, and what needs the texts says so.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pellucid.config import UserError
+from pellucid.data.dataset import Dataset
+
+EXCERPT = 4000  # characters of a document that the page shows
+TOKENS = 600  # tokens of a document shown as chips
+SHOWN = 400  # rows and steps of a document listed
+CHUNK = 100_000  # steps whose order is computed at once
+
+
+class River:
+    """The data of one run. `problem` says why its texts cannot be shown, if they cannot."""
+
+    def __init__(self, run_dir: Path, manifest: dict[str, Any]):
+        self.run_dir = run_dir
+        self._manifest = manifest
+        self.problem: str | None = None
+
+    @cached_property
+    def dataset(self) -> Dataset | None:
+        recorded = self._manifest.get("data", {}).get("directory")
+        if recorded is None:
+            self.problem = "This run does not say where its data lies (manifest.json is missing or incomplete)."
+            return None
+        try:
+            dataset = Dataset(recorded, verify=False)
+        except UserError as error:
+            self.problem = f"The prepared data is not on this machine: {error}."
+            return None
+        if dataset.fingerprint != self._manifest["data"].get("fingerprint"):
+            self.problem = f"{recorded} holds other data now than what this run was trained on, so no text is shown."
+            return None
+        return dataset
+
+    def describe(self, reader: Any) -> dict[str, Any]:
+        """Stages with counts and samples, tokenizer, splits; from the data's manifest, else from the telemetry."""
+        dataset = self.dataset
+        if dataset is None:
+            stages = [{**{k: v for k, v in stage.items() if k != "detail"}, **(stage["detail"] or {})}
+                      for stage in (reader.stages() if reader else [])]  # fmt: skip
+            return {"problem": self.problem, "stages": stages, "sources": [], "splits": {}, "tokenizer": None}
+        manifest = dataset.manifest
+        sources = sorted(manifest["sources"], key=lambda file: -file["size"])
+        shown = [{key: file[key] for key in ("uri", "size", "documents", "sha256")} for file in sources[:40]]
+        return {
+            "problem": None, "stages": manifest["stages"], "splits": manifest["splits"], "tokenizer": manifest["tokenizer"],
+            "split": manifest["split"], "settings": manifest["settings"], "sources": shown, "files": len(sources),
+            "bytes": sum(file["size"] for file in sources), "documents": sum(file["documents"] for file in sources),
+        }  # fmt: skip
+
+    def step(self, step: int, losses: list[dict], worst: list[dict], config: dict[str, Any]) -> dict[str, Any]:
+        """Pieces of the batch of a step, those with a recorded loss first, worst on top; worst tokens in their text."""
+        if self.dataset is None:
+            return {"problem": self.problem, "step": step, "pieces": losses, "tokens": worst}
+        training = config.get("training", {})
+        split = self.dataset.split("train", training.get("seed", 0))
+        pieces = split.trace(step, training.get("batch_size", 16))
+        loss_of = {(loss["row"], loss["segment"]): loss for loss in losses}
+        for piece in pieces:
+            piece.update({key: loss_of.get((piece["row"], piece["segment"]), {}).get(key) for key in ("loss", "worst")})
+        pieces.sort(key=lambda piece: -(piece["loss"] if piece["loss"] is not None else -1))
+        for piece in pieces[:12]:
+            piece["excerpt"] = self._piece_text(split, piece)
+        tokens = [self._token(split, step, training, token) for token in worst]
+        return {"problem": None, "step": step, "pieces": pieces, "tokens": tokens}
+
+    def _piece_text(self, split: Any, piece: dict[str, Any]) -> str:
+        document = split.document(piece["document"])
+        ids = document["token_ids"][piece["token_start"] : piece["token_start"] + min(piece["length"], 80)]
+        return split.tokenizer.decode([i for i in ids if i != split.tokenizer.eos_token_id])
+
+    def _token(self, split: Any, step: int, training: dict[str, Any], token: dict[str, Any]) -> dict[str, Any]:
+        batch = split.batch(step, training.get("batch_size", 16))
+        tokens, segments = batch.tokens_BT[token["row"]].tolist(), batch.segment_ids_BT[token["row"]].tolist()
+        at = token["position"]
+        before = [t for t, s in zip(tokens[max(0, at - 24) : at + 1], segments[max(0, at - 24) : at + 1], strict=True)
+                  if s == segments[at]]  # fmt: skip
+        return {**token, "before": split.tokenizer.decode(before), "target_text": self.token_text(token["target"])}
+
+    def sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A kept row with its tokens as text."""
+        tokens, targets, losses = row["tokens"].tolist(), row["targets"].tolist(), row["losses"].tolist()
+        texts = [self.token_text(target) if target >= 0 else None for target in targets]
+        return {"step": row["step"], "row": row["row"], "sample": row["sample_id"], "tokens": tokens, "targets": targets,
+                "losses": losses, "texts": texts}  # fmt: skip
+
+    def token_text(self, token: int) -> str:
+        if self.dataset is None:
+            return f"#{token}"
+        tokenizer = self.dataset.tokenizer
+        if token in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+            return {tokenizer.pad_token_id: "<pad>", tokenizer.bos_token_id: "<bos>", tokenizer.eos_token_id: "<eos>"}[token]
+        return tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+
+    def document(self, split_name: str, index: int, config: dict[str, Any], latest: int | None) -> dict[str, Any]:
+        """One document from its file to the batches: text, tokens, the rows it is packed into, the steps that read it."""
+        if self.dataset is None:
+            raise UserError(self.problem)
+        split = self.dataset.split(split_name, config.get("training", {}).get("seed", 0))
+        if not 0 <= index < split.plan.document.max() + 1:
+            raise UserError(f"document {index}: the {split_name} split has {split.plan.document.max() + 1} documents")
+        document = split.document(index)
+        ids = document.pop("token_ids")
+        tokens = [{"id": token, "text": self.token_text(token)} for token in ids[:TOKENS]]
+        text = document.pop("text")
+        pieces = (split.plan.document == index).nonzero()[0]
+        rows = np.unique(split.plan.row_first.searchsorted(pieces, side="right") - 1)
+        batch = config.get("training", {}).get("batch_size", 16)
+        steps = self._steps_of(split, rows, batch, latest) if split_name == "train" and latest is not None else []
+        return {**document, "split": split_name, "index": index, "characters": len(text), "text": text[:EXCERPT],
+                "documents": int(split.plan.document.max()) + 1, "tokens": tokens, "token_count": len(ids),
+                "rows": rows[:SHOWN].tolist(), "row_count": len(rows), "steps": steps}  # fmt: skip
+
+    def _steps_of(self, split: Any, rows: np.ndarray, batch: int, latest: int) -> list[int]:
+        """Steps whose batch held one of these rows: the order of a run is a pure function of its seed."""
+        found: list[int] = []
+        for start in range(0, (latest + 1) * batch, CHUNK * batch):
+            stop = min(start + CHUNK * batch, (latest + 1) * batch)
+            hits = np.isin(split.sample_rows(start, stop), rows).nonzero()[0]
+            found += np.unique((start + hits) // batch).tolist()
+        return found[:SHOWN]

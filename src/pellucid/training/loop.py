@@ -1,0 +1,184 @@
+"""The loop of picture 1: step after step over the epochs, with evaluation, checkpoints and a clean stop.
+
+Everything a step depends on is in the checkpoint (weights, optimizer state, counters) or is a pure function of the
+step (batch, learning rate), so a resumed run equals an unbroken one bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pellucid.config import Config, UserError
+from pellucid.model.grok import Grok1
+from pellucid.training import checkpoint
+from pellucid.training.evaluate import Evaluation, evaluate_batches, split_batches
+from pellucid.training.interrupt import StopRequest
+from pellucid.training.optimizers import load_optimizer_state, optimizer_state
+from pellucid.training.progress import Quiet
+from pellucid.training.schedules import learning_rate_factor
+from pellucid.training.step import StepResult, training_step
+
+
+@dataclass
+class Counters:
+    """What a run has done; saved with every checkpoint."""
+
+    step: int = 0  # steps done = number of the next one
+    tokens: int = 0  # predicted so far
+    skipped: int = 0  # steps not applied
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None  # lowest held-out loss
+
+
+class Loop:
+    """Trains `model` on `dataset` by `config`, writing into `run_dir`. `observer` is told what every step did."""
+
+    def __init__(
+        self, config: Config, model: Grok1, optimizer: torch.optim.Optimizer, dataset: Any, run_dir: Path,
+        observer: Any, progress: Quiet | None = None,
+    ):  # fmt: skip
+        self.config, self.model, self.optimizer, self.dataset = config, model, optimizer, dataset
+        self.run_dir, self.observer, self.progress = run_dir, observer, progress or Quiet()
+        self.train_split = dataset.split("train", config.training.seed)
+        self.max_steps = budget_in_steps(config, self.train_split)
+        self.counters = Counters()
+        self.final: Evaluation | None = None  # on all held-out rows, at the end of the budget
+        self.device = model.embedding.weight.device
+
+    def run(self) -> str | None:
+        """Train to the end of the budget. Returns the name of the signal that stopped it early, if one did."""
+        settings, counters = self.config.training, self.counters
+        epoch_at = lambda step: self.train_split.epoch_of(step, settings.batch_size)
+        self.progress.start(counters.step, self.max_steps, epoch_at(self.max_steps))
+        with StopRequest() as stop:
+            if counters.step == 0:
+                self.evaluate(rows=settings.evaluate_rows)
+            while counters.step < self.max_steps and stop.signal_name is None:
+                started = time.perf_counter()
+                result = self.step()
+                self.progress.step(counters.step - 1, result, time.perf_counter() - started, epoch_at(counters.step))
+                if counters.skipped_in_a_row >= settings.max_nonfinite_steps:
+                    self.save()
+                    raise UserError(self._explain_nonfinite())
+                self._after_step()
+            if stop.signal_name is None:
+                self.final = self.evaluate(rows=None)
+            if not checkpoint.exists(self.checkpoints, counters.step):
+                self.save()
+        self.progress.close()
+        return stop.signal_name
+
+    def step(self) -> StepResult:
+        """One step on its own batch, which follows from the step's number alone."""
+        settings, counters = self.config.training, self.counters
+        began = time.perf_counter()
+        self.observer.begin_step(counters.step)
+        batch = self.train_split.batch(counters.step, settings.batch_size)
+        size = settings.micro_batch_size
+        micro_batches = [batch[i : i + size].to(self.device) for i in range(0, settings.batch_size, size)]
+        data_seconds = time.perf_counter() - began
+        factor = learning_rate_factor(self.config.schedule, counters.step, self.max_steps)
+        result = training_step(self.model, self.optimizer, micro_batches, settings, factor, self.observer)
+        result.seconds["data"] = data_seconds
+        self.observer.end_step(counters.step, result)
+        counters.step += 1
+        counters.tokens += result.tokens
+        counters.skipped += not result.applied
+        counters.skipped_in_a_row = 0 if result.applied else counters.skipped_in_a_row + 1
+        if not result.applied:
+            self.progress.say(f"step {counters.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: skipped")
+        return result
+
+    def evaluate(self, rows: int | None) -> Evaluation | None:
+        """Loss on the first `rows` held-out rows (None: all of them); None when nothing is held out."""
+        if self.dataset.validation is None:
+            return None
+        split, size = self.dataset.validation, self.config.training.micro_batch_size
+        result = evaluate_batches(self.model, split_batches(split, size, rows), self.dataset.tokenizer.byte_lengths)
+        self.observer.evaluation(self.counters.step, result)
+        self.progress.say(
+            f"after step {self.counters.step}: held-out loss {result.loss:.4f} ({result.bits_per_byte:.3f} bits per byte)"
+        )
+        return result
+
+    def save(self, best: bool = False) -> Path:
+        """A checkpoint of this moment."""
+        tensors, facts = optimizer_state(self.optimizer)
+        settings = decisive_settings(self.config, self.dataset)
+        state = {"counters": vars(self.counters), "optimizer": facts, "settings": settings}
+        folders = {"model": dict(self.model.state_dict()), "optimizer": tensors}
+        folder = checkpoint.save(self.checkpoints, self.counters.step, folders, state, best=best)
+        checkpoint.retain(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best, self._warn)
+        return folder
+
+    def _warn(self, path: Path, reason: str) -> None:
+        self.progress.say(f"{path}: damaged ({reason}); not used")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def resume(self) -> None:
+        """Continue from the newest good checkpoint; a run killed before its first one begins again.
+
+        Raises UserError when all are damaged, or when they belong to another run.
+        """
+        if not checkpoint.saved_steps(self.checkpoints):
+            self.progress.say("nothing was saved yet: starting from step 0")
+            return
+        saved = checkpoint.newest_good(self.checkpoints, on_bad=self._warn)
+        if saved is None:
+            raise UserError(f"{self.checkpoints}: no checkpoint is intact; start anew in another --run-dir")
+        differences = checkpoint.diff_settings(saved.state["settings"], decisive_settings(self.config, self.dataset))
+        if differences:
+            raise UserError(f"{saved.folder}: cannot resume, these settings have changed: {'; '.join(differences)}")
+        self.model.load_state_dict(saved.tensors["model"])
+        load_optimizer_state(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
+        self.counters = Counters(**saved.state["counters"])
+
+    def _after_step(self) -> None:
+        """What is due every so many steps."""
+        settings, saving, step = self.config.training, self.config.checkpoint, self.counters.step
+        if step == self.max_steps:
+            return
+        best = False
+        if settings.evaluate_every and step % settings.evaluate_every == 0:
+            result = self.evaluate(rows=settings.evaluate_rows)
+            best = result is not None and result.loss < (self.counters.best_loss or math.inf)
+            if best:
+                self.counters.best_loss = result.loss
+        if (best and saving.keep_best) or (saving.every_steps and step % saving.every_steps == 0):
+            self.save(best=best)
+
+    def _explain_nonfinite(self) -> str:
+        return (
+            f"step {self.counters.step}: loss or gradient was not finite {self.counters.skipped_in_a_row} times in a row; "
+            f"none of these steps was applied and the last good state is saved in {self.checkpoints}; "
+            "lower optimizer.learning_rate or look at the data of these steps (pellucid trace)"
+        )
+
+
+def budget_in_steps(config: Config, train_split: Any) -> int:
+    """Steps that spend the budget given in steps, tokens (rows * sequence_length) or epochs."""
+    settings = config.training
+    if settings.max_steps is not None:
+        return settings.max_steps
+    if settings.max_tokens is not None:
+        return math.ceil(settings.max_tokens / (settings.batch_size * config.data.sequence_length))
+    return math.ceil(settings.max_epochs * train_split.rows_per_epoch / settings.batch_size)
+
+
+def decisive_settings(config: Config, dataset: Any) -> dict[str, Any]:
+    """What may not change between a checkpoint and its continuation."""
+    return {
+        "model": config.model.model_dump(mode="json", exclude={"preset"}),
+        "data": {"fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint},
+        "training": config.training.model_dump(mode="json", include={"seed", "batch_size", "precision", "task"}),
+        "optimizer": {"name": config.optimizer.name},
+    }

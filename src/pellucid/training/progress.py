@@ -1,0 +1,78 @@
+"""What a person sees while a run trains: one progress bar and a few lines. `Quiet` shows nothing."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pellucid.training.step import StepResult
+
+
+class Quiet:
+    """The interface, silent: for programs."""
+
+    def say(self, text: str) -> None: ...
+    def stage(self, name: str, done: int, total: int | None, detail: str = "") -> None: ...
+    def start(self, step: int, max_steps: int, epochs: float) -> None: ...
+    def step(self, step: int, result: StepResult, seconds: float, epoch: float) -> None: ...
+    def close(self) -> None: ...
+
+
+class Shown(Quiet):
+    """A live bar on a terminal; elsewhere a line every ten seconds."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self.bar: Progress | None = None
+        self.task = None
+        self.stage_name: str | None = None
+        self.last_line = 0.0
+        self.loss: float | None = None
+        self.speed: float | None = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def stage(self, name: str, done: int, total: int | None, detail: str = "") -> None:
+        """Progress of data preparation; `total` None: unknown; `detail`: counts and speed so far."""
+        if name != self.stage_name:
+            self.close()
+            self.stage_name = name
+            self._open(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+            self.task = self.bar.add_task(name, total=total)
+            if not self.console.is_terminal:
+                self.say(f"{name} ...")
+        self.bar.update(self.task, completed=done, total=total, description=f"{name} {detail}".rstrip())
+
+    def start(self, step: int, max_steps: int, epochs: float) -> None:
+        self.close()
+        self._open(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+            TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=max_steps, completed=step)
+        self.max_steps, self.epochs = max_steps, epochs
+
+    def step(self, step: int, result: StepResult, seconds: float, epoch: float) -> None:
+        """After step number `step` (from 0), which took `seconds`, at `epoch` passes over the data."""
+        smooth = lambda old, new: new if old is None else 0.9 * old + 0.1 * new
+        self.loss = smooth(self.loss, result.loss) if result.applied else self.loss
+        self.speed = smooth(self.speed, result.tokens / seconds)
+        shown = f"loss {self.loss:.4f}" if self.loss is not None else "loss not finite"
+        text = f"{shown} · {self.speed:,.0f} tokens/s · epoch {epoch:.2f} of {self.epochs:.2f}"
+        self.bar.update(self.task, completed=step + 1, description=text)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.last_line >= 10 or step + 1 == self.max_steps):
+            self.last_line = now
+            self.say(f"step {step + 1}/{self.max_steps} · {text}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar, self.stage_name = None, None
+
+    def _open(self, *columns) -> None:
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bar.start()

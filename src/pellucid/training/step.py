@@ -1,0 +1,148 @@
+"""One training step, the heart of picture 1: forward pass -> loss -> backward pass -> clipping -> parameter update.
+
+A batch may come in micro-batches: each is weighted by its share of the step's real tokens, so that their gradients
+add up to those of one big batch. (The balance losses are not linear in the tokens: they balance each micro-batch.)
+A step whose loss or gradient is not finite changes nothing. Letters: N tokens, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid.config import TrainingConfig
+from pellucid.model.grok import Grok1
+from pellucid.training.balance import BALANCE_LOSSES, expert_load, router_z_loss, update_balance_bias
+from pellucid.training.losses import IGNORE, linear_cross_entropy
+from pellucid.training.optimizers import frozen_idle_experts, set_learning_rate
+
+
+@dataclass
+class StepResult:
+    """What one step did. Losses are means over the real tokens of the step, in nats."""
+
+    loss: float = 0.0  # cross-entropy alone
+    balance_loss: float = 0.0  # unweighted
+    router_z_loss: float = 0.0  # unweighted
+    z_loss: float = 0.0  # weighted
+    grad_norm: float = 0.0  # global, before clipping
+    clip_factor: float = 1.0
+    learning_rate: float = 0.0  # of the first parameter group
+    tokens: int = 0  # predicted
+    applied: bool = True  # False: loss or gradient was not finite, nothing changed
+    load_LE: Tensor | None = None  # tokens per layer and expert, pads left out
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def training_step(
+    model: Grok1,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Any],
+    settings: TrainingConfig,
+    learning_rate_factor: float,
+    observer: Any,
+) -> StepResult:
+    """Train on the micro-batches of one step (see data.dataset.Batch; tensors on the model's device)."""
+    result, clock = StepResult(), _Stopwatch()
+    result.tokens = sum(int((batch.targets_BT != IGNORE).sum()) for batch in micro_batches)
+    set_learning_rate(optimizer, learning_rate_factor)
+    result.learning_rate = optimizer.param_groups[0]["lr"]
+    optimizer.zero_grad(set_to_none=True)
+
+    for batch in micro_batches:
+        total = forward(model, batch, settings, result, clock, observer)  # forward pass, loss
+        total.backward()  # backward pass
+        clock.lap("backward")
+        observer.after_backward(batch)
+        clock.lap("observe")
+    gradient_norm = clip_gradients(model, settings.gradient_clip, result)
+    clock.lap("clip")
+
+    result.applied = math.isfinite(result.loss) and bool(torch.isfinite(gradient_norm))
+    observer.before_update(result)
+    clock.lap("observe")
+    if result.applied:
+        with frozen_idle_experts(optimizer, idle_experts(result.load_LE)):
+            optimizer.step()  # parameter update
+        if settings.balance_bias_rate:
+            for layer, load_E in zip(model.layers, result.load_LE, strict=True):
+                update_balance_bias(layer.moe.balance_bias, load_E, settings.balance_bias_rate)
+    clock.lap("update")
+    observer.after_update(result)
+    clock.lap("observe")
+    result.seconds = clock.seconds
+    return result
+
+
+def forward(model: Grok1, batch: Any, settings: TrainingConfig, result: StepResult, clock, observer) -> Tensor:
+    """Predict every token of a micro-batch; returns what to minimise, its share of the step's mean."""
+    hidden_BTD, routings = model.hidden_states(
+        batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT
+    )
+    clock.lap("forward")
+    targets_N = batch.targets_BT.reshape(-1)
+    token_loss = linear_cross_entropy(
+        hidden_BTD.reshape(len(targets_N), -1),
+        model.embedding.weight,
+        targets_N,
+        multiplier=model.config.output_multiplier_scale,
+        z_loss_weight=settings.z_loss,
+    )
+    real_N = targets_N != IGNORE
+    share = token_loss.count / max(1, result.tokens)
+    total = token_loss.total / max(1, result.tokens)
+    if settings.balance_loss != "none" and settings.balance_loss_weight:
+        balance = BALANCE_LOSSES[settings.balance_loss](routings, real_N) * share
+        result.balance_loss += balance.item()
+        total = total + settings.balance_loss_weight * balance
+    if settings.router_z_loss:
+        router_z = router_z_loss(routings, real_N) * share
+        result.router_z_loss += router_z.item()
+        total = total + settings.router_z_loss * router_z
+    result.loss += float(token_loss.per_token_N.sum(dtype=torch.float64)) / max(1, result.tokens)
+    result.z_loss += token_loss.z_loss.item() / max(1, result.tokens)
+    load_LE = torch.stack([expert_load(routing, real_N) for routing in routings])
+    result.load_LE = load_LE if result.load_LE is None else result.load_LE + load_LE
+    clock.lap("loss")
+    observer.micro_batch(batch, routings, token_loss.per_token_N, real_N)
+    clock.lap("observe")
+    return total
+
+
+def clip_gradients(model: Grok1, largest_norm: float, result: StepResult) -> Tensor:
+    """Scale all gradients by min(1, largest_norm / norm), the norm over all of them (Pascanu et al. 2013); 0: leave them."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    result.grad_norm = norm.item()
+    if largest_norm and result.grad_norm > largest_norm:
+        result.clip_factor = largest_norm / result.grad_norm
+        torch._foreach_mul_(gradients, result.clip_factor)
+    return norm
+
+
+def idle_experts(load_LE: Tensor) -> dict[str, Tensor]:
+    """Per stacked expert tensor, which experts served no real token in this step."""
+    return {
+        f"layers.{layer}.moe.{name}": load_E == 0
+        for layer, load_E in enumerate(load_LE)
+        for name in ("gate_up_proj", "down_proj")
+    }
+
+
+class _Stopwatch:
+    """Seconds by phase; what passes between two laps belongs to the phase that the second one names."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,290 @@
+"""Bad input through the command: exit code 2, one sentence on stderr, no traceback, nothing left behind."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tomli_w
+
+from pellucid import cli
+from pellucid.data.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to stand in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """A function: the `pellucid` command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pellucid", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code or 0, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(command, here):
+    """A function: runs the command, checks how it refused and that the folder is as before; returns the sentence."""
+
+    def call(*arguments):
+        before = tree(here)
+        code, _, errors = command(*arguments)
+        assert code == 2, errors
+        return one_sentence(errors, before, here)
+
+    return call
+
+
+def tree(folder):
+    """Every file; an empty folder is nothing."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+
+
+def one_sentence(errors, before, folder):
+    assert errors.startswith("pellucid: ") and errors.count("\n") == 1, errors
+    assert "Traceback" not in errors
+    assert tree(folder) == before, "nothing is left behind"
+    return errors
+
+
+@pytest.fixture
+def write(here, tiny_tables):
+    """A function: writes tiny.toml with [data] values replaced, data kept in this very folder."""
+
+    def tables(data=None, **sections):
+        settings = tiny_tables()
+        settings["data"] |= {"directory": "data"} | (data or {})
+        for name, values in sections.items():
+            settings[name] |= values
+        settings["model"].pop("max_position_embeddings")
+        (here / "tiny.toml").write_text(tomli_w.dumps(settings))
+
+    return tables
+
+
+# ----------------------------------------------------------------------------------------- the text
+
+
+BAD_TEXT = {
+    "missing.txt": (None, "no file matches"),
+    "empty.txt": (b"", "the file is empty"),
+    "blank.jsonl": (b"", "the file is empty"),
+    "binary.txt": (b"abc\0\x01\x02" * 100, "a binary file, not text"),
+    "latin.txt": ("naïve\n".encode("latin-1") * 50, "not UTF-8"),
+    "odd.xyz": (b"text", "no known extension"),
+    "broken.jsonl": (b'{"text": "good"}\n{"text": "cut off\n', "broken.jsonl:2: not a JSON object"),
+    "field.jsonl": (b'{"body": "good"}\n', "no field 'text'; the fields are 'body'"),
+    "number.jsonl": (b'{"text": 3}\n', "field 'text' is a int, not text"),
+    "list.jsonl": (b"[1]\n", "a JSON list, not an object"),
+    "cut.txt.gz": (b"\x1f\x8b\x08\x00rubbish", "gzip file"),
+    "cut.parquet": (b"PAR1 rubbish", "parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXT)
+@pytest.mark.parametrize("verb", ["train", "data build"])
+def test_text_that_cannot_be_read(verb, name, here, write, refused):
+    content, expected = BAD_TEXT[name]
+    if content is not None:
+        (here / name).write_bytes(content)
+    write({"sources": [name]})
+    message = refused(*verb.split(), "tiny.toml", *(["--out", "built"] if verb == "data build" else []))
+    assert expected in message and name in message
+
+
+def test_bad_lines_can_be_skipped_and_are_counted(here, write, command):
+    lines = [json.dumps({"text": f"a line of text number {n} of many"}) for n in range(60)]
+    (here / "some.jsonl").write_text("\n".join([*lines[:30], "{broken", '{"no": "text"}', *lines[30:]]))
+    write({"sources": ["some.jsonl"], "on_error": "skip"})
+    assert command("data", "build", "tiny.toml", "--out", "built")[0] == 0
+    code, output, _ = command("data", "inspect", "built", "--json")
+    stage = json.loads(output)["stages"][0]
+    assert code == 0 and stage["documents_out"] == 60 and sum(stage["dropped"].values()) == 2
+
+
+def test_context_longer_than_the_data(here, write, refused):
+    (here / "short.txt").write_text("A few words.\n")
+    write({"sources": ["short.txt"], "sequence_length": 4096, "validation_fraction": 0.0})
+    assert "data.sequence_length = 4096" in refused("train", "tiny.toml")
+
+
+# ------------------------------------------------------------------------------------- the settings
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.batchsize=4", "unknown key 'training.batchsize'; did you mean 'batch_size'?"),
+        ("model.hidden_size=15", "hidden_size 15 is not a multiple"),
+        ("model.num_experts_per_tok=9", "num_experts_per_tok 9 exceeds num_experts 4"),
+        ("data.tokenizer.vocab_size=5", "data.tokenizer.vocab_size"),
+        ("model.vocab_size=100", "model.vocab_size is 100 but the tokenizer has 260 tokens"),
+        ("model.max_position_embeddings=8", "data.sequence_length 32 exceeds model.max_position_embeddings 8"),
+        ("training.device=cuda:77", "training.device = 'cuda:77': not usable on this machine"),
+        ("training.device=abacus", "training.device = 'abacus': not usable on this machine"),
+        ("training.precision=fp7", "training.precision"),
+        ("nonsense", "neither a configuration file nor key=value"),
+        ("data.tokenizer={kind='file', path='none.json'}", "none.json"),
+    ],
+)
+def test_settings_that_cannot_be(override, expected, tiny_tables, here, refused):
+    (here / "tiny.toml").write_text(tomli_w.dumps(tiny_tables()))  # its data is prepared elsewhere
+    message = refused("train", "tiny.toml", override)
+    assert expected in message
+
+
+@pytest.mark.parametrize(("content", "expected"), [(None, "cannot read the configuration"), ("[model", "not valid TOML")])
+def test_configuration_file_that_cannot_be_read(content, expected, here, refused):
+    if content:
+        (here / "bad.toml").write_text(content)
+    assert expected in refused("train", "bad.toml")
+    assert expected in refused("data", "build", "bad.toml", "--out", "built")
+
+
+def test_tokenizer_file_that_is_none(here, write, refused):
+    (here / "tokenizer.json").write_text('{"version": "1.0"}')
+    write({"tokenizer": {"kind": "file", "path": "tokenizer.json"}})
+    assert "tokenizer.json" in refused("train", "tiny.toml")
+
+
+# ---------------------------------------------------------------------------------- the run's folder
+
+
+def test_run_directory_that_exists(tiny_run, tiny_tables, here, refused):
+    (here / "tiny.toml").write_text(tomli_w.dumps(tiny_tables()))
+    before = tree(tiny_run.directory)
+    assert "exists already; choose another --run-dir" in refused("train", "tiny.toml", "--run-dir", tiny_run.directory)
+    (here / "file").write_text("mine")
+    assert "exists already" in refused("train", "tiny.toml", "--run-dir", "file")
+    assert "file" in refused("train", "tiny.toml", "--run-dir", "file/below")
+    assert tree(tiny_run.directory) == before
+
+
+def test_resuming_what_is_no_run(tiny_tables, here, refused):
+    (here / "tiny.toml").write_text(tomli_w.dumps(tiny_tables()))
+    (here / "empty").mkdir()
+    assert "say which run" in refused("train", "--resume")
+    for folder in ("none", "empty"):
+        assert f"{folder}: not a run directory" in refused("train", "--run-dir", folder, "--resume")
+        assert f"{folder}: not a run directory" in refused("train", "tiny.toml", "--run-dir", folder, "--resume")
+    (here / "empty" / "config.toml").write_text("")
+    assert "manifest.json" in refused("train", "--run-dir", "empty", "--resume")
+
+
+def test_resuming_with_other_settings(tiny_run, here, refused):
+    shutil.copytree(tiny_run.directory, here / "run")
+    message = refused("train", "--run-dir", "run", "--resume", "model.rope_theta=5.0")
+    assert "cannot resume" in message and "model.rope_theta was 10000.0, is 5.0" in message
+
+
+def test_unreadable_checkpoint(tiny_run, here, refused):
+    shutil.copytree(tiny_run.directory, here / "run")
+    shutil.rmtree(here / "run" / "model")
+    for path in here.glob("run/checkpoints/*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-8])
+    assert "no checkpoint is intact" in refused("train", "--run-dir", "run", "--resume")
+    assert "intact checkpoint" in refused("generate", "run")
+    assert "intact checkpoint" in refused("evaluate", "run", "--data", "tiny.toml")
+
+
+# ------------------------------------------------------------------------------------ using a model
+
+
+@pytest.mark.parametrize("name", ["nowhere", "smal", "."])
+def test_model_that_is_not_there(name, here, refused):
+    (here / "text.txt").write_text("text")
+    refused("generate", name, "--prompt", "a")
+    refused("evaluate", name, "--data", "text.txt")
+    refused("convert", name, "out")
+
+
+@pytest.mark.parametrize("name", BAD_TEXT)
+def test_evaluating_what_cannot_be_read(name, tiny_run, here, refused):
+    content, expected = BAD_TEXT[name]
+    if content is not None:
+        (here / name).write_bytes(content)
+    assert expected in refused("evaluate", tiny_run.directory, "--data", name)
+
+
+def test_wrong_tokenizer_for_a_model(tiny_run, here, command, refused, write):
+    (here / "text.txt").write_text("some text, and more of it\n" * 40)
+    write({"sources": ["text.txt"], "tokenizer": {"kind": "bpe", "vocab_size": 280}})
+    assert command("data", "build", "tiny.toml", "--out", "built")[0] == 0
+    other = here / "built" / "tokenizer"
+    for arguments in (["generate", tiny_run.directory], ["evaluate", tiny_run.directory, "--data", "text.txt"]):
+        assert "not the tokenizer that" in refused(*arguments, "--tokenizer", other)
+        assert "none.json" in refused(*arguments, "--tokenizer", "none.json")
+    shutil.copytree(tiny_run.directory / "model", here / "bare")
+    for path in here.glob("bare/tokenizer*"):
+        path.unlink()
+    assert "brings no tokenizer" in refused("generate", "bare")
+    wide = load_tokenizer(other).vocab_size
+    assert f"the tokenizer has {wide} tokens but the model only 260" in refused("generate", "bare", "--tokenizer", other)
+
+
+def test_other_arguments_that_cannot_be(tiny_run, here, refused, command):
+    assert "float8" in refused("generate", tiny_run.directory, "--dtype", "float8")
+    assert "smal" in refused("plan", "smal")
+    assert "none" in refused("data", "inspect", "none")
+    for arguments in (["generate"], ["evaluate", "x"], ["trains"], ["generate", "x", "--temperature", "-1"]):
+        code, _, errors = command(*arguments)
+        assert code == 2 and "Usage:" in errors and "Traceback" not in errors
+
+
+# ------------------------------------------------------------------------------------- the machine
+
+
+def limited(limit, *arguments, cwd):
+    """The command in a process whose files cannot grow beyond `limit` bytes: how a disk fills up."""
+    return subprocess.run(
+        [sys.executable, "-c", "from pellucid.cli import main; main()", *map(str, arguments)], cwd=cwd, text=True,
+        capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+
+
+def test_full_disk_while_data_is_prepared(here, write):
+    write()
+    before = tree(here)
+    ended = limited(2000, "data", "build", "tiny.toml", "--out", "built", cwd=here)
+    assert ended.returncode == 2, ended.stderr
+    one_sentence(ended.stderr, before, here)
+
+
+def test_full_disk_while_a_checkpoint_is_written_costs_nothing_but_that_checkpoint(tiny_tables, here, command):
+    tables = tiny_tables()
+    tables["model"] |= {"hidden_size": 64}
+    tables["observe"] = {"enabled": False}
+    (here / "tiny.toml").write_text(tomli_w.dumps(tables))
+    ended = limited(60_000, "train", "tiny.toml", "--run-dir", "run", cwd=here)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1 and "the disk is full" in ended.stderr, ended.stderr
+    assert sorted(os.listdir(here / "run")) == ["checkpoints", "config.toml", "manifest.json"]
+    assert os.listdir(here / "run" / "checkpoints") == []
+    assert command("train", "--run-dir", "run", "--resume")[0] == 0
+    assert (here / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="a matter of POSIX permissions")
+def test_folder_without_permission(tiny_tables, here, monkeypatch, refused):
+    """Root may write everywhere, so the refusal itself is played."""
+    (here / "tiny.toml").write_text(tomli_w.dumps(tiny_tables()))
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "runs/tiny")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    assert "Permission denied" in refused("train", "tiny.toml", "--run-dir", "run")

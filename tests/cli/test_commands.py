@@ -1,0 +1,118 @@
+"""The commands' answers: JSON that parses, numbers that match, help with examples."""
+
+import json
+import sys
+
+import pytest
+import tomli_w
+
+from pellucid import cli
+from pellucid.config import make_config
+from pellucid.measure.files import evaluate_files
+from pellucid.model.generate import generate
+from pellucid.model.size import flops_per_token, parameter_counts, training_bytes
+
+
+@pytest.fixture
+def command(monkeypatch, capfd, tmp_path):
+    """A function: the `pellucid` command in this process; returns its stdout after checking that it succeeded."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pellucid", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output, errors = capfd.readouterr()
+        assert not ended.value.code, errors
+        return output
+
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+def test_evaluate_prints_what_evaluate_files_finds(command, tiny_run, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on a mat\n" * 30)
+    expected = evaluate_files(*tiny_run.load(), str(tmp_path / "text.txt"), context=32).as_dict()
+    assert json.loads(command("evaluate", tiny_run.directory, "--data", "text.txt", "--json")) == expected
+    lines = command("evaluate", tiny_run.directory, "--data", "text.txt").splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["loss", "perplexity", "bits per byte", "over"]
+    assert lines[0].split()[1] == f"{expected['loss']:.4f}"
+    other = json.loads(command("evaluate", tiny_run.directory, "--data", "text.txt", "--context", "5", "--json"))
+    assert other["tokens"] == expected["tokens"] and other["loss"] != expected["loss"]
+
+
+def test_evaluate_reads_the_chosen_field(command, tiny_run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "the cat"}\n')
+    found = json.loads(command("evaluate", tiny_run.directory, "--data", "a.jsonl", "--text-field", "body", "--json"))
+    assert (found["tokens"], found["text_bytes"]) == (8, 7)
+
+
+def test_generate_prints_the_prompt_and_its_continuation(command, tiny_run):
+    options = ["--prompt", "the cat", "--max-new-tokens", "12", "--seed", "3", "--temperature", "0.9"]
+    model, tokenizer = tiny_run.load()
+    pieces = generate(model, tokenizer, "the cat", max_new_tokens=12, seed=3, temperature=0.9, top_p=0.95)
+    expected = "the cat" + "".join(pieces) + "\n"
+    assert command("generate", tiny_run.directory, *options) == expected
+    assert command("generate", tiny_run.directory / "model", *options) == expected
+
+
+def test_plan_prints_the_numbers_of_the_model(command):
+    rows = json.loads(command("plan", "--json"))
+    assert rows["grok-1"]["parameters"] == 315_684_820_992 and rows["grok-1"]["active"] == 83_756_587_008
+    for name, row in rows.items():
+        settings = make_config({"model": {"preset": name}})
+        model = settings.model.model_copy(update={"vocab_size": row["vocabulary"]})
+        assert row["parameters"] == parameter_counts(model)["total"]
+        assert row["FLOP/token"] == flops_per_token(model, settings.data.sequence_length)
+        assert row["bytes to train"] == training_bytes(model) == 16 * row["parameters"]
+    assert list(json.loads(command("plan", "tiny", "base", "--json"))) == ["tiny", "base"]
+    lines = command("plan").splitlines()
+    assert len(lines) == 1 + len(rows) and "316 G" in lines[-1] and "83.8 G" in lines[-1], "a line a preset"
+    assert max(map(len, lines)) <= 100
+
+
+def test_doctor_examines_this_machine(command):
+    facts = json.loads(command("doctor", "--json"))
+    assert facts.keys() >= {"pellucid", "torch", "processors", "memory", "gpu", "device", "precision", "experts"}
+    assert all(isinstance(value, str) and value for value in facts.values())
+    assert "torch" in command("doctor")
+
+
+def test_data_commands(command, tiny_tables, tmp_path):
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tiny_tables()))
+    built = command("data", "build", "tiny.toml", "--out", "built")
+    manifest = json.loads(command("data", "inspect", "built", "--json"))
+    for name, split in manifest["splits"].items():
+        assert f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens" in built
+    assert "written: built" in built
+    assert "found ready: built" in command("data", "build", "tiny.toml", "--out", "built")
+
+
+def test_train_says_what_it_does_and_what_to_type_next(command, tiny_tables, tmp_path):
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tiny_tables()))
+    output = command("train", "tiny.toml", "training.max_steps=3")
+    for expected in ("parameters,", "before training", "after training", "a bigram model of the same training text",
+                     "step 3/3", "tokens/s", "pellucid generate runs/tiny", "pellucid evaluate runs/tiny"):  # fmt: skip
+        assert expected in output, expected
+    assert "runs/tiny-2" in command("train", "tiny.toml", "training.max_steps=1")
+    assert "runs/tiny-3" in command("train", "runs/tiny/config.toml", "training.max_steps=1")
+
+
+def test_version(command):
+    import pellucid
+
+    assert command("version").strip() == pellucid.__version__
+
+
+def commands():
+    from typer.main import get_command
+
+    root = get_command(cli.app)
+    for name, found in root.commands.items():
+        yield from ((f"{name} {below}" for below in found.commands) if hasattr(found, "commands") else [name])
+
+
+@pytest.mark.parametrize("name", list(commands()))
+def test_help_of_every_command_has_an_example(name, command):
+    text = command(*name.split(), "--help")
+    assert name == "version" or f"pellucid {name}" in text.split("Example:")[1]

@@ -1,0 +1,243 @@
+"""A build killed at any moment goes on mid-file, to the same bytes, with any number of workers; and says how it goes."""
+
+import contextlib
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pellucid.config import DataConfig, UserError
+from pellucid.data import blocks, shards
+from pellucid.data.blocks import BlockWriter, finished_block
+from pellucid.data.build import prepare
+from pellucid.data.document import Document
+from pellucid.data.workers import InThisProcess, Processes
+
+WORDS = "the of and a house river letters seven green walking quickly météo 数据 😀 through under".split()
+BUILD = """
+import sys, json
+from pathlib import Path
+from pellucid.config import DataConfig
+from pellucid.data import blocks, shards, build
+from pellucid.data.workers import InThisProcess, Processes
+blocks.BLOCK_BYTES, shards.TOKENS_PER_SHARD = 20_000, 60_000
+config = DataConfig.model_validate_json(Path(sys.argv[1]).read_text())
+count = int(sys.argv[3])
+print("ready", flush=True)
+build.prepare(config, directory=sys.argv[2], workers=Processes(count) if count > 1 else InThisProcess())
+"""
+
+
+def text(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choices(WORDS, k=words)) + "\n"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Every way of reading: a plain file cut into pieces, jsonl by spans, compressed jsonl, parquet, many small files."""
+    folder, rng = tmp_path_factory.mktemp("sources"), random.Random(1)
+    (folder / "a.txt").write_text("".join(text(rng, 20) for _ in range(800)))
+    lines = [json.dumps({"text": text(rng, rng.randrange(1, 120))}) + "\n" for _ in range(600)]
+    (folder / "b.jsonl").write_text("".join(lines[:300]) + "nonsense\n" + "".join(lines[300:]))
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress("".join(lines[::-1]).encode()))
+    rows = pa.table({"text": [text(rng, 60) for _ in range(400)]})
+    pq.write_table(rows, folder / "d.parquet", row_group_size=50)
+    (folder / "small").mkdir()
+    for n in range(40):
+        (folder / "small" / f"{n:02}.md").write_text(text(rng, rng.randrange(1, 200)))
+    sources = [str(folder / "*.*"), str(folder / "small"), {"path": str(folder / "b.jsonl"), "max_documents": 77}]
+    return DataConfig(sources=sources, directory=str(folder / "data"), sequence_length=64, on_error="skip",
+                      tokenizer={"kind": "bpe", "vocab_size": 400}, validation_fraction=0.05)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def expected(config, tmp_path_factory):
+    """The unbroken build, by one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK_BYTES", 20_000)
+        patch.setattr(shards, "TOKENS_PER_SHARD", 60_000)
+        dataset = prepare(config, directory=tmp_path_factory.mktemp("whole") / "out", workers=InThisProcess())
+    found = contents(dataset.directory)
+    assert len([name for name in found if name.endswith(".tok")]) >= 3
+    assert dataset.manifest["stages"][0]["dropped"] == {"bad JSON": 1}
+    return found
+
+
+def start(config: DataConfig, folder: Path, workers: int) -> subprocess.Popen:
+    (folder / "config.json").write_text(config.model_dump_json())
+    command = [sys.executable, "-c", BUILD, str(folder / "config.json"), str(folder / "out"), str(workers)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(config, expected, tmp_path, workers):
+    process = start(config, tmp_path, workers)
+    assert process.wait(timeout=120) == 0
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_a_dozen_times_it_goes_on_to_the_same_bytes(config, expected, tmp_path, workers):
+    rng = random.Random(workers)
+    work = tmp_path / ".out.building"
+    finished: set[str] = set()
+    kills = 0
+    while kills < 12:
+        process = start(config, tmp_path, workers)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(0.02, 0.35))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        now = {p.name: p.stat().st_mtime_ns for p in work.glob("blocks/*.json")}
+        assert finished <= now.keys() or (tmp_path / "out").exists()  # nothing finished is ever done again
+        finished = set(now)
+        assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == expected
+    process = start(config, tmp_path, workers)
+    assert process.wait(timeout=120) == 0
+    assert contents(tmp_path / "out") == expected
+    assert not work.exists()
+
+
+def test_what_is_finished_is_not_read_again(config, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", 60_000)
+    done = []
+
+    class Interrupted(InThisProcess):
+        def do(self, jobs, setup):
+            for number, (kind, value) in super().do(jobs, setup):
+                if kind == "block":
+                    done.append(value.name)
+                    if len(done) == 17:
+                        raise KeyboardInterrupt
+                yield number, (kind, value)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, directory=tmp_path / "out", workers=Interrupted())
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.building/blocks").glob("*.json"))) == 17
+    first = set(done)
+    dataset = prepare(config, directory=tmp_path / "out", workers=Interrupted())
+    assert len(done) == len(set(done)) > 30 and first < set(done)
+    assert contents(dataset.directory) == expected
+
+
+def test_a_changed_file_alone_is_read_again(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": "some words here " * 100}) * 0 + "".join(
+            json.dumps({"text": f"{name} {n} some words here " * 20}) + "\n" for n in range(100)))
+    with open(folder / "b.jsonl", "a") as file:
+        file.write("nonsense\n")
+    settings = DataConfig(sources=[str(folder)], directory=str(tmp_path / "data"), tokenizer={"kind": "bytes"})
+    with pytest.raises(UserError, match=r"b.jsonl:101: not a JSON object.*kept in .*building: the same command goes on"):
+        prepare(settings, workers=InThisProcess())
+    [work] = (tmp_path / "data").iterdir()
+    kept = {p.name for p in work.glob("blocks/*.docs")}
+    (folder / "b.jsonl").write_text((folder / "b.jsonl").read_text().removesuffix("nonsense\n"))
+    seen = []
+
+    class Watched(InThisProcess):
+        def do(self, jobs, setup):
+            for number, (kind, value) in super().do(jobs, setup):
+                if kind == "block":
+                    seen.append(value.path.name)
+                yield number, (kind, value)
+
+    dataset = prepare(settings, workers=Watched())
+    assert len(kept) >= 2 and seen and not kept & set(seen)
+    assert dataset.manifest["splits"]["train"]["documents"] + dataset.manifest["splits"]["validation"]["documents"] == 200
+
+
+def test_a_worker_that_dies_is_replaced(config, expected, tmp_path):
+    process = start(config, tmp_path, 2)
+    killed: set[int] = set()
+    while process.poll() is None and len(killed) < 2:
+        with contextlib.suppress(OSError):
+            tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+            for child in {int(pid) for task in tasks for pid in task.read_text().split()} - killed:
+                time.sleep(0.15)
+                os.kill(child, signal.SIGKILL)
+                killed.add(child)
+                break
+    assert process.wait(timeout=120) == 0 and killed
+    assert contents(tmp_path / "out") == expected
+
+
+class Fatal:
+    """A job that kills its worker."""
+
+    def run(self, setup):
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield
+
+
+class Faulty:
+    def run(self, setup):
+        yield "position", 1
+        raise ZeroDivisionError("ours")
+
+
+def test_work_that_kills_every_worker_is_a_sentence_and_a_fault_of_ours_is_shown(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with pytest.raises(UserError, match="a worker process died 3 times"):
+        list(Processes(2).do([Fatal()], None))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
+        list(Processes(1).do([Faulty()], None))
+
+
+def test_two_builds_of_the_same_data_become_one(config, tmp_path):
+    first, second = start(config, tmp_path, 1), start(config, tmp_path, 1)
+    assert first.wait(timeout=120) == 0 and second.wait(timeout=120) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "config.json"}
+
+
+def test_a_block_exists_only_when_complete(tmp_path):
+    writer = BlockWriter(tmp_path, "x")
+    writer.add(Document("hello", "a.txt", 0, 0, 0, 5), b"hello", b"0" * 16)
+    assert finished_block(tmp_path, "x") is None
+    block = writer.finish(last=True)
+    found = finished_block(tmp_path, "x")
+    assert found.facts == block.facts and [document.text for document, _ in found] == ["hello"]
+    block.path.write_bytes(block.path.read_bytes()[:-1])
+    assert finished_block(tmp_path, "x") is None
+    BlockWriter(tmp_path, "y").abandon()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.docs", "x.json"]
+
+
+def test_a_cap_takes_the_first_documents_only(tmp_path):
+    lines = "".join(json.dumps({"text": f"text number {n}"}) + "\n" for n in range(100))
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    for cap, count in (({"max_documents": 130}, 130), ({"max_bytes": 500}, 37)):
+        config = DataConfig(sources=[{"path": str(tmp_path / "*.jsonl"), **cap}], directory=str(tmp_path / "data"),
+                            sequence_length=8, validation_fraction=0, tokenizer={"kind": "bytes"})
+        split = prepare(config).train
+        texts = [split.document(n)["text"] for n in range(split.reader.ends.size)]
+        assert texts == [f"text number {n % 100}" for n in range(count)]
+
+
+def test_progress_tells_documents_bytes_speed_and_what_was_dropped(config, tmp_path):
+    said = []
+    prepare(config, directory=tmp_path / "out", progress=lambda *call: said.append(call))
+    reading = [detail for stage, *_, detail in said if stage == "reading"][-1]
+    assert "documents" in reading and "MB/s" in reading and "dropped 1 bad JSON" in reading
+    tokenizing = [detail for stage, *_, detail in said if stage == "tokenizing"][-1]
+    assert "tokens" in tokenizing

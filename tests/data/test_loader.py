@@ -1,0 +1,180 @@
+"""The loader: any ranks and prefetch give the same batches, a small state goes on exactly, shares change without loss."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pellucid.config import DataConfig, UserError
+from pellucid.data.build import prepare
+from pellucid.data.loader import Loader
+from pellucid.data.order import CYCLE, make_mixture, mixed_rows
+
+
+def configure(folder, rows=(60, 20, 9), **settings) -> DataConfig:
+    sources = []
+    for name, count in zip("abc", rows, strict=True):
+        lines = (json.dumps({"text": f"{name} {n:04} " + "x" * 8}) + "\n" for n in range(count))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+        sources.append(str(folder / f"{name}.jsonl"))
+    return DataConfig(sources=sources, directory=str(folder / "data"), sequence_length=16, validation_fraction=0,
+                      tokenizer={"kind": "bytes"}, **settings)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return prepare(configure(tmp_path_factory.mktemp("loader"))).split("train", seed=3)
+
+
+def take(loader: Loader, count: int) -> list[torch.Tensor]:
+    return [next(loader).tokens_BT for _ in range(count)]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_and_prefetch_give_the_same_global_batches(split, ranks, prefetch):
+    expected = [split.batch(step, 12).tokens_BT for step in range(5)]
+    parts = []
+    for rank in range(ranks):
+        with Loader(split, 12, rank=rank, world_size=ranks, prefetch=prefetch) as loader:
+            parts.append(take(loader, 5))
+    for step in range(5):
+        assert torch.cat([part[step] for part in parts]).equal(expected[step])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])
+def test_a_state_goes_on_exactly_with_other_ranks(split, before, after):
+    with Loader(split, 12, rank=before - 1, world_size=before) as loader:
+        take(loader, 7)
+        state = json.loads(json.dumps(loader.state()))
+    assert len(json.dumps(state)) < 1000
+    parts = []
+    for rank in range(after):
+        with Loader(split, 12, rank=rank, world_size=after) as loader:
+            loader.restore(state)
+            parts.append(next(loader).tokens_BT)
+    assert torch.cat(parts).equal(split.batch(7, 12).tokens_BT)
+
+
+def test_restoring_ends_what_was_made_ahead(split):
+    with Loader(split, 4, prefetch=3) as loader:
+        state = loader.state()
+        first = take(loader, 6)
+        loader.restore(state)
+        assert all(a.equal(b) for a, b in zip(take(loader, 6), first, strict=True))
+    assert not [t for t in threading.enumerate() if "_work" in t.name]
+
+
+def test_a_state_of_other_data_seed_or_past_shares_is_refused(split, tmp_path):
+    state = Loader(split, 4).state()
+    with pytest.raises(UserError, match="the data differ"):
+        Loader(prepare(configure(tmp_path, rows=(60, 20, 8))).split("train", 3), 4).restore(state)
+    with pytest.raises(UserError, match="seed is 0, the run's is 3"):
+        Loader(type(split)((split.reader, split.plan), _Parts(split), "train", 0), 4).restore(state)
+    with pytest.raises(UserError, match="not a multiple of the 3 processes"):
+        Loader(split, 4, world_size=3)
+
+
+class _Parts:
+    """What a Split takes from its dataset."""
+
+    def __init__(self, split):
+        self.__dict__ |= {"tokenizer": split.tokenizer, "fingerprint": split.fingerprint, "mixture": []}
+        self.config = DataConfig(sources=["a", "b", "c"])
+
+
+def test_a_fault_while_loading_ahead_reaches_the_one_who_waits(split, monkeypatch):
+    with Loader(split, 4) as loader:
+        monkeypatch.setattr(type(split), "samples", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take(loader, 3)
+
+
+def test_the_step_does_not_wait_for_batches_made_ahead(split, monkeypatch):
+    samples = type(split).samples
+
+    def slow(*arguments):
+        time.sleep(0.02)
+        return samples(*arguments)
+
+    monkeypatch.setattr(type(split), "samples", slow)
+    with Loader(split, 4) as loader:
+        next(loader)
+        waited = 0.0
+        for _ in range(8):
+            time.sleep(0.05)  # the step
+            began = time.perf_counter()
+            next(loader)
+            waited += time.perf_counter() - began
+    assert waited < 0.08  # without a thread it would be 0.16
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_changing_shares_neither_loses_nor_repeats_a_row(data):
+    """Independent of the code: every source must go through all its rows before it gives any row again."""
+    rows = np.array(data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=4)))
+    count = data.draw(st.integers(1, 4))
+    starts = [0, *sorted(data.draw(st.lists(st.integers(1, 9000), min_size=count - 1, max_size=count - 1, unique=True)))]
+    share = st.lists(st.floats(0, 10), min_size=len(rows), max_size=len(rows)).filter(lambda s: sum(s) > 1e-3)
+    segments = [(start, data.draw(share)) for start in starts]
+    mixture = make_mixture(segments, seed=5)
+    found = mixed_rows(np.arange(12_000), rows, mixture, seed=5)
+    ends = np.cumsum(rows)
+    for source, (first, last) in enumerate(zip(ends - rows, ends, strict=True)):
+        mine = found[(found >= first) & (found < last)]
+        for start in range(0, len(mine), rows[source]):
+            passed = mine[start : start + rows[source]]
+            assert len(set(passed.tolist())) == len(passed)
+    where = np.searchsorted(ends, found, side="right")
+    for (start, shares), stop in zip(segments, [*starts[1:], 12_000], strict=True):
+        cycles = (stop - start) // CYCLE * CYCLE
+        given_ = np.bincount(where[start : start + cycles], minlength=len(rows)) / max(1, cycles)
+        assert np.abs(given_ - np.array(shares) / sum(shares)).max() <= 4 / CYCLE or not cycles
+        assert not set(np.flatnonzero(np.array(shares) == 0)) & set(where[start:stop].tolist())
+
+
+def test_the_past_does_not_change_when_a_segment_is_added(tmp_path):
+    one = {"from_step": 0, "shares": [1, 1, 0]}
+    config = configure(tmp_path, mixture=[one])
+    before = prepare(config)
+    config.mixture = [*config.mixture, type(config.mixture[0])(from_step=30, shares=[0, 0, 1])]
+    after = prepare(config)
+    assert after.reused and after.directory == before.directory and after.fingerprint == before.fingerprint
+    old, new = before.split("train", 1), after.split("train", 1)
+    assert new.samples(0, 300, 10).tokens_BT.equal(old.samples(0, 300, 10).tokens_BT)
+    assert set(new.batch(30, 10).source_ids_B.tolist()) == {2}
+    assert set(old.batch(30, 10).source_ids_B.tolist()) == {0, 1}
+    with Loader(old, 10) as loader:
+        take(loader, 25)
+        state = loader.state()
+    Loader(new, 10).restore(state)
+    with Loader(new, 10) as loader:
+        loader.next_sample = 310
+        state = loader.state()
+    with pytest.raises(UserError, match="mixture differs for steps already done"):
+        Loader(old, 10).restore(state)
+    pieces = new.trace(31, 10)
+    assert {piece["source_index"] for piece in pieces} == {2}
+
+
+def test_shares_that_cannot_be_are_sentences(tmp_path):
+    config = configure(tmp_path, rows=(60, 20, 0), on_error="skip", mixture=[{"from_step": 0, "shares": [1, 1, 1]}])
+    with pytest.raises(UserError, match="source 2 has a share but no rows"):
+        prepare(config)
+    for mixture in ([{"from_step": 1, "shares": [1, 1, 1]}], [{"shares": [1]}], [{"shares": [0, 0, 0]}],
+                    [{"shares": [1, 1, 1]}, {"shares": [1, 1, 2]}]):
+        with pytest.raises(ValueError):
+            configure(tmp_path, mixture=mixture)
+
+
+def test_which_steps_saw_a_document(split):
+    for document in (0, 17, 88):
+        rows = split.rows_of_document(document)
+        steps = split.steps_with(rows, 40, 8)
+        assert steps == [step for step in range(40) if any(p["document"] == document for p in split.trace(step, 8))]

@@ -1,0 +1,343 @@
+"""Names become files, and files become documents; every bad input is one sentence."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import feather
+
+from pellucid.config import SourceConfig, UserError
+from pellucid.data import readers
+from pellucid.data.document import Document, Unreadable
+from pellucid.data.parts import Part, scan
+from pellucid.data.sources import list_files, read_documents
+
+TEXTS = ["First text.\nSecond line.\n", "Ünïcödé 😀\n", "third"]
+
+
+def read(path, **settings):
+    files = list_files([SourceConfig(path=str(path), **settings)])
+    return [item for file in files for item in read_documents(file)]
+
+
+def compress(data: bytes, compression: str) -> bytes:
+    return {"": lambda b: b, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress, ".bz2": bz2.compress,
+            ".xz": lzma.compress}[compression](data)
+
+
+def warc(*records: tuple[str, str, bytes]) -> bytes:
+    """(type, content type, content) of each record, with the plain line ends of the standard."""
+    return b"".join(
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://example.org/{n}\r\nContent-Type: {mime}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n".encode() + body + b"\r\n\r\n" for n, (kind, mime, body) in enumerate(records))
+
+
+def content(extension: str, folder: Path) -> bytes:
+    if extension in ("jsonl", "ndjson"):
+        return "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(TEXTS)).encode()
+    if extension == "json":
+        return json.dumps([{"text": text} for text in TEXTS], indent=1).encode()
+    if extension in ("csv", "tsv"):
+        out = io.StringIO()
+        csv.writer(out, delimiter="\t" if extension == "tsv" else ",").writerows(
+            [["id", "text"], *([n, text] for n, text in enumerate(TEXTS))])
+        return out.getvalue().encode()
+    table = pa.table({"text": TEXTS, "id": [1, 2, 3]})
+    made = folder / "made.tmp"
+    if extension == "parquet":
+        pq.write_table(table, made)
+    elif extension == "feather":
+        feather.write_feather(table, made)
+    elif extension == "arrow":
+        with pa.ipc.new_stream(str(made), table.schema) as writer:
+            writer.write_table(table)
+    elif extension == "wet":
+        return warc(("warcinfo", "text/plain", b"x"), *(("conversion", "text/plain", text.encode()) for text in TEXTS))
+    else:
+        return "".join(TEXTS).encode()
+    return made.read_bytes()
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("extension", [
+    "txt", "md", "py", "rst", "jsonl", "ndjson", "json", "csv", "tsv", "parquet", "feather", "arrow", "wet"])
+def test_every_format_in_every_compression_gives_the_same_texts(tmp_path, extension, compression):
+    path = tmp_path / f"a.{extension}{compression}"
+    path.write_bytes(compress(content(extension, tmp_path), compression))
+    texts = [document.text for document in read(path)]
+    assert texts == (["".join(TEXTS)] if extension in ("txt", "md", "py", "rst") else TEXTS)
+
+
+def test_a_zip_archive_is_its_members(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("b/x.jsonl", "a.txt", "c.jsonl.gz", "picture.png"):
+            data = content(name.split(".")[1], tmp_path)
+            archive.writestr(name, gzip.compress(data) if name.endswith("gz") else data)
+    documents = read(tmp_path / "a.zip")
+    assert [document.text for document in documents] == ["".join(TEXTS), *TEXTS, *TEXTS]
+    assert [document.source for document in documents[:2]] == [f"{tmp_path}/a.zip!a.txt", f"{tmp_path}/a.zip!b/x.jsonl"]
+
+
+PAGE = """<!doctype html><html><head><title>T</title><style>p {}</style><script>x()</script></head><body><nav>Menu</nav>
+<main><h1>A   title</h1><p>One <b>bold</b>
+word.</p><pre>kept   as
+  it is</pre><ul><li>first</li><li>second<br>line</li></ul></main><footer>End</footer></body></html>"""
+
+
+def test_a_web_page_is_its_text(tmp_path):
+    (tmp_path / "a.html").write_text(PAGE)
+    [document] = read(tmp_path / "a.html")
+    lines = [line for line in document.text.split("\n") if line.strip()]
+    assert lines == ["A title", "One bold word.", "kept   as", "  it is", "first", "second", "line"]
+    latin = "<html><head><meta charset='iso-8859-1'></head><body><p>café</p></body></html>".encode("latin1")
+    (tmp_path / "b.htm").write_bytes(latin)
+    assert read(tmp_path / "b.htm")[0].text.strip() == "café"
+    deep = "<div>" * 20_000 + "inside" + "</div>" * 20_000
+    (tmp_path / "c.html").write_text(f"<body>{deep}</body>")
+    assert "inside" in read(tmp_path / "c.html")[0].text
+
+
+def test_a_crawl_archive_gives_the_pages_it_holds(tmp_path):
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
+    page = "<p>Ünïcödé page</p>".encode()
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%s\r\n0\r\n\r\n" % (len(page), page)
+    data = warc(
+        ("request", "application/http", b"GET / HTTP/1.1\r\n\r\n"),
+        ("response", "application/http; msgtype=response", http + b"\r\n" + page),
+        ("response", "application/http", http + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(page)),
+        ("response", "application/http", http + chunks),
+        ("response", "application/http", b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\n\r\n<p>gone</p>"),
+        ("response", "application/http", b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n\x89PNG"),
+        ("resource", "text/plain", b"a resource"),
+    )
+    (tmp_path / "a.warc").write_bytes(data)
+    documents = read(tmp_path / "a.warc")
+    assert [document.text for document in documents] == ["Ünïcödé page"] * 3 + ["a resource"]
+    assert data[documents[3].byte_start : documents[3].byte_end] == b"a resource"
+    members = b"".join(gzip.compress(part) for part in (data[:300], data[300:]))  # a member per record, in real ones
+    (tmp_path / "b.warc.gz").write_bytes(members)
+    assert [document.text for document in read(tmp_path / "b.warc.gz")] == [document.text for document in documents]
+
+
+def test_warc_records_agree_with_warcio(tmp_path):
+    from warcio import archiveiterator, warcwriter
+    from warcio.statusandheaders import StatusAndHeaders
+
+    with open(tmp_path / "a.warc.gz", "wb") as file:
+        writer = warcwriter.WARCWriter(file, gzip=True)
+        for n in range(20):
+            payload = io.BytesIO(f"<html><body><p>page {n} {'x' * n}</p></body></html>".encode())
+            head = StatusAndHeaders("200 OK", [("Content-Type", "text/html")], protocol="HTTP/1.1")
+            writer.write_record(writer.create_warc_record(f"http://x/{n}", "response", payload=payload, http_headers=head))
+    with open(tmp_path / "a.warc.gz", "rb") as file:
+        theirs = [r.content_stream().read() for r in archiveiterator.ArchiveIterator(file) if r.rec_type == "response"]
+    ours = [document.text for document in read(tmp_path / "a.warc.gz")]
+    assert len(ours) == len(theirs) == 20
+    assert all(text.encode() in body for text, body in zip(ours, theirs, strict=True))
+
+
+def test_a_hugging_face_dataset_is_streamed_by_name(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": f"{split} {text}"}) + "\n" for text in TEXTS))
+    documents = read(f"hf-dataset:{folder}")
+    assert [document.text for document in documents] == [f"train {text}" for text in TEXTS]
+    assert [(d.byte_start, d.byte_end) for d in documents] == [(0, 1), (1, 2), (2, 3)]
+    assert read(f"hf-dataset:{folder}::test")[0].text.startswith("test")
+    assert read(f"hf-dataset:{folder}", text_field="body")[0].reason == "wrong field"
+    before = list_files([SourceConfig(path=f"hf-dataset:{folder}")])
+    (folder / "train.jsonl").write_text("{}\n")
+    assert list_files([SourceConfig(path=f"hf-dataset:{folder}")]) != before
+    with pytest.raises(UserError, match="hf-dataset:/nowhere/at/all: cannot be opened"):
+        read("hf-dataset:/nowhere/at/all")
+
+
+@given(lines=st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=30),
+                      max_size=60),
+       block=st.integers(10, 300))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_read_in_spans_is_the_file_read_whole(tmp_path, monkeypatch, lines, block):
+    monkeypatch.setattr(readers, "LARGEST_PLAIN", 50)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (tmp_path / "b.txt").write_text("\n".join(lines))
+    pq.write_table(pa.table({"text": pa.array(lines, pa.string())}), tmp_path / "c.parquet", row_group_size=7)
+    for file in list_files([SourceConfig(path=str(tmp_path / "*.*"))]):
+        parts = scan(Part(((0, file),)), block)
+        pieces = [document for part in parts for document in read_documents(file, span=part.span)]
+        assert pieces == list(read_documents(file))
+
+
+def test_byte_ranges_point_at_the_text_in_the_decompressed_file(tmp_path):
+    lines = content("jsonl", tmp_path)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    for document in read(tmp_path / "a.jsonl.gz"):
+        assert json.loads(lines[document.byte_start : document.byte_end])["text"] == document.text
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
+    assert [(d.byte_start, d.byte_end) for d in read(tmp_path / "a.parquet")] == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("separator", ["\n", "", "é"])
+def test_long_plain_files_are_cut_without_losing_a_byte(tmp_path, monkeypatch, separator):
+    monkeypatch.setattr(readers, "LARGEST_PLAIN", 50)
+    text = separator.join(f"line {n} 😀" for n in range(100))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    documents = read(tmp_path / "a.txt")
+    assert "".join(d.text for d in documents) == text
+    assert all(d.text == text.encode()[d.byte_start : d.byte_end].decode() for d in documents)
+    assert [d.ordinal for d in documents] == list(range(len(documents)))
+    assert max(d.byte_end - d.byte_start for d in documents) <= 50
+    if separator == "\n":
+        assert all(d.text.endswith("\n") for d in documents[:-1])
+
+
+def test_zstd_frames_one_after_another_are_one_file(tmp_path):
+    frames = b"".join(zstandard.ZstdCompressor().compress(text.encode()) for text in TEXTS)
+    (tmp_path / "a.txt.zst").write_bytes(frames)
+    assert read(tmp_path / "a.txt.zst")[0].text == "".join(TEXTS)
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    [document] = read(tmp_path / "a.txt")
+    assert (document.text, document.byte_start, document.byte_end) == ("hello", 3, 8)
+
+
+def test_folders_are_read_in_sorted_order_without_hidden_or_unknown_files(tmp_path):
+    for name in ["b/2.txt", "b/1.md", "a.py", "c.docx", ".git/x.txt", "z.txt.gz"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(gzip.compress(b"x") if name.endswith("gz") else b"x")
+    names = [Path(f.uri).relative_to(tmp_path).as_posix() for f in list_files([SourceConfig(path=str(tmp_path))])]
+    assert names == ["a.py", "b/1.md", "b/2.txt", "z.txt.gz"]
+    found = list_files([SourceConfig(path=str(tmp_path / "**/*.txt"))])
+    assert [Path(f.uri).name for f in found] == ["2.txt"]
+
+
+def test_empty_files_in_a_folder_are_no_mistake_but_a_named_one_is(tmp_path):
+    (tmp_path / "__init__.py").write_bytes(b"")
+    assert read(tmp_path) == []
+    [problem] = read(tmp_path / "__init__.py")
+    assert problem.reason == "empty"
+
+
+def test_the_standard_library_is_a_corpus():
+    files = list_files([SourceConfig(path="builtin:python")])
+    total = sum(file.path.stat().st_size for file in files)
+    assert len(files) > 300 and total > 5e6
+    library = sysconfig.get_paths()["stdlib"]
+    assert all(str(file.path).startswith(library) for file in files)
+    parts = {part for file in files for part in Path(file.uri).parts}
+    assert not parts & {"test", "tests", "site-packages", "__pycache__", "idle_test"}
+    assert "builtin:python/json/decoder.py" in {file.uri for file in files}
+
+
+def test_the_help_topics_are_a_corpus():
+    documents = read("builtin:python-topics")
+    assert len(documents) > 50 and any("lambda" in d.text for d in documents)
+
+
+@pytest.mark.parametrize(("name", "data", "reason", "says"), [
+    ("a.txt", b"abc\0def", "binary", "NUL byte at byte 3"),
+    ("a.txt", "caf\xe9 au lait".encode("latin1"), "wrong encoding", "not UTF-8 (0xe9 at byte 3)"),
+    ("a.txt", "hello".encode("utf-16"), "wrong encoding", "UTF-16"),
+    ("a.txt", b"", "empty", "empty"),
+    ("a.txt.gz", gzip.compress(b"hello " * 1000)[:-12], "damaged", "not a complete gzip file"),
+    ("a.txt.gz", b"no gzip at all", "damaged", "not a complete gzip file"),
+    ("a.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(65, 91)) * 99)[:-6], "damaged", "not a complete zstd"),
+    ("a.txt.zst", b"no zstd at all", "damaged", "not a complete zstd file"),
+    ("a.parquet", b"PAR1 not really", "damaged", "not a complete parquet file"),
+    ("a.jsonl", b'{"text": "ok"}\n{"text": \n', "bad JSON", "a.jsonl:2: not a JSON object"),
+    ("a.jsonl", b"[1, 2]\n", "bad JSON", "a.jsonl:1: a JSON list"),
+    ("a.jsonl", b'{"body": "x", "title": "y"}\n', "wrong field", "the fields are 'body', 'title'"),
+    ("a.jsonl", b'{"text": 7}\n', "wrong field", "is a int, not text"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "wrong encoding", "surrogate pair (U+D800)"),
+    ("a.jsonl", b'{"text": "\xff"}\n', "wrong encoding", "a.jsonl:1: not UTF-8"),
+    ("a.jsonl", b"[" * 100000 + b"\n", "bad JSON", "nested too deep"),
+    ("a.jsonl", b'{"text": null}\n', "no text", "a.jsonl:1: field 'text' is null"),
+    ("a.txt.bz2", bz2.compress(b"hello " * 9999)[:-9], "damaged", "not a complete bzip2 file"),
+    ("a.txt.bz2", b"no bzip2 at all", "damaged", "not a complete bzip2 file"),
+    ("a.txt.xz", lzma.compress(b"hello " * 9999)[:-9], "damaged", "not a complete xz file"),
+    ("a.txt.xz", b"no xz at all", "damaged", "not a complete xz file"),
+    ("a.zip", b"PK no zip", "damaged", "not a zip archive"),
+    ("a.csv", b"id,text\n1,good\n2\n", "bad CSV", "a.csv:3: 1 fields where the header has 2"),
+    ("a.csv", b'text\n"unclosed\n', "bad CSV", "not a CSV record"),
+    ("a.csv", b"text\ncaf\xe9\n", "wrong encoding", "a.csv:2: not UTF-8 (0xe9"),
+    ("a.csv", b"body\nx\n", "wrong field", "the fields are 'body'"),
+    ("a.json", b'{"text": "x"', "bad JSON", "a.json:1: not a JSON object"),
+    ("a.json", b'[{"text": "x"}, 3]', "bad JSON", "a.json: item 1: a JSON int"),
+    ("a.arrow", b"ARROW1 not really", "damaged", "not a complete Arrow file"),
+    ("a.feather", b"", "damaged", "not a complete Arrow file"),
+    ("a.warc", b"not a record\r\n", "damaged", "not a WARC record at byte 0"),
+    ("a.warc", warc(("conversion", "text/plain", b"text " * 99))[:-90], "damaged", "ends inside the record at byte 0"),
+    ("a.wet", warc(("conversion", "text/plain", b"caf\xe9")), "wrong encoding", "record 0 (http://example.org/0)"),
+    ("a.html", b"<p>caf\xe9</p>", "wrong encoding", "neither UTF-8 nor the encoding it names"),
+    ("a.html", b"", "empty", "empty"),
+])
+def test_bad_content_is_one_sentence_that_names_the_file(tmp_path, name, data, reason, says):
+    (tmp_path / name).write_bytes(data)
+    problem = next(item for item in read(tmp_path / name) if isinstance(item, Unreadable))
+    assert problem.reason == reason
+    assert name in problem.message and says in problem.message and "\n" not in problem.message
+
+
+def test_parquet_names_its_columns_when_the_text_field_is_wrong(tmp_path):
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    assert "the fields are 'body', 'n'" in read(tmp_path / "a.parquet")[0].message
+    assert "holds int64, not text" in read(tmp_path / "a.parquet", text_field="n")[0].message
+    assert read(tmp_path / "a.parquet", text_field="body")[0].text == "x"
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_a_line_too_long_is_left_out_and_the_next_is_read(tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(readers, "LARGEST_LINE", 1000)
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in ("one", "x" * 5000, "two"))
+    (tmp_path / f"a.jsonl{compression}").write_bytes(compress(lines, compression))
+    first, problem, last = read(tmp_path / f"a.jsonl{compression}")
+    assert (first.text, last.text, last.ordinal) == ("one", "two", 2)
+    assert problem.reason == "line too long" and ":2: a line of 5,013 bytes" in problem.message
+
+
+def test_an_encrypted_zip_is_a_sentence(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[6] |= 1  # the flags of the member, there and in the directory
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    [problem] = read(tmp_path / "a.zip")
+    assert problem.reason == "damaged" and "encrypted" in problem.message
+
+
+def test_a_bad_line_does_not_hide_the_good_ones(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\nnonsense\n\n{"text": "two"}\n')
+    kinds = [type(item) for item in read(tmp_path / "a.jsonl")]
+    assert kinds == [Document, Unreadable, Document]
+
+
+@pytest.mark.parametrize(("path", "says"), [
+    ("missing/*.txt", "data.sources[0]: no file matches"),
+    ("builtin:pyton", "did you mean 'builtin:python'?"),
+])
+def test_sources_that_match_nothing_are_named(path, says):
+    with pytest.raises(UserError, match="sources") as error:
+        list_files([SourceConfig(path=path)])
+    assert says in str(error.value)
+
+
+def test_unknown_extensions_are_named_with_the_known_ones(tmp_path):
+    (tmp_path / "a.docx").write_bytes(b"x")
+    for path in (tmp_path / "a.docx", tmp_path, tmp_path / "*"):
+        with pytest.raises(UserError, match=r"known extension.*\.jsonl"):
+            list_files([SourceConfig(path=str(path))])

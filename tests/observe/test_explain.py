@@ -1,0 +1,87 @@
+"""An explanation is proven: replay = record, terms = change, gradient = chain rule = finite difference."""
+
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from pellucid.config import UserError
+from pellucid.observe.explain import explain, explain_text
+from pellucid.observe.explain_view import render
+from pellucid.observe.replay import capsule_path, state_before
+from pellucid.training import checkpoint
+
+NAMES = (
+    "layers.0.moe.gate_up_proj", "layers.1.moe.down_proj", "layers.0.attention.q_proj.weight",
+    "layers.1.attention.o_proj.weight", "layers.1.moe.router.weight", "layers.0.post_moe_norm.weight", "embedding.weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_parameter_is_explained_with_all_proofs(run_dir, name):
+    e = explain(run_dir, 30, name)
+    failed = [proof for proof in e.proofs if proof.holds is False]
+    assert not failed, failed
+    assert e.proofs[0].holds and "bit for bit" in e.proofs[0].detail
+    assert [p.holds for p in e.proofs].count(None) == (1 if name == "embedding.weight" else 0)
+    assert sum(e.terms.values()) == pytest.approx(e.change, rel=1e-12)
+    assert e.weight_before + e.change == e.weight_after
+    lines = dict(e.lines)
+    assert lines["after clipping"] == pytest.approx(lines["gradient, before clipping"] * e.clip_factor)
+
+
+def test_a_step_is_found_from_the_beginning_as_well_as_from_a_checkpoint(run_dir):
+    """Steps 20 and 25: before the first checkpoint, and at it."""
+    for step in (20, 25):
+        e = explain(run_dir, step, "layers.0.moe.down_proj", (1, 2, 3))
+        assert e.proofs[0].holds, e.proofs[0]
+        assert e.index == [1, 2, 3]
+
+
+def test_replaying_to_the_end_gives_the_final_checkpoint_bit_for_bit(run_dir):
+    saved = checkpoint.saved_steps(run_dir / "checkpoints")
+    last = max(saved)
+    replay = state_before(run_dir, last - 3)
+    while replay.step < last:
+        replay.advance()
+    for name, tensor in checkpoint.load(saved[last]).tensors["model"].items():
+        assert torch.equal(replay.model.state_dict()[name], tensor), name
+
+
+def test_the_capsule_holds_the_tensors_of_the_explanation(run_dir):
+    name = "layers.1.attention.k_proj.weight"
+    e = explain(run_dir, 31, name)
+    tensors = safetensors.torch.load_file(capsule_path(run_dir, 31))
+    place = tuple(e.index)
+    assert tensors[f"before.{name}"][place].item() == e.weight_before
+    assert tensors[f"after.{name}"][place].item() == e.weight_after
+    assert tensors["tokens"].shape == (8, 64)
+
+
+def test_a_sentence_is_better_predicted_after_one_step_on_it(run_dir):
+    e = explain_text(run_dir, "the cat sees a dog.")
+    assert all(proof.holds is not False for proof in e.proofs), e.proofs
+    assert e.loss_after < e.loss and len(e.predictions) == len("the cat sees a dog.") + 1
+    assert e.predictions[-1].token == "(end)"
+    mean = lambda values: sum(values) / len(e.predictions)
+    assert mean(p.after for p in e.predictions) > mean(p.before for p in e.predictions)
+    assert checkpoint.newest_good(run_dir / "checkpoints") is not None, "the run itself is as it was"
+
+
+def test_rendering_shows_numbers_and_proofs(run_dir):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    e = explain_text(run_dir, "a dog")
+    console.print(render(e))
+    shown = console.export_text()
+    assert f"{e.weight_after:.9g}" in shown and "proven" in shown and "first choice" in shown
+
+
+def test_mistakes_are_one_sentence(run_dir):
+    with pytest.raises(UserError, match=r"did you mean 'layers.0.moe.router.weight'"):
+        explain(run_dir, 3, "layers.0.router.weight")
+    with pytest.raises(UserError, match=r"has the shape \[4, 32\]"):
+        explain(run_dir, 3, "layers.0.moe.router.weight", (9, 9))
+    with pytest.raises(UserError, match="steps that can be"):
+        explain(run_dir, 100000)
+    with pytest.raises(UserError, match="give between"):
+        explain_text(run_dir, "")

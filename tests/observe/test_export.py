@@ -1,0 +1,101 @@
+"""What other tools read back with their own readers is what was recorded."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from pellucid.config import UserError
+from pellucid.observe.export import EXPORTERS, export, scalars
+from pellucid.observe.reader import Reader
+
+REQUIRED = os.environ.get("PELLUCID_REQUIRE_ALL") == "1"
+
+
+def needs(module: str):
+    return __import__(module) if REQUIRED else pytest.importorskip(module)
+
+
+@pytest.fixture(scope="module")
+def expected(run_dir):
+    with Reader(run_dir) as run:
+        return {(name, step): value for step, _, values in scalars(run) for name, value in values.items()}
+
+
+def test_scalars_hold_whole_tensors_and_nothing_that_was_not_measured(expected, run_dir):
+    names = {name for name, _ in expected}
+    assert "run/loss" in names and "evaluation/bits_per_byte" in names
+    assert "param/update_ratio/layers.0.moe.down_proj" in names and not any("[" in name for name in names)
+    assert "run/mfu" not in names
+    with Reader(run_dir) as run:
+        assert expected["run/loss", 10] == run.series("run", "loss", stream="run")[1][10]
+
+
+def test_tensorboard_reads_back_every_scalar(run_dir, tmp_path, expected):
+    needs("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(export(run_dir, "tensorboard", tmp_path / "tb")), size_guidance={"scalars": 0})
+    events.Reload()
+    found = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+    assert found.keys() == expected.keys()
+    assert all(found[k] == v or (math.isnan(v) and math.isnan(found[k])) for k, v in expected.items())
+
+
+def test_mlflow_reads_back_every_scalar(run_dir, tmp_path, expected):
+    needs("mlflow")
+    from mlflow import MlflowClient
+
+    folder = export(run_dir, "mlflow", tmp_path / "ml")
+    client = MlflowClient(tracking_uri=(folder / "mlruns").as_uri())
+    (experiment,) = [e for e in client.search_experiments() if e.name == "pellucid"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params["optimizer.name"] == "adamw"
+    for name in ("run/loss", "param/update_ratio/embedding.weight", "evaluation/loss"):
+        history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
+        assert history == {step: value for (n, step), value in expected.items() if n == name}
+
+
+def test_wandb_offline_file_reads_back_every_step(run_dir, tmp_path, expected):
+    needs("wandb")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    folder = export(run_dir, "wandb", tmp_path / "wb")
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    found: dict[int, float] = {}
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            if "run/loss" in items:
+                found[int(record.history.step.num)] = items["run/loss"]
+    assert found == {step: pytest.approx(value) for (n, step), value in expected.items() if n == "run/loss"}
+
+
+def test_parquet_holds_everything_with_nulls_where_nothing_was_measured(run_dir, tmp_path):
+    import pyarrow.parquet as pq
+
+    folder = export(run_dir, "parquet", tmp_path / "pq")
+    with Reader(run_dir) as run:
+        steps, frames = run.frames("param")
+        table = pq.read_table(folder / "param.parquet")
+        assert table.num_rows == len(steps) * len(run.rows("param"))
+        column = next(s["id"] for s in run.stats("param") if s["name"] == "update_norm")
+        np.testing.assert_array_equal(table["update_norm"].to_numpy(), frames[:, :, column].reshape(-1))
+        assert table["cos_previous"].null_count > 0
+        assert {p.stem for p in folder.glob("*.parquet")} >= set(run.streams())
+
+
+def test_an_unknown_tool_is_one_sentence_and_a_failed_export_leaves_nothing(run_dir, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="choose from tensorboard, wandb, mlflow, parquet"):
+        export(run_dir, "neptune")
+    monkeypatch.setitem(EXPORTERS, "parquet", lambda run, folder, name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(run_dir, "parquet", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []

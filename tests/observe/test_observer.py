@@ -1,0 +1,148 @@
+"""The observer in the real loop: complete, silent towards training, and gone when switched off."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+from conftest import STEPS, small_config, write_corpus
+
+import pellucid
+from pellucid.observe.columns import INDEX
+from pellucid.observe.reader import Reader, is_missing
+from pellucid.training import checkpoint
+
+
+def test_every_stream_has_a_frame_for_every_step(run_dir):
+    with Reader(run_dir) as run:
+        for stream in ("run", "param", "router", "layer", "position", "source"):
+            steps, frames = run.frames(stream)
+            assert steps.tolist() == list(range(STEPS)), stream
+            assert frames.shape[1:] == (len(run.rows(stream)), len(run.stats(stream)))
+        assert len(run.frames("evaluation")[0]) == 4  # before, after 20, 40 and all steps
+        assert len(run.frames("attention")[0]) > 10 and run.samples() and run.stages()
+        assert {e["rule"] for e in run.events()} >= {"text_sample"}
+
+
+def test_run_frame_holds_the_step_s_own_numbers_and_nulls_what_is_undefined(run_dir):
+    with Reader(run_dir) as run:
+        steps, frames = run.frames("run")
+        values = dict(zip([s["name"] for s in run.stats("run")], frames[:, 0].T, strict=True))
+    for name in ("router_z_loss", "z_loss", "mfu", "device_memory"):
+        assert is_missing(values[name]).all(), name
+    assert values["loss"][0] == pytest.approx(np.log(260), rel=0.05) and values["loss"][-1] < values["loss"][0] - 0.5
+    phases = sum(values[f"{phase}_seconds"] for phase in ("data", "forward", "loss", "backward", "clip", "update"))
+    assert (phases <= values["step_seconds"]).all() and (phases > 0.3 * values["step_seconds"]).all()
+    np.testing.assert_allclose(values["tokens_per_second"], values["tokens"] / values["step_seconds"], rtol=1e-5)
+    assert np.isfinite(values["noise_scale"]).any(), "two micro-batches give a noise scale"
+    assert (values["applied"] == 1).all() and values["beta1"][0] == np.float32(0.9)
+
+
+def test_position_and_source_and_document_losses_add_up_to_the_step_s_loss(run_dir):
+    with Reader(run_dir) as run:
+        _, whole = run.frames("run")
+        for stream in ("position", "source"):
+            _, frames = run.frames(stream)
+            loss, tokens = frames[..., 0].astype(np.float64), frames[..., 1]
+            mean = np.where(tokens > 0, loss * tokens, 0).sum(1) / tokens.sum(1)
+            np.testing.assert_allclose(mean, whole[:, 0, INDEX["run"]["loss"]], rtol=1e-4)
+            np.testing.assert_array_equal(tokens.sum(1), whole[:, 0, INDEX["run"]["tokens"]])
+        documents = run.document_losses(10)
+        total = sum(d["loss"] * d["tokens"] for d in documents) / sum(d["tokens"] for d in documents)
+        assert total == pytest.approx(whole[10, 0, 0], rel=1e-4)
+        assert documents[0]["worst"] >= documents[0]["loss"]
+        worst = run.worst_tokens(10)
+        assert [w["loss"] for w in worst] == sorted((w["loss"] for w in worst), reverse=True)
+
+
+def test_router_frames_agree_with_each_other(run_dir):
+    with Reader(run_dir) as run:
+        _, router = run.frames("router")
+        _, layer = run.frames("layer")
+        _, whole = run.frames("run")
+    router = router.reshape(STEPS, 2, 4, -1).astype(np.float64)
+    column = INDEX["router"]
+    tokens = whole[:, 0, INDEX["run"]["tokens"]]
+    np.testing.assert_allclose(router[..., column["tokens"]].sum(2), np.stack([2 * tokens] * 2, 1))
+    np.testing.assert_allclose(router[..., column["load"]].mean(2), 1, rtol=1e-5)
+    np.testing.assert_allclose(router[..., column["probability"]].sum(2), 1, rtol=1e-4)
+    np.testing.assert_allclose(router[..., column["load"]].max(2) - 1, layer[..., 0], rtol=1e-4, atol=1e-5)
+    gate = router[..., column["gate_mass"]].sum(2)  # over all tokens; top_mass is the same while all tokens are looked at
+    np.testing.assert_allclose(gate, layer[..., INDEX["layer"]["top_mass"]], rtol=1e-4)
+    assert (router[..., column["ghost"]] == 0).all() and (router[..., column["frozen"]] == 0).all()
+    assert (layer[..., INDEX["layer"]["margin"]] > 0).all()
+    entropy = layer[..., INDEX["layer"]["token_entropy"]]
+    assert (entropy > 0).all() and (entropy <= 1 + 1e-5).all()
+
+
+def test_attention_probe_agrees_with_the_formula(run_dir):
+    """Against softmax weights computed in float64 from the hooked inputs, on one row."""
+    from pellucid.data.dataset import Batch
+    from pellucid.model.kernels.rotary import rotate_plain
+    from pellucid.observe.attention import probe_attention
+
+    model, _ = pellucid.load(run_dir)
+    tokens = torch.randint(4, 250, (1, 20), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[1] * 8 + [2] * 12], dtype=torch.int32)
+    positions = torch.tensor([[*range(8), *range(12)]], dtype=torch.int32)
+    batch = Batch(tokens, tokens, segments, positions, torch.zeros(1), torch.zeros(1))
+    found = probe_attention(model, batch)
+    caught = {}
+    attention = model.layers[1].attention
+    hook = attention.register_forward_pre_hook(lambda module, inputs: caught.update(x=inputs[0], rotary=inputs[1]))
+    model.hidden_states(tokens, segment_ids=segments, positions=positions)
+    hook.remove()
+    with torch.no_grad():
+        d, H = attention.config.head_dim, attention.config.num_attention_heads
+        q = rotate_plain(attention.q_proj(caught["x"]).view(1, 20, 1, H, d), *caught["rotary"])[:, 0].double()
+        k = rotate_plain(attention.k_proj(caught["x"]).view(1, 20, 1, 1, d), *caught["rotary"])[:, 0].double()
+        for head in range(H):
+            raw = (q[0, :, head] @ k[0, :, 0].T) * attention.config.attn_output_multiplier
+            entropies, top = [], 0.0
+            for t in range(20):
+                keys = [s for s in range(t + 1) if segments[0, s] == segments[0, t]]
+                row = raw[t, keys]
+                top = max(top, row.abs().max().item())
+                p = torch.softmax(30 * torch.tanh(row / 30), -1)
+                if len(keys) > 1:
+                    entropies.append((-(p * p.log()).sum() / np.log(len(keys))).item())
+            assert found[H + head, 2].item() == pytest.approx(top, rel=1e-4)
+            assert found[H + head, 1].item() == pytest.approx(np.mean(entropies), rel=1e-4)
+            assert found[H + head, 0].item() == pytest.approx((raw.abs() > 26.442).float().mean().item(), abs=1e-6)
+
+
+def test_observation_changes_no_weight_and_can_be_switched_off(run_dir, tmp_path):
+    write_corpus(tmp_path / "corpus")
+    config = small_config(tmp_path)
+    config.observe.enabled = False
+    silent = pellucid.train(config, run_dir=tmp_path / "run").directory
+    assert not (silent / "run.sqlite").exists()
+    one, two = (checkpoint.newest_good(folder / "checkpoints") for folder in (silent, run_dir))
+    assert one.tensors["model"].keys() == two.tensors["model"].keys()
+    for name, tensor in one.tensors["model"].items():
+        assert torch.equal(tensor, two.tensors["model"][name]), name
+
+
+def test_a_resumed_run_s_telemetry_has_no_step_twice_and_none_missing(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    config = small_config(tmp_path, max_steps=30)
+    folder = pellucid.train(config, run_dir=tmp_path / "run").directory
+    with Reader(folder) as run:
+        before = run.frames("run")[1][:, 0, INDEX["run"]["loss"]]
+    import shutil
+
+    shutil.rmtree(folder / "checkpoints" / "step-30")
+    pellucid.train(None, run_dir=folder, resume=True)
+    with Reader(folder) as run:
+        steps, frames = run.frames("run")
+        assert steps.tolist() == list(range(30))
+        np.testing.assert_array_equal(frames[:, 0, INDEX["run"]["loss"]], before)
+
+
+def test_sqlite_alone_reads_what_the_reader_reads(run_dir):
+    run = sqlite3.connect(run_dir / "run.sqlite")
+    query = "SELECT step, value FROM value WHERE stream = 'run' AND stat = 'loss' ORDER BY step"
+    steps, losses = zip(*run.execute(query), strict=True)
+    with Reader(run_dir) as reader:
+        expected = reader.series("run", "loss", stream="run")
+    assert list(steps) == expected[0].tolist() and list(losses) == [float(v) for v in expected[1]]

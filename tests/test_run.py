@@ -1,0 +1,127 @@
+"""A run on disk: what lies in it, what it is called, and that its config.toml repeats it from anywhere."""
+
+import json
+import shutil
+import tomllib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pellucid
+from pellucid.config import UserError, load_config
+from pellucid.run import Run, choose_device, choose_precision, next_run_dir, resolve_precision, run_name, train
+from pellucid.training.checkpoint import saved_steps
+
+
+def test_run_directory_holds_what_the_design_says(tiny_run):
+    folder = tiny_run.directory
+    assert {p.name for p in folder.iterdir()} >= {"config.toml", "manifest.json", "run.sqlite", "checkpoints", "model"}
+    assert max(saved_steps(folder / "checkpoints")) == 12
+    assert {p.name for p in (folder / "model").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["seed"] == 0 and torch.__version__.startswith(manifest["libraries"]["torch"])
+    assert manifest.keys() >= {"pellucid", "python", "libraries", "machine", "seed", "data", "tokenizer", "parameters"}
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pt", ".pth", ".distcp")]
+
+
+def test_config_of_a_run_is_fully_resolved(tiny_run):
+    tables = tomllib.loads((tiny_run.directory / "config.toml").read_text())
+    assert tables["model"]["vocab_size"] == 260 and tables["model"]["head_dim"] == 8
+    assert tables["training"]["micro_batch_size"] == 2 and tables["training"]["precision"] == "fp32"
+    assert Run(tiny_run.directory).config == load_config(tiny_run.directory / "config.toml")
+
+
+def test_auto_precision_is_written_down_as_what_it_became(tiny_tables, tmp_path):
+    run = train(tiny_tables(max_steps=1, precision="auto"), run_dir=tmp_path / "run")
+    assert run.config.training.precision == resolve_precision("auto", torch.device("cpu")) != "auto"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_config_of_a_run_repeats_it_from_any_folder(precision, tiny_folder, tiny_tables, tmp_path, monkeypatch, final_state):
+    """Relative paths in the first place: of text, tokenizer and prepared data."""
+    shutil.copytree(tiny_folder / "corpus", tmp_path / "a" / "corpus")
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    tables = tiny_tables(precision=precision)
+    tables["data"] |= {"sources": ["corpus"], "directory": "data"}
+    first = train(tables, run_dir="first")
+    shutil.copy("first/model/tokenizer.json", "tokenizer.json")
+    tables["data"]["tokenizer"] = {"kind": "file", "path": "tokenizer.json"}
+    second = train(tables, run_dir="second")
+    first_dir, second_dir = tmp_path / "a" / "first", tmp_path / "a" / "second"
+
+    monkeypatch.chdir(tmp_path / "b")
+    for original in (first_dir, second_dir):
+        repeated = train(original / "config.toml", run_dir=f"again-{original.name}")
+        assert final_state(repeated.directory) == final_state(original)
+        assert (repeated.directory / "config.toml").read_text() == (original / "config.toml").read_text()
+        assert repeated.dataset().reused is False and repeated.manifest["data"] == Run(original).manifest["data"]
+    assert not (tmp_path / "b" / "data").exists(), "the prepared data was found again"
+    assert first.stopped_by is None and second.stopped_by is None
+
+
+def test_model_folder_equals_the_last_checkpoint(tiny_run):
+    last = tiny_run.directory / "checkpoints" / "step-12" / "model.safetensors"
+    model, tokenizer = pellucid.load(tiny_run.directory)
+    for name, tensor in load_file(last).items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert tokenizer.fingerprint == tiny_run.manifest["tokenizer"]["fingerprint"]
+
+
+def test_default_names_are_free_ones(tmp_path, monkeypatch, tiny_tables, tiny_run):
+    monkeypatch.chdir(tmp_path)
+    assert str(next_run_dir("demo")) == "runs/demo"
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo-2").touch()
+    assert str(next_run_dir("demo")) == "runs/demo-3"
+    assert run_name(None) == "demo" and run_name("my/corpus.toml") == "corpus" and run_name("config.toml") == "config"
+    assert run_name(tiny_run.directory / "config.toml") == tiny_run.directory.name, "a repeated run keeps its name"
+    assert str(train(tiny_tables(max_steps=1)).directory) == "runs/run"
+
+
+def test_an_empty_folder_may_be_the_run_directory(tiny_tables, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert train(tiny_tables(max_steps=1), run_dir=tmp_path / "run").directory == tmp_path / "run"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_train_takes_tables_a_config_and_a_file(tiny_tables, tmp_path, final_state):
+    config = pellucid.Config.model_validate(tiny_tables(max_steps=2))
+    (tmp_path / "a.toml").write_text(config.to_toml())
+    before = config.model_copy(deep=True)
+    file = tmp_path / "a.toml"
+    kinds = {"tables": tiny_tables(max_steps=2), "config": config, "file": file, "name": str(file)}
+    states = [final_state(train(given, run_dir=tmp_path / kind).directory) for kind, given in kinds.items()]
+    assert all(state == states[0] for state in states)
+    assert config == before, "what the caller gave is left alone"
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    for prepare in (lambda: None, lambda: (tmp_path / "config.toml").write_text("")):
+        prepare()
+        with pytest.raises(UserError, match="not a run directory"):
+            Run(tmp_path)
+
+
+def test_devices_and_precisions():
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="not usable on this machine"):
+        choose_device("cuda:99")
+    cpu = torch.device("cpu")
+    assert choose_precision("fp32", cpu) == (torch.float32, False)
+    assert choose_precision("bf16", cpu) == (torch.bfloat16, False)
+    assert choose_precision("parity", cpu) == (torch.bfloat16, True)
+
+
+def test_precision_decides_the_products_and_masters_stay_fp32(tiny_tables, tmp_path):
+    run = train(tiny_tables(max_steps=2, precision="parity"), run_dir=tmp_path / "run")
+    weights = load_file(run.directory / "checkpoints" / "step-2" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_public_names():
+    for name in pellucid.__all__:
+        assert getattr(pellucid, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = pellucid.trian

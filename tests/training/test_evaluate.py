@@ -1,0 +1,114 @@
+"""Held-out loss: every target once, and equal to a direct computation; whole files likewise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pellucid.config import UserError
+from pellucid.measure.files import evaluate_files
+from pellucid.training.evaluate import Evaluation, evaluate_batches, split_batches
+
+IGNORE = -100
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_run):
+    model, tokenizer = tiny_run.load()
+    return model, tokenizer, tiny_run.dataset()
+
+
+def direct_nats(model, stream, T):
+    """Σ -log p over windows of T, one window at a time, from the logits in float64."""
+    nats = 0.0
+    for start in range(0, len(stream) - 1, T):
+        piece = stream[start : start + T + 1]
+        logits = model(torch.tensor([piece[:-1]])).detach().double()[0]
+        nats += float(F.cross_entropy(logits, torch.tensor(piece[1:]), reduction="sum"))
+    return nats
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_evaluating_a_split_counts_every_target_once(name, size, loaded):
+    model, tokenizer, data = loaded
+    split = data.split(name)
+    documents = [split.document(i) for i in range(len(split.reader.starts))]
+    result = evaluate_batches(model, split_batches(split, size), tokenizer.byte_lengths)
+    assert result.tokens == sum(len(d["token_ids"]) for d in documents)
+    assert result.text_bytes == sum(len(d["text"].encode()) for d in documents)
+    rows = torch.cat([batch.sample_ids_B for batch in split_batches(split, size)])
+    assert sorted(rows.tolist()) == list(range(len(split)))
+
+
+def test_evaluating_a_split_equals_the_logits_own_cross_entropy(loaded):
+    model, tokenizer, data = loaded
+    nats = tokens = 0
+    for batch in split_batches(data.validation, 2):
+        logits = model(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT).detach().double()
+        targets = batch.targets_BT.flatten()
+        nats += float(F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum"))
+        tokens += int((targets != IGNORE).sum())
+    result = evaluate_batches(model, split_batches(data.validation, 5), tokenizer.byte_lengths)
+    assert (result.nats, result.tokens) == (pytest.approx(nats, rel=1e-6), tokens)
+
+
+def test_some_rows_are_the_first_of_the_fixed_order(loaded):
+    data = loaded[2]
+    ids = torch.cat([b.sample_ids_B for b in split_batches(data.validation, 2, rows=3)])
+    assert torch.equal(ids, data.validation.rows(0, 3).sample_ids_B)
+    assert sum(len(b.sample_ids_B) for b in split_batches(data.validation, 2, rows=10**6)) == len(data.validation)
+
+
+@pytest.mark.parametrize("context", [7, 32, 1000])
+def test_evaluating_files_predicts_every_token_of_every_document_once(context, loaded, tmp_path):
+    model, tokenizer, _ = loaded
+    texts = {"a.txt": "the cat sat on a mat\n" * 20, "b.txt": "naïve owls ünder the moon", "c.md": "x"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    streams = [[tokenizer.eos_token_id, *tokenizer.encode(t), tokenizer.eos_token_id] for t in texts.values()]
+    seen = []
+    result = evaluate_files(model, tokenizer, str(tmp_path), context=context, progress=lambda *told: seen.append(told))
+    assert result.tokens == sum(len(stream) - 1 for stream in streams)
+    assert result.text_bytes == sum(len(text.encode()) for text in texts.values())
+    expected = sum(direct_nats(model, stream, context) for stream in streams)
+    assert result.nats == pytest.approx(expected, rel=1e-6)  # fp32 logits in batches of other shapes
+    assert seen[-1] == ("evaluating", result.text_bytes, result.text_bytes)
+
+
+def test_files_of_many_windows_are_the_same_in_pieces(loaded, tmp_path):
+    """More windows than are predicted at once (16)."""
+    model, tokenizer, _ = loaded
+    text = "dogs ran past old trees in rain\n" * 40
+    (tmp_path / "a.txt").write_text(text)
+    stream = [tokenizer.eos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id]
+    result = evaluate_files(model, tokenizer, str(tmp_path / "a.txt"), context=16)
+    assert result.nats == pytest.approx(direct_nats(model, stream, 16), rel=1e-6)
+
+
+def test_nothing_to_evaluate_is_a_sentence(loaded, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    expected_of = {"empty.txt": "the file is empty", "blank.jsonl": "holds no text", "none.txt": "no file matches"}
+    for name, expected in expected_of.items():
+        with pytest.raises(UserError, match=expected):
+            evaluate_files(loaded[0], loaded[1], str(tmp_path / name))
+
+
+def test_measures_follow_from_their_sums():
+    result = Evaluation(nats=20.0, tokens=10, text_bytes=40) + Evaluation(nats=4.0, tokens=2, text_bytes=8)
+    assert result.loss == 2.0 and result.perplexity == pytest.approx(math.exp(2))
+    assert result.bits_per_byte == pytest.approx(24 / math.log(2) / 48)
+    assert result.as_dict() == {"loss": 2.0, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte,
+                                "tokens": 12, "text_bytes": 48}  # fmt: skip
+    assert Evaluation(nats=1e6, tokens=1).perplexity < math.inf
+
+
+def test_evaluation_changes_nothing_and_leaves_no_gradient(loaded):
+    model, tokenizer, data = loaded
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate_batches(model, split_batches(data.validation, 4), tokenizer.byte_lengths)
+    assert all(np.array_equal(before[n].numpy(), t.numpy()) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
