@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pellucid.config import SourceConfig, UserError, _nearest
+from pellucid.config import SourceConfig, UserError, nearest
 from pellucid.data.compression import DAMAGE, NAMES, OPENERS
 from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable
 from pellucid.data.readers import EXTENSIONS, READERS, known_format
@@ -155,7 +155,7 @@ def _hub_version(name: str) -> str:
 def _builtin(name: str, where: str) -> Iterator[tuple[str, Path, str | None]]:
     library = Path(sysconfig.get_paths()["stdlib"])
     if name not in BUILTINS:
-        raise UserError(f"{where}: there is no '{name}'{_nearest(name, list(BUILTINS))}")
+        raise UserError(f"{where}: there is no '{name}'{nearest(name, list(BUILTINS))}")
     if name == "builtin:python-topics":
         topics = library / "pydoc_data" / "topics.py"
         if not topics.is_file():

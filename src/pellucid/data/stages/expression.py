@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.config import UserError, _nearest
+from pellucid.config import UserError, nearest
 from pellucid.data.stages.language import identifier, language_of
 from pellucid.data.stages.repetition import duplicates
 from pellucid.data.stages.textview import TextView
@@ -88,7 +88,7 @@ def _kind(node: ast.AST, rule: str) -> str:
             return "string"
         case ast.Name(id=name):
             if name not in VARIABLES:
-                raise _mistake(rule, f"names '{name}', which is no variable{_nearest(name, list(VARIABLES))}")
+                raise _mistake(rule, f"names '{name}', which is no variable{nearest(name, list(VARIABLES))}")
             if name.startswith("language"):
                 identifier("data.filter.expression")
             return "string" if name == "language" else "number"

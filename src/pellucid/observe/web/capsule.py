@@ -30,7 +30,7 @@ def read_capsule(run_dir: Path, step: int) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             name = facts["parameter"]
-            tensors = {key: file.get_tensor(key).double().numpy() for key in file.keys() if key.endswith("." + name)}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key).double().numpy() for key in file.keys() if key.endswith("." + name)}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: the capsule is damaged ({error}); make it again with `pellucid explain`") from None
     before, after = tensors["before." + name], tensors["after." + name]

@@ -1,0 +1,28 @@
+"""The `pellucid` command: thin commands that parse arguments and print; all logic lies below.
+
+A user's mistake is one sentence on stderr and exit code 2, without a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pellucid.cli import data, machine, train, use  # noqa: F401  each adds its commands to the app
+from pellucid.cli.app import app
+from pellucid.config import UserError
+
+
+def main() -> None:
+    """Entry point: runs a command; a UserError becomes one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"pellucid: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # the machine's refusal: a full disk, a folder without permission
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"pellucid: {place}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("pellucid: interrupted", file=sys.stderr)
+        sys.exit(130)

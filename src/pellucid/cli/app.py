@@ -1,0 +1,61 @@
+"""The command's root, and what several commands share. Its folder: one file for each thing a user does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pellucid.config import UserError
+
+ORDER = ("train", "watch", "report", "explain", "trace", "generate", "predict", "evaluate", "measure", "data",
+         "plan", "convert", "doctor", "version")  # fmt: skip
+
+
+class InOrder(TyperGroup):
+    """--help lists the commands in the order in which one meets them."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        return sorted(super().list_commands(context), key=ORDER.index)
+
+
+app = typer.Typer(
+    cls=InOrder,
+    name="pellucid",
+    help="Train language models of the Grok-1 architecture, and see how every parameter is adjusted on the way.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="print the answer as JSON")]
+
+
+def split_settings(settings: list[str]) -> tuple[Path | None, list[str]]:
+    """A first argument without '=' is the configuration file."""
+    if settings and "=" not in settings[0]:
+        return Path(settings[0]), settings[1:]
+    return None, settings
+
+
+def load_with_tokenizer(model: str, tokenizer: Path | None, dtype: str) -> tuple[Any, Any]:
+    from pellucid.data.tokenizer import load_tokenizer
+    from pellucid.exchange.load import load
+
+    network, tokens = load(model, dtype=dtype)
+    if tokenizer is not None:
+        given = load_tokenizer(tokenizer)
+        if tokens is not None and given.fingerprint != tokens.fingerprint:
+            raise UserError(f"{tokenizer}: not the tokenizer that {model} was trained with and brings along; leave it out")
+        tokens = given
+    if tokens is None:
+        raise UserError(f"{model}: brings no tokenizer; give the one it was trained with: --tokenizer FILE")
+    if tokens.vocab_size > network.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokens.vocab_size} tokens but the model only {network.config.vocab_size}: "
+            "it is the tokenizer of another model"
+        )
+    return network, tokens

@@ -1,0 +1,112 @@
+"""Reading settings: a TOML file and key=value overrides become a Config; mistakes become one sentence."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from pellucid.config.augment import AUGMENTERS
+from pellucid.config.model import nearest
+from pellucid.config.section import UserError
+from pellucid.config.sources import SourceConfig
+from pellucid.config.training import BUDGETS
+from pellucid.config.tree import Config
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file (or none) and apply `key=value` overrides with TOML values (bare words are strings).
+
+    Relative data paths in a file are resolved against the file's folder. Raises UserError.
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid TOML: {error}") from None
+        _resolve_paths(tables, Path(path).resolve().parent)
+    tables.setdefault("model", {"preset": "small"})  # so that an override changes the default model, not replaces it
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"'{override}' is neither a configuration file nor key=value (example: training.max_steps=200)")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        table = tables
+        *parents, leaf = key.strip().split(".")
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise UserError(f"{key}: '{parent}' is a value, not a table")
+        if key.startswith("training.max_"):  # a budget given on the command line replaces the file's
+            for budget in BUDGETS:
+                table.pop(budget, None)
+        table[leaf] = value
+    return make_config(tables, where=str(path) if path else "configuration")
+
+
+def make_config(tables: dict[str, Any], where: str = "configuration") -> Config:
+    """Validate tables into a Config; mistakes become one UserError sentence that names the key."""
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain_validation_error(error, Config)}") from None
+
+
+def explain_validation_error(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first mistake as `key: what is wrong`, with the nearest known key where one was misspelt."""
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if isinstance(part, int) or not str(part).startswith("function-")]
+    chosen = next((AUGMENTERS[p] for p in location if p in AUGMENTERS and "augment" in location), None)
+    location = [p for p in location if chosen is None or p not in AUGMENTERS]
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        section: Any = chosen or root
+        for part in [] if chosen else location[:-1]:
+            annotation = section.model_fields[part].annotation if isinstance(part, str) else section
+            choices = [annotation, *get_args(annotation)]  # X | None is X
+            section = next((choice for choice in choices if hasattr(choice, "model_fields")), SourceConfig)
+        return f"unknown key '{key}'{nearest(str(location[-1]), list(section.model_fields))}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and first["type"] != "value_error" else ""
+    return f"{key}: {message}{shown}" if key else f"{message}{shown}"
+
+
+def is_file_path(source: str) -> bool:
+    """Whether a source names files by their path (not builtin:..., a hub's data set, or a URL)."""
+    return not source.startswith(("builtin:", "hf-dataset:")) and "://" not in source
+
+
+def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
+    """Paths in a file mean: beside that file."""
+
+    def resolve(path: str) -> str:
+        return str(folder / path) if is_file_path(path) else path  # an absolute path stays
+
+    data = tables.get("data", {})
+    if not isinstance(data, dict):
+        return  # make_config says what is wrong
+    benchmarks = data.get("decontaminate") if isinstance(data.get("decontaminate"), dict) else {}
+    for table, name in ((data, "sources"), (data, "validation"), (benchmarks, "against")):
+        if isinstance(table.get(name), list):
+            table[name] = [
+                resolve(item) if isinstance(item, str)
+                else {**item, "path": resolve(item["path"])} if isinstance(item, dict) and isinstance(item.get("path"), str)
+                else item
+                for item in table[name]
+            ]
+    for item in data.get("augment") if isinstance(data.get("augment"), list) else []:
+        if isinstance(item, dict) and isinstance(item.get("path"), str):
+            item["path"] = resolve(item["path"])
+    tokenizer = data.get("tokenizer", {})
+    if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
+        tokenizer["path"] = resolve(tokenizer["path"])
