@@ -10,15 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pellucid.config import UserError
 from pellucid.data.dataset import Dataset
 
 EXCERPT = 4000  # characters of a document that the page shows
 TOKENS = 600  # tokens of a document shown as chips
 SHOWN = 400  # rows and steps of a document listed
-CHUNK = 100_000  # steps whose order is computed at once
 
 
 class River:
@@ -116,19 +113,9 @@ class River:
         ids = document.pop("token_ids")
         tokens = [{"id": token, "text": self.token_text(token)} for token in ids[:TOKENS]]
         text = document.pop("text")
-        pieces = (split.plan.document == index).nonzero()[0]
-        rows = np.unique(split.plan.row_first.searchsorted(pieces, side="right") - 1)
+        rows = split.rows_of_document(index)
         batch = config.get("training", {}).get("batch_size", 16)
-        steps = self._steps_of(split, rows, batch, latest) if split_name == "train" and latest is not None else []
+        steps = split.steps_with(rows, latest + 1, batch) if split_name == "train" and latest is not None else []
         return {**document, "split": split_name, "index": index, "characters": len(text), "text": text[:EXCERPT],
                 "documents": int(split.plan.document.max()) + 1, "tokens": tokens, "token_count": len(ids),
-                "rows": rows[:SHOWN].tolist(), "row_count": len(rows), "steps": steps}  # fmt: skip
-
-    def _steps_of(self, split: Any, rows: np.ndarray, batch: int, latest: int) -> list[int]:
-        """Steps whose batch held one of these rows: the order of a run is a pure function of its seed."""
-        found: list[int] = []
-        for start in range(0, (latest + 1) * batch, CHUNK * batch):
-            stop = min(start + CHUNK * batch, (latest + 1) * batch)
-            hits = np.isin(split.sample_rows(start, stop), rows).nonzero()[0]
-            found += np.unique((start + hits) // batch).tolist()
-        return found[:SHOWN]
+                "rows": sorted(rows)[:SHOWN], "row_count": len(rows), "steps": steps[:SHOWN], "step_count": len(steps)}  # fmt: skip

@@ -6,12 +6,14 @@ import { count } from "./format.js";
 import { Timeline } from "./timeline.js";
 import { Experts } from "./views/experts.js";
 import { Learning } from "./views/learning.js";
+import { River } from "./views/river.js";
 import { Tensor } from "./views/tensor.js";
 import { Verdicts } from "./views/verdicts.js";
 import { XRay } from "./views/xray.js";
 
-const VIEWS = [
+const VIEWS = [ // in reading order; an entry's key is its name in the URL and its shape in SHAPES
   ["xray", "X-ray", XRay],
+  ["river", "Data river", River],
   ["experts", "Experts", Experts],
   ["learning", "Learning", Learning],
   ["verdicts", "Verdicts", Verdicts],

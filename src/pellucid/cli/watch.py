@@ -1,0 +1,25 @@
+"""See a run: live in the browser or the terminal, or as one file to give away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pellucid.cli.app import app
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN_DIR ...]", help="default: the newest under runs/")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="first one tried; default 8384")] = None,
+    browser: Annotated[bool, typer.Option(help="open the page in the browser")] = True,
+) -> None:
+    """Show runs in the browser, live while they train and after; several are compared.
+
+    Example: pellucid watch runs/demo runs/demo-2
+    """
+    from pellucid.observe.web.server import watch as serve
+
+    serve(runs or [], port, browser)
