@@ -132,9 +132,11 @@ class DecontaminateConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes token ids. Trained kinds reserve pad 0, bos 1, eos 2, unk 3."""
 
-    kind: Literal["bpe", "sentencepiece", "bytes", "characters", "file"] = "bpe"
+    kind: Literal["bpe", "sentencepiece", "unigram", "bytes", "characters", "file"] = "bpe"
     vocab_size: int = Field(4096, ge=260, description="tokens wanted; ignored by bytes, characters and file")
     path: str | None = Field(None, description="tokenizer.model or tokenizer.json, for kind = 'file'")
+    encoder: Literal["auto", "gigatoken", "kitoken", "splintr", "reference"] = Field(
+        "auto", description="library that tokenizes much text; every one gives the same ids, or is refused")
 
     @model_validator(mode="after")
     def _file_needs_path(self) -> TokenizerConfig:

@@ -96,6 +96,7 @@ def _workers(config: DataConfig, files: list[SourceFile]) -> Workers:
 def _settings(config: DataConfig) -> dict[str, Any]:
     """Everything the result depends on, except the source files themselves."""
     settings = config.model_dump(mode="json", exclude=LOADER_ONLY)
+    del settings["tokenizer"]["encoder"]
     for source in settings["sources"] + settings["validation"] + settings["decontaminate"]["against"]:
         if "://" not in source["path"] and not source["path"].startswith(("builtin:", "hf-dataset:")):
             source["path"] = os.path.abspath(source["path"])
@@ -236,7 +237,9 @@ def _fill(config: DataConfig, files: list[SourceFile], folder: Path, progress: P
     result = folder / "result"
     if not (folder / "tokenizer").is_dir():
         sample = build.sample(blocks, SAMPLE_BYTES)
-        train_tokenizer(config.tokenizer, sample).save(folder / "tokenizer.tmp", convert=False)
+        tokenizer = train_tokenizer(config.tokenizer, sample)
+        tokenizer.save(folder / "tokenizer.tmp", convert=False)
+        ledger.commit(folder / "trained.json", {"by": tokenizer.trained_by})
         os.rename(folder / "tokenizer.tmp", folder / "tokenizer")
     shutil.copytree(folder / "tokenizer", result / "tokenizer")
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -252,6 +255,7 @@ def _fill(config: DataConfig, files: list[SourceFile], folder: Path, progress: P
         split["packing"] = {"rows": plan.rows, "utilization": plan.utilization}
     return {
         "tokenizer": {"kind": config.tokenizer.kind, "vocab_size": tokenizer.vocab_size,
+                      "trained_by": (ledger.read_record(folder / "trained.json") or {}).get("by"),
                       "fingerprint": tokenizer.fingerprint, "pad_token_id": tokenizer.pad_token_id,
                       "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id},
         "split": splitter.describe(),

@@ -206,18 +206,19 @@ class TokenizeJob:
     block: Block
 
     def run(self, setup: Setup) -> Iterator[Report]:
-        folder, tokenizer = setup.folder / "tokens", _tokenizer(setup.folder / "tokenizer")
+        folder = setup.folder / "tokens"
+        tokenizer = _tokenizer(setup.folder / "tokenizer", setup.config.tokenizer.encoder)
         augment = Materializer(setup.config) if materialized(setup.config) else None
         splits = {"train": TokenBlock(), "validation": TokenBlock()}
         done = 0
         for batch in _batches(self.block):
             items = [Item(*item, setup.splitter.split_of(*item)) for item in batch]
             items = augment.expand(items, tokenizer) if augment else items
-            ids = tokenizer.encode_batch([item.document.text for item in items])
+            ids = tokenizer.encode_arrays([item.document.text for item in items])
             for item, tokens in zip(items, ids, strict=True):
                 tokens = tokens if item.token_ids is None else item.token_ids
                 splits[item.split].add(
-                    np.array([*tokens, tokenizer.eos_token_id], dtype=np.uint32), item.document,
+                    np.append(np.asarray(tokens, dtype=np.uint32), np.uint32(tokenizer.eos_token_id)), item.document,
                     len(item.document.text.encode()), item.text_hash, item.parent, item.augmentation)
             done += sum(len(document.text.encode()) for document, _ in batch)
             yield "position", done
@@ -229,8 +230,11 @@ class TokenizeJob:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(folder)
+def _tokenizer(folder: Path, encoder: str) -> Tokenizer:
+    tokenizer = load_tokenizer(folder)
+    if encoder != "auto":
+        tokenizer.use_encoder(encoder)
+    return tokenizer
 
 
 def _batches(block: Block) -> Iterator[list[tuple[Document, bytes]]]:

@@ -34,10 +34,8 @@ def sentencepiece_to_json(model: bytes, added: dict[int, str] | None = None) -> 
 
     None where it would not be exact: not BPE, no byte fallback, a normalizer, or a probe that comes out differently.
     """
-    pieces, trainer, normalizer = _parse(model)
-    plain = trainer.get(3) == BPE_MODEL and trainer.get(35) and not trainer.get(24)  # type, byte_fallback, suffix marks
-    escaped = normalizer.get(3, 1) and not normalizer.get(4, 1) and normalizer.get(5, 1) and not normalizer.get(2)
-    if not (plain and escaped):
+    pieces = _plain_pieces(model)
+    if pieces is None:
         return None
     result = json.dumps(_document(pieces, added or {}), ensure_ascii=False).encode()
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -46,6 +44,44 @@ def sentencepiece_to_json(model: bytes, added: dict[int, str] | None = None) -> 
     if any(converted.encode(text, add_special_tokens=False).ids != reference.encode(text) for text in PROBES):
         return None
     return result
+
+
+def sentencepiece_without_split(model: bytes) -> tuple[bytes, str] | None:
+    """The same as a tokenizer.json without a pre-tokenizer, and a pattern of the texts it is not good for.
+
+    For a library that splits by no pattern of ours. Runs of one character ("\\n" to ten of them) become merges that
+    come before all others, which is exact up to the longest run; a text with a longer one, or with another
+    user-defined symbol, is for the reference. None where sentencepiece_to_json gives none.
+    """
+    pieces = _plain_pieces(model)
+    symbols = [name for name, _, kind in pieces or () if kind == USER_DEFINED and " " not in name]
+    if pieces is None or any(MARK in name for name in symbols):
+        return None
+    inside = set("".join(name for name, _, kind in pieces if kind == NORMAL))
+    runs = {name: max(len(other) for other in symbols if set(other) == {name}) for name in symbols if len(name) == 1}
+    runs = {name: most for name, most in runs.items()
+            if name not in inside and all(name * n in symbols for n in range(1, most + 1))}
+    document = _document(pieces, {})
+    document |= {"added_tokens": [], "pre_tokenizer": None}
+    document["model"]["ignore_merges"] = False
+    document["model"]["merges"] = [[name * n, name * (total - n)] for name, most in runs.items()
+                                   for total in range(2, most + 1) for n in range(1, total)] + document["model"]["merges"]
+    others = [re.escape(name) for name in symbols if name[0] not in runs or len(set(name)) > 1]
+    longer = [f"{re.escape(name)}{{{most + 1}}}" for name, most in runs.items() if most > 1]
+    return json.dumps(document, ensure_ascii=False).encode(), "|".join(others + longer)
+
+
+def reserved_names(model: bytes) -> list[str]:
+    """The names of control and unknown pieces, which are ordinary text where a text holds them."""
+    return [name for name, _, kind in _parse(model)[0] if kind in (CONTROL, UNKNOWN)]
+
+
+def _plain_pieces(model: bytes) -> list[tuple[str, float, int]] | None:
+    """The pieces of a model whose rules the conversion knows, else None."""
+    pieces, trainer, normalizer = _parse(model)
+    plain = trainer.get(3) == BPE_MODEL and trainer.get(35) and not trainer.get(24)  # type, byte_fallback, suffix marks
+    escaped = normalizer.get(3, 1) and not normalizer.get(4, 1) and normalizer.get(5, 1) and not normalizer.get(2)
+    return pieces if plain and escaped and all(kind != UNUSED for _, _, kind in pieces) else None
 
 
 def _document(pieces: list[tuple[str, float, int]], added: dict[int, str]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Picture 2, tokenize: text to token ids and back, the same for tokenizers trained here and brought along.
 
-Two engines do the work: Hugging Face `tokenizers` (tokenizer.json) and SentencePiece (tokenizer.model); both are
-run so that text never becomes a special token, whatever it says. Tokenizers trained here reserve pad 0, bos 1,
-eos 2, unk 3. One brought along that lacks pad or eos gets them as new ids at the end of its vocabulary (pad must
-not be another token: the model is blind to pad); one that lacks bos uses its eos. See tokenizer_training.py.
+Two engines define it: Hugging Face `tokenizers` (tokenizer.json) and SentencePiece (tokenizer.model); both are run so
+that text never becomes a special token, whatever it says. For much text a faster library that gives the same ids
+stands in (encoders.py). Tokenizers trained here (tokenizer_training.py) reserve pad 0, bos 1, eos 2, unk 3. One brought
+along that lacks pad or eos gets them as new ids at the end of its vocabulary (pad must not be another token: the
+model is blind to pad); one that lacks bos uses its eos.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sentencepiece
 import tokenizers
 
 from pellucid.config import UserError
+from pellucid.data.encoders import Choice, as_arrays, choose_encoder
 from pellucid.data.sentencepiece_json import sentencepiece_to_json
 
 RESERVED = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0, 1, 2, 3
@@ -29,6 +31,7 @@ KNOWN_NAMES = {  # of special tokens in tokenizers that do not say which is whic
     "bos": ("<bos>", "<s>", "[BOS]", "<|bos|>", "<|begin_of_text|>", "<|startoftext|>"),
     "eos": ("<eos>", "</s>", "[EOS]", "<|eos|>", "<|end_of_text|>", "<|endoftext|>"),
 }
+SURROGATE = "a text to tokenize is not valid Unicode (it holds half of a surrogate pair)"
 
 
 class Engine(Protocol):
@@ -37,6 +40,7 @@ class Engine(Protocol):
     file_name: str  # tokenizer.json or tokenizer.model
     content: bytes  # of that file
     size: int  # ids, appended ones not counted
+    patience: int  # bytes of text it encodes itself before loading something faster pays
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...
@@ -62,6 +66,8 @@ class Tokenizer:
         self.pad_token_id = self._append() if pad is None or pad == self.eos_token_id else pad
         bos = engine.special("bos", names)
         self.bos_token_id = self.eos_token_id if bos is None else bos
+        self.trained_by: str | None = None  # the library that made it; it does not change what was made
+        self._encoded, self._choice = 0, None
 
     def _append(self) -> int:
         self.vocab_size += 1
@@ -81,7 +87,29 @@ class Tokenizer:
         try:
             return self.engine.encode_batch(list(texts))
         except (UnicodeEncodeError, TypeError):
-            raise UserError("a text to tokenize is not valid Unicode (it holds half of a surrogate pair)") from None
+            raise UserError(SURROGATE) from None
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same ids, uint32, for much text: once a tokenizer was given enough, by the fastest library that is exact."""
+        texts = list(texts)
+        if self._choice is None:
+            self._encoded += sum(map(len, texts))
+            if self._encoded < self.engine.patience:
+                return as_arrays(self.encode_batch(texts))
+            self.use_encoder()
+        try:
+            return self._choice.encoder(texts)
+        except (UnicodeEncodeError, TypeError):
+            raise UserError(SURROGATE) from None
+
+    def use_encoder(self, name: str = "auto") -> Choice:
+        """Choose the library behind encode_arrays now: "gigatoken", "kitoken", "splintr", "reference" (the engine itself)
+        or "auto", the first that will do. Raises UserError where the named one is absent or not exact."""
+        self._choice = choose_encoder(self.engine, name)
+        if name not in ("auto", self._choice.encoder.name):
+            reason = self._choice.refused.get(name, f"cannot run a {self.engine.file_name}")
+            raise UserError(f"data.tokenizer.encoder = '{name}': {reason}; leave the setting out to have one chosen")
+        return self._choice
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens give none, bytes that form no character give U+FFFD."""
@@ -140,7 +168,7 @@ class Tokenizer:
 class HuggingFaceEngine:
     """A tokenizer.json, run by the `tokenizers` library."""
 
-    file_name = "tokenizer.json"
+    file_name, patience = "tokenizer.json", 1 << 21
 
     def __init__(self, content: bytes):
         self.content = content
@@ -189,7 +217,7 @@ class HuggingFaceEngine:
 class SentencePieceEngine:
     """A tokenizer.model, run by the SentencePiece library: the reference for Grok-1's own."""
 
-    file_name = "tokenizer.model"
+    file_name, patience = "tokenizer.model", 1 << 24
 
     def __init__(self, content: bytes):
         self.content = content

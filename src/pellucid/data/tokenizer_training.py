@@ -2,6 +2,7 @@
 
 bpe         byte-level BPE (Sennrich et al. 2016; GPT-2's word split, every digit by itself as in Grok-1)
 sentencepiece   BPE with byte fallback and the flags of Grok-1's own model
+unigram     the same with a unigram language model (Kudo 2018) in place of merges
 bytes       id = byte + 4        characters   one id per character seen, bytes for the others
 All reserve pad 0, bos 1, eos 2, unk 3 and can spell any text through the 256 bytes. The same texts in the same
 order give the same tokenizer.
@@ -9,6 +10,7 @@ order give the same tokenizer.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import itertools
 import json
@@ -16,9 +18,10 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from pellucid.config import TokenizerConfig, UserError
+from pellucid.data.bpe_training import bpe_merges
 from pellucid.data.tokenizer import BYTE_OF, RESERVED, HuggingFaceEngine, SentencePieceEngine, Tokenizer, load_tokenizer
 
 SAMPLE_BYTES = 1 << 26  # of text a tokenizer is trained on; memory stays within about ten times this
@@ -33,7 +36,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """
     if config.kind == "file":
         return load_tokenizer(config.path)
-    make = {"bpe": _bpe, "sentencepiece": _sentencepiece, "bytes": _bytes, "characters": _characters}[config.kind]
+    make = {"bpe": _bpe, "sentencepiece": _sentencepiece, "unigram": _sentencepiece, "bytes": _bytes,
+            "characters": _characters}[config.kind]
     return make(config, _at_most(texts, SAMPLE_BYTES))
 
 
@@ -46,17 +50,16 @@ def _at_most(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _bpe(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
+    merges, trainer = bpe_merges(texts, config.vocab_size - len(RESERVED) - 256)
+    names = dict.fromkeys([*RESERVED, *sorted(BYTE_OF), *(left + right for left, right in merges)])
+    backend = tokenizers.Tokenizer(models.BPE(vocab={name: n for n, name in enumerate(names)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
     ])
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size, special_tokens=list(RESERVED), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False)
-    backend.train_from_iterator(texts, trainer)
-    return _from_backend(backend)
+    backend.add_special_tokens(list(RESERVED))
+    return _from_backend(backend, trainer)
 
 
 def _bytes(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
@@ -82,8 +85,14 @@ def _characters(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
     return _from_backend(backend)
 
 
-def _from_backend(backend: tokenizers.Tokenizer) -> Tokenizer:
-    return Tokenizer(HuggingFaceEngine(json.dumps(json.loads(backend.to_str()), ensure_ascii=False).encode()))
+def _from_backend(backend: tokenizers.Tokenizer, trainer: str | None = None) -> Tokenizer:
+    content = json.dumps(json.loads(backend.to_str()), ensure_ascii=False).encode()
+    return _made_by(trainer, Tokenizer(HuggingFaceEngine(content)))
+
+
+def _made_by(library: str | None, tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.trained_by = library and f"{library} {importlib.metadata.version(library)}"
+    return tokenizer
 
 
 def _sentencepiece(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
@@ -95,7 +104,8 @@ def _sentencepiece(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
         raise UserError("data.tokenizer: there is no text to train on")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], lines), model_writer=model, model_type="bpe",
+            sentence_iterator=itertools.chain([first], lines), model_writer=model,
+            model_type="unigram" if config.kind == "unigram" else "bpe",
             vocab_size=config.vocab_size, hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995,
             normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
             split_digits=True, allow_whitespace_only_pieces=True, user_defined_symbols=GROK_SYMBOLS,
@@ -106,4 +116,4 @@ def _sentencepiece(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
         sentence = str(error).split("] ")[-1].strip().rstrip(".")
         raise UserError(f"data.tokenizer.vocab_size = {config.vocab_size}: SentencePiece cannot make it ({sentence}); "
                         "try a larger one") from None
-    return Tokenizer(SentencePieceEngine(model.getvalue()))
+    return _made_by("sentencepiece", Tokenizer(SentencePieceEngine(model.getvalue())))
