@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -226,3 +227,14 @@ def test_progress_names_its_stages_and_never_passes_the_end(tmp_path):
     assert named == ["reading", "training tokenizer", "tokenizing", "writing"]
     assert all(0 <= done <= total for _, done, total, *_ in calls)
     assert max(done for stage, done, *_ in calls if stage == "reading") == Path(path).stat().st_size
+
+
+def test_a_folder_built_anew_takes_the_new_tokenizer(tmp_path):
+    texts = ["the quick brown fox jumps over it. ", "zwei alte Zwerge gingen zum Brunnen. "]
+    for text in texts:
+        (tmp_path / "text.txt").write_text(text * 60)
+        config = DataConfig(**{"sources": [str(tmp_path / "text.txt")], "sequence_length": 8, "validation_fraction": 0.0,
+                                       "tokenizer": {"kind": "bpe", "vocab_size": 300}})
+        dataset = prepare(config, directory=tmp_path / "data")
+        assert dataset.train.document(0)["text"].startswith(text)
+        shutil.rmtree(tmp_path / "data")

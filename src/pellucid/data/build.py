@@ -29,7 +29,7 @@ from pellucid.data.blocks import Block
 from pellucid.data.dataset import FORMAT, MANIFEST, Dataset, split_plan
 from pellucid.data.document import SourceFile, StageRecord
 from pellucid.data.passes import Build, Progress
-from pellucid.data.pipeline import Setup, stages
+from pellucid.data.pipeline import Setup, forget, stages
 from pellucid.data.shards import damage, describe_files, file_sha256
 from pellucid.data.sources import list_files
 from pellucid.data.splitting import Splitter
@@ -223,6 +223,7 @@ def _build(config: DataConfig, settings: dict[str, Any], settings_hash: str, fil
 def _fill(config: DataConfig, files: list[SourceFile], folder: Path, progress: Progress, workers: Workers,
           ) -> dict[str, Any]:
     """Write shards and tokenizer into folder/result; returns the manifest without its settings."""
+    forget()
     splitter = Splitter(config, files)
     build = Build(Setup(config, folder, splitter, ledger.BLOCK_BYTES), files, workers, progress)
     blocks = build.read()

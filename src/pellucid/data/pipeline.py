@@ -176,6 +176,12 @@ def _fill(writer: BlockWriter, items: Iterator[Document | Unreadable], reading: 
     return block
 
 
+def forget() -> None:
+    """A build begins: what an earlier one in this process loaded from files may have changed since."""
+    _stages_of.cache_clear()
+    _tokenizer.cache_clear()
+
+
 @lru_cache(maxsize=2)
 def _stages_of(settings: str) -> list[Stage]:
     return stages(DataConfig.model_validate_json(settings))

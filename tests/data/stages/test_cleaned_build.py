@@ -30,7 +30,7 @@ def corpus() -> list[str]:
     texts = [story(seed) for seed in range(40)]
     near = texts[3].replace(".", " again.", 1)
     return [*texts, texts[0], texts[1].upper().replace(" ", "  "), near, "Too short.", "# " * 60 + texts[5],
-            "The same line comes again.\n" * 30, f"{story(90)} {BENCHMARK} {story(91)}",
+            "The same line comes to the end of it.\n" * 30, f"{story(90)} {BENCHMARK} {story(91)}",
             f"{story(92)}\nMail me: jane@example.org."]
 
 
