@@ -23,3 +23,23 @@ def watch(
     from pellucid.observe.web.server import watch as serve
 
     serve(runs or [], port, browser)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="a run, finished or not")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="file to write; default RUN_DIR/report.html")] = None,
+) -> None:
+    """Write the dashboard of a run as one HTML file that opens by double click, without a network.
+
+    Example: pellucid report runs/demo -o demo.html
+    """
+    from pellucid.observe.web.report import write_report
+    from pellucid.training.progress import Shown
+
+    shown = Shown()
+    try:
+        path = write_report(run_dir, output, progress=shown.stage)
+    finally:
+        shown.close()
+    print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")

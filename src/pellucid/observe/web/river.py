@@ -12,8 +12,8 @@ from typing import Any
 
 from pellucid.config import UserError
 from pellucid.data.dataset import Dataset
+from pellucid.observe.web.journey import EXCERPT, journey
 
-EXCERPT = 4000  # characters of a document that the page shows
 TOKENS = 600  # tokens of a document shown as chips
 SHOWN = 400  # rows and steps of a document listed
 
@@ -116,6 +116,8 @@ class River:
         rows = split.rows_of_document(index)
         batch = config.get("training", {}).get("batch_size", 16)
         steps = split.steps_with(rows, latest + 1, batch) if split_name == "train" and latest is not None else []
-        return {**document, "split": split_name, "index": index, "characters": len(text), "text": text[:EXCERPT],
+        return {**document, **journey(self.dataset, split_name, document),
+                "split": split_name, "index": index, "characters": len(text), "text": text[:EXCERPT],
                 "documents": int(split.plan.document.max()) + 1, "tokens": tokens, "token_count": len(ids),
-                "rows": sorted(rows)[:SHOWN], "row_count": len(rows), "steps": steps[:SHOWN], "step_count": len(steps)}  # fmt: skip
+                "rows": sorted(rows)[:SHOWN], "row_count": len(rows), "steps": steps[:SHOWN], "step_count": len(steps),
+                "version": bool(document["augmentation"])}  # fmt: skip

@@ -9,7 +9,7 @@ async function bytesOf(path) {
     if (!response.ok) throw new Error((await response.json().catch(() => ({}))).problem ?? `the server answered ${response.status}`);
     return response.arrayBuffer();
   }
-  if (!(path in packed)) throw new Error("This report does not hold that; open the run with pellucid watch.");
+  if (!(path in packed)) throw new Error("This report does not hold this; open the run itself with pellucid watch.");
   const zipped = Uint8Array.from(atob(packed[path]), (c) => c.charCodeAt(0));
   const stream = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).arrayBuffer();

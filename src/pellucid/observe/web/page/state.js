@@ -20,7 +20,7 @@ function useChanges(read) {
 
 const NUMBERS = new Set(["run", "compare", "step", "layer", "expert", "from", "to", "document"]);
 const DEFAULTS = { view: "xray", run: 0, compare: null, step: null, layer: null, expert: null, tensor: null,
-  stat: "update_ratio", from: null, to: null };
+  stat: "update_ratio", from: null, to: null, stage: null, document: null };
 let selection = { ...DEFAULTS, ...read() };
 
 function read() {
@@ -96,6 +96,7 @@ export function useWindow(run, stream, stat, { from = null, to = null } = {}) {
   const { runs: known } = useRuns();
   const about = known[run];
   const there = about?.streams?.[stream] !== undefined;
+  if (isReport) from = to = null; // it holds every stream once, whole
   const path = there && stat ? `window?run=${run}&stream=${stream}&stat=${stat}`
     + (from !== null ? `&since=${from}` : "") + (to !== null ? `&until=${to}` : "") : null;
   const latest = about?.latest ?? null;
@@ -132,8 +133,9 @@ async function grow(path, latest, from, to) {
   await entry.pending;
 }
 
-/** A JSON answer: {data, problem}; asked again when `version` changes, keeping the old one meanwhile. */
-export function useAnswer(path, version = 0) {
+/** A JSON answer: {data, problem}; asked again when `version` changes, keeping the old one meanwhile; `keep`: also when
+ * the question changes, for what follows the newest step. */
+export function useAnswer(path, version = 0, keep = false) {
   const [state, set] = useState({ path: null, data: null, problem: null });
   useEffect(() => {
     if (path === null) return;
@@ -141,7 +143,7 @@ export function useAnswer(path, version = 0) {
     ask(path).then((data) => alive && set({ path, data, problem: null }), (error) => alive && set({ path, data: null, problem: error.message }));
     return () => { alive = false; };
   }, [path, version]);
-  return state.path === path ? state : { data: null, problem: null };
+  return state.path === path || (keep && path !== null && state.data) ? state : { data: null, problem: null };
 }
 
 // --------------------------------------------------------------------------------------------- conveniences

@@ -96,7 +96,7 @@ function Cell({ value, scale, stat, row, ledger, index, chosen, pick, compact })
   const states = [flag("ghost") && "moved without tokens", flag("frozen") && "did not move"].filter(Boolean).join(", ");
   return html`<button type="button" class=${`expert-cell${chosen ? " chosen" : ""}${flag("ghost") ? " ghost" : ""}${flag("frozen") ? " frozen" : ""}${word === null ? value === null ? " missing" : " hatched" : ""}${compact ? " compact" : ""}`}
     style=${word === null ? {} : { background: css(word), color: light ? "#0b0d10" : "#fff" }} aria-pressed=${chosen} onClick=${pick} data-value=${value === null ? "" : String(value)}
-    aria-label=${`layer ${row.layer}, expert ${row.expert}: ${stat.name} ${number(value)}${states ? `, ${states}` : ""}`}>${text}</button>`;
+    aria-label=${`${text}: ${stat.name} of layer ${row.layer}, expert ${row.expert}${states ? `, ${states}` : ""}`}>${text}</button>`;
 }
 
 function layerCells(run, window, row, step, experts) {

@@ -103,10 +103,9 @@ function BySource({ run, index, step, theme }) {
 
 /** The batch of the selected step: pieces of documents with the loss on each, the worst on top. */
 export function Documents({ index, step }) {
-  const { data, problem } = useAnswer(isReport ? null : `step?run=${index}&step=${step}`);
+  const { data, problem } = useAnswer(`step?run=${index}&step=${step}`, 0, !isReport);
   const [open, show] = useState(null);
-  const question = `Which documents were in step ${step}?`;
-  if (isReport) return html`<${Panel} id="documents-title" wide question=${question}><${Nothing}>The report leaves out the text of the batches; see it with pellucid watch, or pellucid trace.<//><//>`;
+  const question = `Which documents were in step ${data?.step ?? step}?`;
   if (problem || data?.problem) return html`<${Panel} id="documents-title" wide question=${question}><${Nothing}>${problem ?? data.problem}<//><//>`;
   if (!data) return null;
   const measured = data.pieces.filter((piece) => piece.loss !== null && piece.loss !== undefined);

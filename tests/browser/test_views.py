@@ -1,0 +1,237 @@
+"""Every view in a real browser: opened, used, and its numbers compared with the run's database."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from pellucid.observe.reader import Reader
+
+VIEWS = ["xray", "network", "river", "experts", "learning", "verdicts", "tensor", "learn"]
+
+
+@pytest.fixture(scope="module")
+def reader(runs):
+    with Reader(runs[0]) as found:
+        yield found
+
+
+def test_every_view_opens_from_its_link_and_from_its_address(open_page, address):
+    page = open_page(address)
+    links = page.locator("nav .view-link")
+    keys = [link.get_attribute("href").removeprefix("#view=") for link in links.all()]
+    assert keys == [view for view in VIEWS if view in keys] and len(keys) >= 6
+    for position, key in enumerate(keys):
+        links.nth(position).click()
+        page.wait_for_selector(f"main.view-{key} .panel")
+        assert key == "xray" or f"view={key}" in page.url
+        page.reload()
+        page.wait_for_selector(f"main.view-{key} .panel")
+    page.go_back()
+    page.wait_for_selector(f"main.view-{keys[-2]} .panel")
+
+
+def test_xray_shows_the_recorded_value_of_a_cell(open_page, address, reader, number):
+    tensor, step = "layers.1.attention.q_proj.weight", 20
+    page = open_page(f"{address}#tensor={tensor}&step={step}&stat=gradient_norm")
+    shown = page.locator(".inspector .value")
+    steps, values = reader.series(tensor, "gradient_norm")
+    recorded = float(values[list(steps).index(step)])
+    assert float(shown.get_attribute("data-value")) == recorded
+    assert shown.inner_text() == number(recorded)
+    exactly = page.locator(".inspector dd").filter(has_text=re.compile(r"^[\d.e−]+$")).last.inner_text().replace("−", "-")
+    assert np.float32(exactly) == np.float32(recorded)  # the shortest decimal that is this very float32
+
+
+def test_xray_cells_are_chosen_zoomed_and_opened(open_page, address, reader):
+    page = open_page(address)
+    canvas = page.locator(".field canvas")
+    box = canvas.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + 4)
+    page.wait_for_url(re.compile("tensor=embedding.weight"))
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60, steps=4)
+    page.mouse.up()
+    page.wait_for_url(re.compile("from="))
+    span = dict(part.split("=") for part in page.url.split("#")[1].split("&"))
+    last = reader.latest_step()
+    assert abs(int(span["from"]) - last * 0.25) <= 1 and abs(int(span["to"]) - last * 0.5) <= 1
+    page.get_by_role("button", name="all steps").click()
+    page.mouse.dblclick(box["x"] + box["width"] * 0.5, box["y"] + 4)
+    page.wait_for_selector("main.view-tensor .panel")
+
+
+def test_xray_colours_follow_the_recorded_values(open_page, address, reader):
+    """Pixels of the canvas, read back: a brighter one is a larger value, on the fixed scale of the statistic."""
+    page = open_page(f"{address}#stat=learning_rate")
+    page.wait_for_function("document.querySelector('.field canvas')?.dataset.painted")
+    steps, rates = reader.series("embedding.weight", "learning_rate")
+    colours = page.evaluate("""() => { const c = document.querySelector('.field canvas'), w = c.width;
+        const d = c.getContext('2d').getImageData(0, 3, w, 1).data;
+        return Array.from({length: w}, (_, x) => [d[4*x], d[4*x+1], d[4*x+2]]); }""")
+    of = [colours[int((step + 0.5) / len(steps) * len(colours))] for step in steps]
+    groups = {}
+    for rate, colour in zip(rates.tolist(), of, strict=True):
+        groups.setdefault(round(math.log10(rate), 3), set()).add(tuple(colour))
+    assert all(len(found) == 1 for found in groups.values())
+    green = [next(iter(groups[key]))[1] for key in sorted(groups)]
+    assert green == sorted(green) and green[0] < green[-1]  # viridis grows greener
+
+
+def test_keyboard_moves_through_the_xray_and_opens_a_tensor(open_page, address):
+    page = open_page(address)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.locator(".field canvas").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url(re.compile("step="))
+    spoken = page.locator(".heatmap [aria-live]").inner_text()
+    assert "step 1" in spoken and ("layer 0" in spoken or "embedding" in spoken)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("main.view-tensor .panel")
+    page.locator(".track input").focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_url(re.compile("step=0|step=1"))
+
+
+def test_two_runs_are_compared(open_page, address, runs):
+    page = open_page(address)
+    page.locator(".runs select").nth(1).select_option("1")
+    page.wait_for_selector(f"h2:has-text('Where does {runs[0].name} differ from {runs[1].name}?')")
+    page.locator("nav .view-link", has_text="Learning").click()
+    page.wait_for_selector(f"figcaption:has-text('{runs[1].name}, training')")
+
+
+def test_experts_show_the_recorded_loads(open_page, address, reader):
+    step = 30
+    page = open_page(f"{address}#view=experts&step={step}", wait=".ledger")
+    frames = reader.frames("router", step - 1, step)[1][0]
+    column = [stat["name"] for stat in reader.stats("router")].index("load")
+    shown = [float(cell.get_attribute("data-value")) for cell in page.locator(".expert-cell").all()]
+    assert shown == [float(value) for value in frames[:, column]]
+    page.locator(".expert-cell").nth(5).click()
+    page.wait_for_selector("h2:has-text('What about expert 1 of layer 1?')")
+    for name in ("credit", "update / weight", "ghost"):
+        page.locator(".choice button", has_text=name).first.click()
+        assert page.locator(".ledger").count() == 1
+
+
+def test_learning_shows_losses_documents_and_texts(open_page, address, reader, number):
+    step = 33
+    page = open_page(f"{address}#view=learning&step={step}", wait="#documents-title")
+    steps, losses = reader.series("run", "loss", stream="run")
+    loss = float(losses[list(steps).index(step)])
+    assert f"the batch's loss is {number(loss)} nats" in page.locator("#loss-title + .answer").inner_text()
+    recorded = reader.document_losses(step)
+    cells = page.locator("[aria-label='documents of the step'] tbody tr td:nth-child(4)").all_inner_texts()
+    assert cells[: len(recorded)] == [number(document["loss"]) for document in recorded]
+    held = reader.series("held-out", "loss", stream="evaluation")
+    assert f"Held-out: {number(float(held[1][-1]))}" in page.locator("#loss-title + .answer").inner_text()
+    page.locator("figure button", has_text="table").first.click()
+    assert number(float(losses[-1])) in page.locator(".lines table").first.inner_text()
+
+
+def test_verdicts_tell_what_the_rules_found_and_open_the_documents(open_page, address, runs):
+    page = open_page(f"{address}#view=verdicts&run=1")
+    with Reader(runs[1]) as wild:
+        found = {event["rule"] for event in wild.events() if event["severity"] in ("alarm", "warning")}
+    assert found  # a learning rate of 0.3 is noticed
+    titles = set(page.locator(".verdict h3").all_inner_texts())
+    assert titles == {rule.replace("_", " ") for rule in found}
+    page.locator(".verdict button", has_text="documents of step").first.click()
+    page.wait_for_selector("main.view-learning #documents-title")
+
+
+def test_tensor_shows_norms_and_histograms(open_page, address, reader, number):
+    tensor = "layers.0.attention.k_proj.weight"
+    page = open_page(f"{address}#view=tensor&tensor={tensor}&step=40", wait=".anatomy")
+    steps, values = reader.series(tensor, "weight_norm")
+    at = max(step for step in steps if step <= 40)
+    shown = page.locator(".anatomy li b").all_inner_texts()
+    assert shown[-1] == number(float(values[list(steps).index(at)]))
+    page.locator(".choice button", has_text="gradient").click()
+    page.locator(".tensor-picker").select_option("embedding.weight")
+    page.wait_for_selector("h2:has-text('How does token embedding change?')")
+
+
+def test_river_counts_what_the_stages_counted(open_page, address, runs, feeds):
+    manifest = feeds[0].river.dataset.manifest
+    page = open_page(f"{address}#view=river", wait=".station")
+    names = [button.get_attribute("data-stage") for button in page.locator(".station").all()]
+    assert names == ["source", "read", "normalize", "length", "deduplicate", "split", "augment", "tokenize", "pack", "batch", "loop"]
+    for stage in manifest["stages"]:
+        page.locator(f".station[data-stage={stage['name']}]").click()
+        page.wait_for_selector(".panel h2:has-text('did')")
+        text = page.locator("#station-title + .answer").inner_text()
+        assert f"{stage['documents_in']} " in text and f"{stage['documents_out']}" in text
+    page.locator(".station[data-stage=length]").click()
+    assert "too short" in page.locator(".station-detail").inner_text()
+    page.locator(".station[data-stage=normalize]").click()
+    assert "someone" in page.locator(".specimens").inner_text() or "␍" in page.locator(".specimens").inner_text()
+    assert page.locator(".specimens del").count() > 0
+    page.locator(".station[data-stage=pack]").click()
+    page.wait_for_selector(".rows .row")
+    assert page.locator(".rows .row").count() == 8
+
+
+def test_river_ring_is_as_long_as_the_recorded_milliseconds(open_page, address, reader, number):
+    page = open_page(f"{address}#view=river&stage=loop&step=20", wait="tr[data-phase]")
+    frame = reader.frames("run", 19, 20)[1][0][0]
+    names = [stat["name"] for stat in reader.stats("run")]
+    for row in page.locator("tr[data-phase]").all():
+        seconds = float(frame[names.index(row.get_attribute("data-phase"))])
+        assert row.locator("td").nth(1).inner_text() == f"{number(seconds * 1000)} ms"
+
+
+def test_river_follows_a_document_from_its_file_to_the_steps_that_read_it(open_page, address, feeds):
+    split = feeds[0].river.dataset.split("train", 0)
+    origins = split.reader.provenance(list(range(len(split.reader.lengths))))
+    contact = next(i for i, origin in enumerate(origins) if "contact" in origin["source"] and not origin["augmentation"])
+    page = open_page(f"{address}#view=river&document={contact}", wait=".journey")
+    text = page.locator(".journey").inner_text()
+    assert "contact.txt" in text and "<email>" in text
+    assert "has the very hash that was trained on" in page.locator("#follow-title + .answer").inner_text()
+    steps = split.steps_with(split.rows_of_document(contact), 48, 8)
+    shown = [int(chip.removeprefix("step ")) for chip in page.locator(".journey .chip").all_inner_texts()]
+    assert shown == steps[:40]
+    version = next(i for i, origin in enumerate(origins) if origin["augmentation"])
+    page.locator(".pager input").fill(str(version))
+    page.locator(".pager input").press("Enter")
+    page.wait_for_selector(".journey h3:has-text('Augment')")
+    assert "has the very hash that was trained on" in page.locator("#follow-title + .answer").inner_text()
+
+
+def test_the_chosen_theme_is_kept_and_both_follow_the_system(open_page, address):
+    page = open_page(address, theme="dark")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.locator("button.theme").click()
+    page.reload()
+    page.wait_for_selector("main .panel")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_view_is_accessible(open_page, address, axe, theme):
+    """axe-core finds nothing wrong: names, roles, contrast, keyboard reach."""
+    page = open_page(address, theme=theme)
+    keys = [link.get_attribute("href") for link in page.locator("nav .view-link").all()]
+    found = []
+    for key in keys:
+        page.goto(f"{address}{key}&step=40")
+        page.wait_for_selector(f"main.view-{key.removeprefix('#view=')} .panel")
+        page.wait_for_timeout(600)
+        page.evaluate(axe)
+        result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        found += [f"{key} {v['id']}: {v['help']}: {[node['html'][:120] for node in v['nodes'][:3]]}" for v in result["violations"]]
+    assert not found, "\n".join(found)
+
+
+def test_json_of_the_feed_never_hides_a_non_finite_number(feeds):
+    from pellucid.observe.web.feed import _plain
+
+    assert json.dumps(_plain([float("nan"), -math.inf, 1.5])) == '["nan", "-inf", 1.5]'
