@@ -48,3 +48,57 @@ def data_inspect(folder: Annotated[Path, typer.Argument(help="folder of prepared
 
     manifest = Dataset(folder).manifest
     print(json.dumps(manifest, indent=1) if as_json else describe(manifest))
+
+
+@data_app.command("export")
+def data_export(
+    folder: Annotated[Path, typer.Argument(help="folder of prepared data")],
+    to: Annotated[str, typer.Option(help="megatron (.bin and .idx) or nanogpt (.bin)")],
+    out: Annotated[Path, typer.Option(help="new folder")],
+    dtype: Annotated[str | None, typer.Option(help="of nanogpt's tokens: uint16 (what it reads) or uint32")] = None,
+) -> None:
+    """Write prepared tokens as files that other trainers read, with the tokenizer and hashes beside them.
+
+    Example: pellucid data export data/corpus --to megatron --out corpus-megatron
+    """
+    from pellucid.data.dataset import Dataset
+    from pellucid.data.interchange import export_tokens
+    from pellucid.training.progress import Shown
+
+    shown = Shown()
+    try:
+        export_tokens(Dataset(folder), to, out, dtype=dtype, progress=shown.stage)
+    finally:
+        shown.close()
+    shown.say(f"written: {out}")
+
+
+@data_app.command("import")
+def data_import(
+    source: Annotated[str, typer.Argument(help=".idx, .bin, .parquet, .arrow, hf-dataset:NAME, or a folder of such files")],
+    out: Annotated[Path, typer.Option(help="new folder of prepared data")],
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer that made the tokens; default: SOURCE/tokenizer")] = None,
+    format: Annotated[str | None, typer.Option("--from", help="megatron, nanogpt or table; default: by the file")] = None,
+    validation: Annotated[str | None, typer.Option(help="held-out tokens; default: val.bin in SOURCE, else a fraction")] = None,
+    validation_fraction: Annotated[float, typer.Option(min=0.0, max=0.99, help="of the documents")] = 0.02,
+    sequence_length: Annotated[int, typer.Option(min=2, help="tokens per row")] = 256,
+    field: Annotated[str, typer.Option(help="column of token ids, of a table")] = "input_ids",
+    dtype: Annotated[str | None, typer.Option(help="of nanogpt's tokens: uint16 or uint32")] = None,
+) -> None:
+    """Take in text that is tokenised already; train on it with data.prepared=OUT.
+
+    Example: pellucid data import my-gpt/data/openwebtext --tokenizer tokenizer.json --out data/openwebtext
+    """
+    from pellucid.data.interchange import import_tokens
+    from pellucid.training.progress import Shown
+
+    shown = Shown()
+    try:
+        dataset = import_tokens(
+            source, out, tokenizer=tokenizer, kind=format, validation=validation, validation_fraction=validation_fraction,
+            sequence_length=sequence_length, field=field, dtype=dtype, progress=shown.stage)
+    finally:
+        shown.close()
+    for name, split in dataset.manifest["splits"].items():
+        shown.say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
+    shown.say(f"written: {out}; train on it with data.prepared={out}")

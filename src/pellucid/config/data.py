@@ -29,6 +29,7 @@ class DataConfig(Section):
     """Picture 2: source -> normalize -> filter -> deduplicate -> tokenize -> pack -> loader."""
 
     sources: list[Source] = Field(default_factory=lambda: [SourceConfig(path="builtin:python")], min_length=1)
+    prepared: str | None = Field(None, description="folder of data build --out or data import: used as it is, instead of sources")
     validation: list[Source] = Field(default_factory=list, description="held-out sources; else a fraction of documents")
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of documents held out, chosen by content hash")
     sequence_length: int = Field(256, ge=2, description="T, tokens per row")
@@ -53,10 +54,8 @@ class DataConfig(Section):
         steps = [segment.from_step for segment in self.mixture]
         if self.mixture and (steps[0] != 0 or sorted(set(steps)) != steps):
             raise ValueError("mixture: from_step must begin at 0 and increase")
-        for segment in self.mixture:
+        for segment in self.mixture if self.prepared is None else ():
             if len(segment.shares) != len(self.sources):
                 raise ValueError(f"mixture: {len(segment.shares)} shares for {len(self.sources)} sources (one each, in order)")
         return self
 
-
-# ------------------------------------------------------------------------------------------- training

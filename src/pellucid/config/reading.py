@@ -107,6 +107,8 @@ def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
     for item in data.get("augment") if isinstance(data.get("augment"), list) else []:
         if isinstance(item, dict) and isinstance(item.get("path"), str):
             item["path"] = resolve(item["path"])
+    if isinstance(data.get("prepared"), str):
+        data["prepared"] = resolve(data["prepared"])
     tokenizer = data.get("tokenizer", {})
     if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
         tokenizer["path"] = resolve(tokenizer["path"])

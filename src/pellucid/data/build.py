@@ -40,19 +40,22 @@ from pellucid.data.tokenizer_training import SAMPLE_BYTES, train_tokenizer
 from pellucid.data.workers import InThisProcess, Processes, Workers
 
 SMALL = 1 << 26  # bytes of sources that one process reads before others would have started
-LOADER_ONLY = {"directory", "workers", "mixture"}  # settings the prepared data does not depend on
+LOADER_ONLY = {"directory", "workers", "mixture", "prepared"}  # settings the prepared data does not depend on
 
 
 def prepare(config: DataConfig, *, directory: str | Path | None = None, progress: Progress | None = None,
             workers: Workers | None = None) -> Dataset:
     """The dataset of a configuration: what was built before if it still fits, else built now.
 
-    Without `directory` it lies in config.directory/<hash of the settings>. `dataset.reused` tells which it was.
+    Without `directory` it lies in config.directory/<hash of the settings>. With config.prepared it is
+    that folder's, as it is. `dataset.reused` tells which it was.
     `progress(stage, done, total, detail)` is called often: stages "checking" (files), "scanning", "reading",
     "training tokenizer", "tokenizing", "writing" (bytes), with a line of counts. `workers` replaces data.workers.
     Raises UserError; then the target does not exist, and what was finished is kept only where it is worth it.
     """
     progress = progress or (lambda stage, done, total, detail="": None)
+    if config.prepared is not None and directory is None:
+        return _as_it_is(config)
     files = list_files(config.sources) + list_files(config.validation, "data.validation", split="validation")
     settings = _settings(config)
     settings_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -83,6 +86,17 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
 def _opened(folder: Path, config: DataConfig, verify: bool) -> Dataset:
     dataset = Dataset(folder, verify=verify, mixture=config.mixture)
     dataset.reused = True
+    return dataset
+
+
+def _as_it_is(config: DataConfig) -> Dataset:
+    """The data of config.prepared, which must have been prepared into the rows that the config asks for."""
+    dataset = _opened(Path(config.prepared), config, verify=True)
+    for name in ("sequence_length", "packing", "cross_document_attention"):
+        made, wanted = getattr(dataset.config, name), getattr(config, name)
+        if wanted != made:
+            raise UserError(f"data.{name} = {json.dumps(wanted)}, but the data in {config.prepared} were prepared with "
+                            f"{json.dumps(made)}; set data.{name} = {json.dumps(made)}, or prepare them again")
     return dataset
 
 

@@ -119,6 +119,9 @@ class Split:
         weighted = name == "train" and not self.mixture
         weights = [s.weight for s in dataset.config.sources] if weighted else [1.0] * len(self.plan.source_rows)
         for segment in self.mixture:
+            if len(segment.shares) != len(self.plan.source_rows):
+                raise UserError(f"data.mixture: {len(segment.shares)} shares for the {len(self.plan.source_rows)} sources of "
+                                f"{dataset.directory} (one each, in order)")
             for index, share in enumerate(segment.shares):
                 if share and not self.plan.source_rows[index]:
                     raise UserError(f"data.mixture: source {index} has a share but no rows to give")

@@ -7,6 +7,7 @@ to differ goes to the engine. So which libraries are installed changes the speed
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -113,7 +114,7 @@ def _gigatoken(content: bytes) -> Batch:
             return []
         rows = backend.encode_batch([text.encode() for text in texts], parallel=True).layout
         ids = np.asarray(rows.content.data)
-        return [ids[start:end] for start, end in zip(rows.offsets.data[:-1], rows.offsets.data[1:], strict=True)]
+        return [ids[start:end] for start, end in itertools.pairwise(rows.offsets.data)]
 
     return batch
 
@@ -155,7 +156,7 @@ def _splintr(engine: Engine, reference: Batch) -> Encoder | None:
     def batch(texts: list[str]) -> list[np.ndarray]:
         flat, offsets = backend.encode_batch_flat(texts)
         ids, ends = np.frombuffer(flat, dtype="<u4"), np.frombuffer(offsets, dtype="<u8").astype(np.int64)
-        return [ids[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
     return Encoder("splintr", batch, reference)
 
