@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from pellucid.cli import data, machine, measure, train, use, watch  # noqa: F401  each adds its commands to the app
+from pellucid.cli import data, machine, measure, see, train, use, watch  # noqa: F401  each adds its commands to the app
 from pellucid.cli.app import app
 from pellucid.config import UserError
 

@@ -25,7 +25,7 @@ EXCERPT = 160  # characters
 
 @dataclass
 class Document:
-    """One document piece of the batch. loss: mean nats per token; None where it was not finite or not recorded."""
+    """One document piece of the batch. loss: mean nats per token, of NaN too; None where it was not recorded."""
 
     source: str
     byte_start: int
@@ -83,7 +83,9 @@ def trace(run_dir: str | Path, step: int) -> Trace:
         if not len(at):
             known = f"steps {steps[0]} to {steps[-1]} are" if len(steps) else "no step is"
             raise UserError(f"{run_dir}: step {step} is not recorded; {known}")
-        recorded = {(d["row"], d["segment"]): d for d in reader.document_losses(step)}
+        # SQLite keeps a NaN as NULL
+        known = lambda value: np.nan if value is None else value
+        recorded = {(d["row"], d["segment"]): (known(d["loss"]), known(d["worst"])) for d in reader.document_losses(step)}
         worst = reader.worst_tokens(step)
     config, dataset, split = training_split(run_dir)
     result = Trace(step, float(losses[at[0]]))
@@ -93,25 +95,27 @@ def trace(run_dir: str | Path, step: int) -> Trace:
     for piece in pieces:
         start = piece["position_start"]
         tokens = batch.targets_BT[piece["row"], start : start + piece["length"]].tolist()
-        found = recorded.get((piece["row"], piece["segment"]), {})
+        loss, worst_token = recorded.get((piece["row"], piece["segment"]), (None, None))
         result.documents.append(Document(
             piece["source"], piece["byte_start"], piece["byte_end"], bool(piece.get("exact", True)), piece["document"],
-            piece["row"], piece["segment"], piece["length"], found.get("loss"), found.get("worst"),
+            piece["row"], piece["segment"], piece["length"], loss, worst_token,
             decode([t for t in tokens if t >= 0])[:EXCERPT]))  # fmt: skip
-    result.documents.sort(key=lambda d: -d.loss if d.loss is not None else (-np.inf if _lost(d, recorded) else np.inf))
+    result.documents.sort(key=_height, reverse=True)
     for token in worst:
         row, position = token["row"], token["position"]
         piece = _piece_at(pieces, row, position)
         begin = max(position + 1 - CONTEXT, piece["position_start"] if piece else 0)
         before = batch.tokens_BT[row, begin : position + 1].tolist()
-        result.tokens.append(SurprisingToken(token["loss"], row, position, decode(before), decode([token["target"]]),
+        result.tokens.append(SurprisingToken(known(token["loss"]), row, position, decode(before), decode([token["target"]]),
                                              piece["source"] if piece else ""))  # fmt: skip
     return result
 
 
-def _lost(document: Document, recorded: dict) -> bool:
-    """Recorded, but not as a number: the loss was NaN or infinite, so it belongs on top."""
-    return (document.row, document.segment) in recorded
+def _height(document: Document) -> float:
+    """Not finite is worse than any number; not recorded were those with the lowest losses of a large batch."""
+    if document.loss is None:
+        return -np.inf
+    return document.loss if np.isfinite(document.loss) else np.inf
 
 
 def _piece_at(pieces: list[dict], row: int, position: int) -> dict | None:
@@ -125,7 +129,7 @@ def render(result: Trace, documents: int = 20) -> Group:
     for name, options in {"loss": {"justify": "right"}, "worst": {"justify": "right"}, "tokens": {"justify": "right"},
                           "where": {"overflow": "fold"}, "text": {"ratio": 1}}.items():  # fmt: skip
         table.add_column(name, **options)
-    number = lambda value: "not finite" if value is None else f"{value:.3f}"
+    number = lambda value: "not recorded" if value is None else f"{value:.3f}"
     for d in result.documents[:documents]:
         where = f"{d.source} bytes {d.byte_start}-{d.byte_end}{'' if d.exact else ' (whole document)'}"
         table.add_row(number(d.loss), number(d.worst_token), str(d.tokens), Text(where), Text(" ".join(d.excerpt.split())))

@@ -1,0 +1,110 @@
+"""Look into a run: which documents a step saw, how it changed a weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pellucid.cli.app import Json, app
+from pellucid.config import UserError
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="folder of the run, such as runs/demo")]
+
+
+@app.command()
+def trace(
+    run: RunDir,
+    step: Annotated[int, typer.Option(min=0, help="number of the step, from 0")],
+    documents: Annotated[int, typer.Option(min=1, help="how many documents to show (--json: all)")] = 20,
+    as_json: Json = False,
+) -> None:
+    """The documents of one step's batch: file, byte range, loss, and the worst tokens in their text.
+
+    Example: pellucid trace runs/demo --step 120
+    """
+    from pellucid.observe import trace as tracing
+
+    result = tracing.trace(run, step)
+    _answer(result.as_dict(), as_json, lambda: tracing.render(result, documents))
+
+
+@app.command()
+def explain(
+    run: RunDir,
+    step: Annotated[int | None, typer.Option(min=0, help="number of the step, from 0")] = None,
+    text: Annotated[str | None, typer.Option(help="instead of a step: one real step on this sentence")] = None,
+    parameter: Annotated[str | None, typer.Option(help="name of a tensor; default: the one with the largest gradient")] = None,
+    index: Annotated[str | None, typer.Option(help="element, as 3,7; default: the one that changed most")] = None,
+    as_json: Json = False,
+) -> None:
+    """One parameter update, number by number: gradient, clipping, moments, decay, learning rate, change; and its proofs.
+
+    The step is done again from the nearest checkpoint, bit for bit. The run itself is not changed.
+
+    Example: pellucid explain runs/demo --step 120 --parameter layers.0.moe.router.weight --index 3,7
+
+    Example: pellucid explain runs/demo --text "def read(self):"
+    """
+    if (step is None) == (text is None):
+        raise UserError("explain: give either --step N or --text \"...\"")
+    place = _index(index, parameter)
+
+    from pellucid.observe import explain as explaining
+    from pellucid.observe.explain_view import render
+
+    with _progress() as shown:
+        if text is not None:
+            result = explaining.explain_text(run, text, parameter, place)
+        else:
+            replaying = lambda done, total: shown.stage("replaying from a checkpoint", done, total)
+            result = explaining.explain(run, step, parameter, place, on_progress=replaying)
+    _answer(result.as_dict(), as_json, lambda: render(result))
+    if any(proof.holds is False for proof in result.proofs):
+        raise typer.Exit(1)
+
+
+def _index(index: str | None, parameter: str | None) -> tuple[int, ...] | None:
+    if index is None:
+        return None
+    if parameter is None:
+        raise UserError("--index: say of which tensor, with --parameter NAME")
+    try:
+        return tuple(int(part) for part in index.strip("[]() ").split(","))
+    except ValueError:
+        raise UserError(f"--index {index}: give whole numbers with commas between, such as 3,7") from None
+
+
+def _progress() -> Any:
+    """On stderr, where it is a terminal: stdout holds the answer alone."""
+    from contextlib import closing
+
+    from rich.console import Console
+
+    from pellucid.training.progress import Quiet, Shown
+
+    console = Console(stderr=True, highlight=False)
+    return closing(Shown(console) if console.is_terminal else Quiet())
+
+
+def _answer(facts: dict[str, Any], as_json: bool, picture: Any) -> None:
+    """JSON for programs (a non-finite number is its name in quotes: JSON has none), else a picture for people."""
+    if as_json:
+        print(json.dumps(_named(facts), allow_nan=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    console.print(picture())
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _named(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(part) for part in value]
+    return str(value) if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value
