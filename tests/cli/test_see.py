@@ -47,7 +47,8 @@ def test_explain_prints_numbers_and_proofs_that_explain_finds(command, tiny_run)
 def test_explain_takes_a_sentence_and_shows_predictions_before_and_after(command, tiny_run):
     code, out, _ = command("explain", tiny_run.directory, "--text", "owls sang", "--json")
     answer = json.loads(out)
-    assert code == 0 and answer["loss_after"] < answer["loss"] and len(answer["predictions"]) == len("owls sang") + 1
+    assert code == 0, answer["proofs"]
+    assert answer["loss_after"] < answer["loss"] and len(answer["predictions"]) == len("owls sang") + 1
 
 
 @pytest.mark.parametrize("arguments, sentence", [

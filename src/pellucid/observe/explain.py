@@ -28,7 +28,6 @@ from pellucid.training.optimizers import Update, explain_update, optimizer_param
 from pellucid.training.step import StepResult, forward, idle_experts
 
 AGREES = 1e-3  # relative difference below which two gradients are called equal
-FLOAT32_NOISE = 1e-8  # of a mean loss over many tokens, each of which is rounded to 6e-8
 RECORDED = ("weight_norm", "gradient_norm", "update_norm")
 WORDS = {
     "slope": "gradient, with L2 decay where the rule has it", "m": "first moment m", "v": "second moment v",
@@ -225,11 +224,10 @@ def _gradient_proofs(replay, start: dict, batches, catcher: _Catcher, place, cli
             scale = weight.detach().double().square().mean().sqrt().item()
             one = torch.zeros_like(weight)
             one[place] = 1.0
-            single, doubt = finite_difference(objective, weight, one, 0.2 * scale)
-            doubt += FLOAT32_NOISE * abs(objective()) / (0.2 * scale)
+            single, doubt = finite_difference(objective, weight, one, 0.2 * scale, _tokens(batches))
             norm = gradient.double().norm().item()
             size = 0.01 * weight.double().norm().item()
-            along, doubt_along = finite_difference(objective, weight, gradient / norm, size)
+            along, doubt_along = finite_difference(objective, weight, gradient / norm, size, _tokens(batches))
     finally:
         rule.close()
         model.load_state_dict(after)

@@ -20,6 +20,9 @@ from pellucid.model.grok import Grok1
 from pellucid.model.layers import RMSNorm
 from pellucid.model.moe import MoE, Routing
 
+FLOAT32_NOISE = 2.5e-7  # of one token's loss, relative: some units in the last place
+MOST_SIZES, SURE = 5, 1e-4  # of finite differences
+
 
 class ChainRule:
     """Catches the inputs and the returning gradients of the module that owns a parameter; `element` multiplies them."""
@@ -119,12 +122,16 @@ def fixed_choices(model: Grok1) -> Iterator[Callable[[], None]]:
 
 
 @torch.no_grad()
-def finite_difference(objective: Callable[[], float], weight: Tensor, direction: Tensor, size: float) -> tuple[float, float]:
-    """(slope of the objective along `direction`, its uncertainty), by Richardson's rule from steps of size and size / 2.
+def finite_difference(
+    objective: Callable[[], float], weight: Tensor, direction: Tensor, size: float, tokens: int,
+) -> tuple[float, float]:  # fmt: skip
+    """(slope of the objective along `direction`, its uncertainty), by Richardson's rule; the weight is put back as it was.
 
-    direction has the weight's shape; the weight is put back as it was. The uncertainty is what the last halving changed.
+    direction has the weight's shape; the objective is a mean over `tokens`, whose roundings partly cancel. Steps begin at
+    `size` and shrink while that makes the answer surer (Ridders 1982): large ones suffer from curvature, small ones from rounding.
     """
     kept = weight.detach().clone()
+    noise = FLOAT32_NOISE / math.sqrt(tokens) * abs(objective())
 
     def central(step: float) -> float:
         values = []
@@ -134,9 +141,17 @@ def finite_difference(objective: Callable[[], float], weight: Tensor, direction:
         (up, high), (down, low) = values  # where rounding put the weights, not where we aimed
         return (up - down) / ((high - low) / direction.double().square().sum().item())
 
+    found = []
     try:
-        coarse, fine = central(size), central(size / 2)
+        while len(found) < MOST_SIZES:
+            coarse, fine = central(size), central(size / 2)
+            best = (4 * fine - coarse) / 3
+            found.append((abs(best - fine) + noise / size, best))
+            surest = min(found)
+            if surest[0] <= SURE * abs(surest[1]) or surest is not found[-1]:
+                break
+            size /= 4
     finally:
         weight.copy_(kept)
-    best = (4 * fine - coarse) / 3
-    return best, abs(best - fine)
+    doubt, best = min(found)
+    return best, doubt
