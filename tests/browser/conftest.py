@@ -87,15 +87,21 @@ def feeds(runs):
 # ---------------------------------------------------------------------------------------------------- server
 
 
+@pytest.fixture(scope="session")
+def serving():
+    """A function: a context that serves some feeds."""
+    need("starlette"), need("uvicorn")
+    return _serving
+
+
 @contextmanager
-def serving(feeds):
+def _serving(feeds):
     """The dashboard's server in this process; gives its address."""
-    uvicorn = need("uvicorn")
-    from pellucid.observe.web.server import bind, check_assets, make_app
+    from pellucid.observe.web.server import bind, check_assets, make_server
 
     check_assets()
     listener, _ = bind(18384)
-    server = uvicorn.Server(uvicorn.Config(make_app(feeds), log_level="error", timeout_graceful_shutdown=1))
+    server = make_server(feeds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
@@ -108,8 +114,7 @@ def serving(feeds):
 
 
 @pytest.fixture(scope="session")
-def address(feeds):
-    need("starlette")
+def address(feeds, serving):
     with serving(feeds) as found:
         yield found
 

@@ -41,26 +41,48 @@ class Feed:
             raise UserError(f"{run_dir}: not a run directory (it has neither config.toml nor {FILE_NAME})")
         self.problem: str | None = None
         self._reader: Reader | None = None
+        self._file: tuple[int, int] | None = None  # which file the reader has open
         self.open()
 
     def open(self) -> Reader | None:
-        """The reader; None while there is no telemetry, with the reason in `problem`."""
-        if self._reader is None:
-            if not (self.directory / FILE_NAME).is_file():
-                self.problem = (f"{self.directory} has no telemetry yet: the run has not begun its first step, "
-                                "or it was started with observe.enabled=false")  # fmt: skip
-                return None
+        """The reader; None while there is no telemetry, with the reason in `problem`. Raises UserError for a newer version.
+
+        A file that was replaced (the run was begun anew) is opened anew.
+        """
+        path = self.directory / FILE_NAME
+        try:
+            found = path.stat()
+        except OSError:
+            self._close()
+            gone = not self.directory.is_dir()
+            self.problem = (f"{self.directory} is gone; what is shown here is the last that was read" if gone else
+                            f"{self.directory} has no telemetry: the run has not begun its first step, or it was trained "
+                            "with observe.enabled=false")  # fmt: skip
+            return None
+        if self._reader is not None and self._file == (found.st_dev, found.st_ino):
+            return self._reader
+        self._close()
+        try:
             reader = Reader(self.directory)
-            version = reader.meta.get("schema_version")
-            if version is not None and version > SCHEMA_VERSION:
-                raise UserError(f"{self.directory}: its telemetry has schema {version}, this Pellucid reads up to "
-                                f"{SCHEMA_VERSION}; install a newer Pellucid to watch it")  # fmt: skip
-            if reader.latest_step() is None:
-                self.problem = f"{self.directory}: no step is recorded yet; this page begins with the first one"
-                reader.close()
-                return None
-            self._reader, self.problem = reader, None
+        except UserError as error:  # half-written: the next look may find it whole
+            self.problem = str(error)
+            return None
+        version = reader.meta.get("schema_version")
+        if version is not None and version > SCHEMA_VERSION:
+            reader.close()
+            raise UserError(f"{self.directory}: its telemetry has schema {version}, this Pellucid reads up to "
+                            f"{SCHEMA_VERSION}; install a newer Pellucid to watch it")  # fmt: skip
+        if reader.latest_step() is None:
+            reader.close()
+            self.problem = f"{self.directory}: no step is recorded yet; this page begins with the first one"
+            return None
+        self._reader, self._file, self.problem = reader, (found.st_dev, found.st_ino), None
         return self._reader
+
+    def _close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = self._file = None
 
     @property
     def reader(self) -> Reader:
@@ -70,11 +92,14 @@ class Feed:
         return reader
 
     def pulse(self) -> dict[str, Any]:
-        """What changes while a run trains: newest step and event. Costs two index look-ups."""
-        if self.open() is None:
-            return {"step": None, "event": 0, "problem": self.problem}
-        newest = self.reader.query("SELECT (SELECT max(step) FROM frame WHERE stream = 'run') AS step, "
-                                   "(SELECT coalesce(max(id), 0) FROM event) AS event")[0]  # fmt: skip
+        """What changes while a run trains: newest step and event, or the sentence why not. Costs two index look-ups."""
+        try:
+            if self.open() is None:
+                return {"step": None, "event": 0, "problem": self.problem}
+            newest = self.reader.query("SELECT (SELECT max(step) FROM frame WHERE stream = 'run') AS step, "
+                                       "(SELECT coalesce(max(id), 0) FROM event) AS event")[0]  # fmt: skip
+        except (sqlite3.Error, UserError) as error:
+            return {"step": None, "event": 0, "problem": explain_error(self.directory, error)}
         return {**newest, "problem": None}
 
     @cached_property
@@ -228,11 +253,18 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
             return _json(feed.river.document(query["split"], int(query["index"]), feed.config, feed.pulse()["step"]))
     except (KeyError, ValueError) as error:
         raise UserError(f"/api/{path}: cannot read the question ({error})") from None
-    except sqlite3.OperationalError as error:
-        raise UserError(f"{feed.directory}: the telemetry is busy ({error}); trying again") from None
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{feed.directory}: the telemetry file is damaged ({error})") from None
+    except sqlite3.Error as error:
+        raise UserError(explain_error(feed.directory, error)) from None
     raise UserError(f"/api/{path}: no such question")
+
+
+def explain_error(directory: Path, error: Exception) -> str:
+    """One sentence about telemetry that cannot be read now."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, sqlite3.OperationalError):
+        return f"{directory}: the telemetry is busy ({error}); what is shown is the last that was read, and it is tried again"
+    return f"{directory}: the telemetry file is damaged ({error}); what can be read of it is shown"
 
 
 def _number(query: dict[str, str], name: str, size: int) -> int:

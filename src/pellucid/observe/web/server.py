@@ -12,11 +12,11 @@ import json
 import socket
 import sys
 import webbrowser
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from pellucid.config import UserError
-from pellucid.observe.store import FILE_NAME
+from pellucid.observe.store import FILE_NAME, is_network
 from pellucid.observe.web.feed import Feed, answer
 
 PAGE = Path(__file__).parent / "page"
@@ -42,7 +42,8 @@ def watch(run_dirs: Sequence[str | Path] = (), port: int | None = None, open_bro
     """
     check_assets()
     try:
-        import uvicorn
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("watch needs the packages of the dashboard: pip install 'pellucid[dashboard]'") from None
     feeds = [Feed(folder) for folder in (run_dirs or newest_runs())]
@@ -53,11 +54,21 @@ def watch(run_dirs: Sequence[str | Path] = (), port: int | None = None, open_bro
     for feed in feeds:
         if feed.problem:
             print(feed.problem, file=sys.stderr)
+        if is_network(feed.directory):
+            print(f"{feed.directory} lies on a network file system: looked at every {POLL_NETWORK:.0f} seconds", file=sys.stderr)
     print(f"watching {', '.join(str(feed.directory) for feed in feeds)} at {address}  (Ctrl-C ends)")
     if open_browser:
         webbrowser.open(address)
-    server = uvicorn.Server(uvicorn.Config(make_app(feeds), log_level="error", timeout_graceful_shutdown=1))
-    server.run(sockets=[listener])
+    make_server(feeds).run(sockets=[listener])
+
+
+def make_server(feeds: Sequence[Feed]):
+    """A uvicorn.Server whose event streams end when it is told to."""
+    import uvicorn
+
+    app = make_app(feeds, lambda: server.should_exit)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=3))
+    return server
 
 
 def check_assets() -> None:
@@ -91,8 +102,8 @@ def bind(port: int) -> tuple[socket.socket, int | None]:
     raise UserError(f"ports {port} to {port + PORTS - 1} are all in use; choose another with --port")
 
 
-def make_app(feeds: Sequence[Feed]):
-    """The ASGI application."""
+def make_app(feeds: Sequence[Feed], stopping: Callable[[], bool] = lambda: False):
+    """The ASGI application; its event streams end once `stopping`."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
@@ -119,7 +130,8 @@ def make_app(feeds: Sequence[Feed]):
         return Response(body, media_type=kind, headers=HEADERS)
 
     async def tell(request: Request) -> Response:
-        stream = pulses(feeds, request.is_disconnected, run_in_threadpool)
+        gone = request.is_disconnected
+        stream = pulses(feeds, gone, stopping, run_in_threadpool)
         return StreamingResponse(stream, media_type="text/event-stream", headers={**HEADERS, "X-Accel-Buffering": "no"})
 
     routes = [Route("/", page), Route("/events", tell), Route("/api/{path}", ask),
@@ -129,17 +141,16 @@ def make_app(feeds: Sequence[Feed]):
     return Starlette(routes=routes, middleware=[hosts])
 
 
-async def pulses(feeds: Sequence[Feed], gone, in_thread) -> AsyncIterator[str]:
+async def pulses(feeds: Sequence[Feed], gone, stopping: Callable[[], bool], in_thread) -> AsyncIterator[str]:
     """Server-sent events: one whenever a run has a new step, a new event or another problem; a comment when quiet."""
     known: list[dict | None] = [None] * len(feeds)
-    pause = POLL_NETWORK if any(feed.describe()["network"] for feed in feeds) else POLL
+    pause = POLL_NETWORK if any(is_network(feed.directory) for feed in feeds) else POLL
     quiet = 0.0
-    while not await gone():
+    while not stopping() and not await gone():
         for index, feed in enumerate(feeds):
-            try:
-                state = await in_thread(feed.pulse)
-            except Exception as error:  # a locked or vanished file: say so and go on looking
-                state = {"step": (known[index] or {}).get("step"), "event": 0, "problem": str(error)}
+            state = await in_thread(feed.pulse)
+            if state["problem"]:  # a locked or vanished file: the last step stays on the page
+                state["step"] = (known[index] or state)["step"]
             if state != known[index]:
                 known[index], quiet = state, 0.0
                 yield f"data: {json.dumps({'run': index, **state})}\n\n"

@@ -1,5 +1,5 @@
 // The frame of the page: views, runs, theme and the time line; every view shares the one selection in the URL.
-import { html, render, useEffect, useState } from "./ui.js";
+import { Guard, html, render, useEffect, useState } from "./ui.js";
 import { connect, select, useAnswer, useRun } from "./state.js";
 import { isReport } from "./source.js";
 import { count } from "./format.js";
@@ -55,7 +55,7 @@ function App() {
       ${connection === "lost" && html`<p class="banner" role="alert">The server of this page does not answer: it was stopped, or the machine sleeps. What is shown is the last that arrived; the page goes on by itself when it is back.</p>`}
       ${run === null ? html`<p class="boot">${connection === "lost" ? "" : "Opening the run …"}</p>`
     : run.problem && !Object.keys(run.streams).length ? html`<p class="banner" role="status">${run.problem}</p>`
-    : html`${run.problem && html`<p class="banner" role="alert">${run.problem}</p>`}<${view[2]} key=${view[0] + index} theme=${theme} events=${events} alarms=${alarms} />`}
+    : html`${run.problem && html`<p class="banner" role="alert">${run.problem}</p>`}<${Guard} key=${view[0] + index}><${view[2]} theme=${theme} events=${events} alarms=${alarms} /><//>`}
     </main>
     ${run && !run.problem && html`<${Timeline} theme=${theme} alarms=${alarms} />`}`;
 }

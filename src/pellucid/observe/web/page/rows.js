@@ -6,7 +6,7 @@ export const shorten = (name) => name.replace(/^layers\.\d+\./, "").replace(/\.w
 /** [{index, label, short, group, hue, role, row}] of the stream "param"; with another run, the same tensor's index there. */
 export function tensorRows(run, { roles = null, experts = true, other = null } = {}) {
   const there = other ? new Map((other.streams?.param?.rows ?? []).map((row, i) => [row.name, i])) : null;
-  return run.streams.param.rows.map((row, index) => {
+  return (run.streams.param?.rows ?? []).map((row, index) => {
     const role = roleOf(row);
     return { index, row, role, label: row.name, short: shorten(row.name), hue: ROLES[role].hue,
       group: row.layer === null ? ({ embedding: "input", final_norm: "output", model: "model" }[row.role] ?? "other") : `layer ${row.layer}`,

@@ -1,5 +1,5 @@
 // Preact and htm, bound once for every module of the page.
-import { h, render, Fragment } from "../vendor/preact.mjs";
+import { Component, h, render, Fragment } from "../vendor/preact.mjs";
 import { useState, useEffect, useLayoutEffect, useMemo, useRef, useCallback } from "../vendor/hooks.mjs";
 import htm from "../vendor/htm.mjs";
 
@@ -39,3 +39,14 @@ export function Choice({ label, value, options, onChange }) {
 
 /** Any value the user should read as "there is none, and why". */
 export const Nothing = ({ children }) => html`<p class="nothing">${children}</p>`;
+
+/** Keeps the page when a view breaks on numbers nobody foresaw, and says so. */
+export class Guard extends Component {
+  constructor(props) { super(props); this.state = { problem: null }; }
+  static getDerivedStateFromError(error) { return { problem: error.message }; }
+  componentDidCatch(error) { console.error(error); }
+  render() {
+    return this.state.problem === null ? this.props.children
+      : html`<p class="banner" role="alert">This view cannot show the run (${this.state.problem}). The others still work, and so does the training.</p>`;
+  }
+}

@@ -20,7 +20,7 @@ export function XRay({ theme, alarms }) {
   const compared = useWindow(chosen.compare ?? 0, "param", other ? stat?.name : null, range).window;
   const roles = useMemo(() => new Set(Object.keys(ROLES).filter((role) => !hidden.has(role))), [hidden]);
   const rows = useMemo(() => tensorRows(run, { roles, experts, other }), [run.streams, roles, experts, other?.streams]);
-  const scale = useMemo(() => scaleOf(stat, theme, Boolean(other)), [stat, theme, other !== null]);
+  const scale = useMemo(() => stat && scaleOf(stat, theme, Boolean(other)), [stat, theme, other !== null]);
   if (!stat) return html`<${Nothing}>This run recorded no statistics of its tensors.<//>`;
   if (problem) return html`<${Nothing}>${problem}<//>`;
   if (!window) return html`<p class="boot">Reading the steps …</p>`;
