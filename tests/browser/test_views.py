@@ -67,7 +67,7 @@ def test_xray_cells_are_chosen_zoomed_and_opened(open_page, address, reader):
 def test_xray_colours_follow_the_recorded_values(open_page, address, reader):
     """Pixels of the canvas, read back: a brighter one is a larger value, on the fixed scale of the statistic."""
     page = open_page(f"{address}#stat=learning_rate")
-    page.wait_for_function("document.querySelector('.field canvas')?.dataset.painted")
+    page.wait_for_selector('.field canvas[data-painted]')
     steps, rates = reader.series("embedding.weight", "learning_rate")
     colours = page.evaluate("""() => { const c = document.querySelector('.field canvas'), w = c.width;
         const d = c.getContext('2d').getImageData(0, 3, w, 1).data;
@@ -137,7 +137,7 @@ def test_learning_shows_losses_documents_and_texts(open_page, address, reader, n
 
 
 def test_verdicts_tell_what_the_rules_found_and_open_the_documents(open_page, address, runs):
-    page = open_page(f"{address}#view=verdicts&run=1")
+    page = open_page(f"{address}#view=verdicts&run=1", wait=".verdict")
     with Reader(runs[1]) as wild:
         found = {event["rule"] for event in wild.events() if event["severity"] in ("alarm", "warning")}
     assert found  # a learning rate of 0.3 is noticed
