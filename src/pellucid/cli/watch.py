@@ -15,14 +15,20 @@ def watch(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN_DIR ...]", help="default: the newest under runs/")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="first one tried; default 8384")] = None,
     browser: Annotated[bool, typer.Option(help="open the page in the browser")] = True,
+    terminal: Annotated[bool, typer.Option("--terminal", help="show them here instead of in a browser")] = False,
 ) -> None:
     """Show runs in the browser, live while they train and after; several are compared.
 
     Example: pellucid watch runs/demo runs/demo-2
     """
-    from pellucid.observe.web.server import watch as serve
+    from pellucid.observe.web import server
 
-    serve(runs or [], port, browser)
+    if terminal:
+        from pellucid.observe.terminal import watch_terminal
+
+        watch_terminal(runs or server.newest_runs())
+    else:
+        server.watch(runs or [], port, browser)
 
 
 @app.command()
