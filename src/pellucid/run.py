@@ -18,24 +18,22 @@ from typing import Any
 
 import torch
 
-from pellucid.config import Config, UserError, is_file_path, load_config, make_config
+from pellucid import summary
+from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, is_file_path, load_config, make_config, nearest
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
 from pellucid.exchange.huggingface import save_huggingface
-from pellucid.exchange.load import load
-from pellucid.measure.bigram import bigram_loss
-from pellucid.model.generate import generate
+from pellucid.exchange.leaves import Source, fill
+from pellucid.exchange.load import find_tokenizer_folder, load, open_source
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
 from pellucid.observe.observer import open_observer
-from pellucid.training.checkpoint import diff_settings
+from pellucid.training.checkpoint import diff_settings, saved_steps
 from pellucid.training.loop import Loop
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
 
-BIGRAM_TOKENS = 20_000_000  # beyond this the baseline would cost more than a glance
-SAMPLE_PROMPT_LINES, SAMPLE_PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 100
 REPORTED_PACKAGES = ("torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "pyarrow", "pydantic")
 
 
@@ -97,11 +95,15 @@ def train(
 
 def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     device = choose_device(config.training.device)  # before any work is spent
+    origin = start_from(config) if config.model.init_from is not None and not (resume and saved_steps(folder / "checkpoints")) else None
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
     _fit_vocabulary(config, dataset)
+    _fit_labels(config, dataset)
     config.training.precision = resolve_precision(config.training.precision, device)
     model = initialize(Grok1(config.model, device=device), config.training.seed)
+    if origin is not None:
+        fill(model, origin)
     model.compute_dtype, model.parity = choose_precision(config.training.precision, device)
     optimizer = build_optimizer(model, config.optimizer)
     if not resume:
@@ -115,17 +117,19 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
                 raise UserError(f"{folder}: cannot resume, its data has changed since ({run.manifest['data']['directory']})")
             observer.resume(loop.counters.step)
             note_changes(run, config, loop.counters.step)
-        progress.say(describe(loop, folder))
+        progress.say(summary.describe(loop, folder))
+        if origin is not None:
+            loop.save()  # where it began, so that the run can be continued and explained without the origin
         if loop.counters.step == 0:
-            _show_sample(progress, "before training", loop)
+            summary.show_sample(progress, "before training", loop)
         run.stopped_by = loop.run()
         if run.stopped_by is not None:
             progress.say(f"stopped by {run.stopped_by} after step {loop.counters.step}; everything is saved. To go on:\n"
                          f"  pellucid train --run-dir {folder} --resume")  # fmt: skip
             return run
         save_huggingface(model, dataset.tokenizer, folder / "model", replace=True)
-        _show_sample(progress, "after training", loop)
-        _show_result(progress, loop)
+        summary.show_sample(progress, "after training", loop)
+        summary.show_result(progress, loop)
     return run
 
 
@@ -138,6 +142,51 @@ def _fit_vocabulary(config: Config, dataset: Dataset) -> None:
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config.model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size, **ids})
+
+
+def start_from(config: Config) -> Source:
+    """The weights of model.init_from. Their shape becomes the configuration's; their tokenizer too, unless one is given.
+
+    Raises UserError where nothing is there, or where the configuration asks for another shape.
+    """
+    path, asked = Path(config.model.init_from), config.model
+    origin = open_source(path)
+    shape = origin.config.model_copy(update={"head": None})
+    derived = {"preset", "init_from", "head"}
+    for name in asked.model_fields_set - derived:
+        if getattr(asked, name) not in (None, getattr(shape, name)):
+            raise UserError(f"model.{name} is {getattr(asked, name)}, but the model in {path} has {getattr(shape, name)}: "
+                            "with model.init_from its shape is taken over; leave the key out")  # fmt: skip
+    config.model = shape.model_copy(update={"init_from": str(path), "preset": None})
+    if config.data.sequence_length > shape.max_position_embeddings:
+        raise UserError(f"data.sequence_length {config.data.sequence_length}: the model in {path} is meant for at most "
+                        f"{shape.max_position_embeddings} tokens")  # fmt: skip
+    if config.data.tokenizer.kind != "file":
+        folder = find_tokenizer_folder(path)
+        if folder is None:
+            raise UserError(f"{path}: brings no tokenizer; give the one it was trained with: data.tokenizer.kind = 'file' "
+                            "and data.tokenizer.path")  # fmt: skip
+        config.data.tokenizer = TokenizerConfig(kind="file", path=str(folder))
+    return origin
+
+
+def _fit_labels(config: Config, dataset: Dataset) -> None:
+    """The head, and weights of classes, that belong to the data's labels."""
+    labels, data, settings = dataset.labels, config.data, config.training
+    if labels is None:
+        return
+    kind = {"classification": "single_label_classification", "regression": "regression"}[settings.task]
+    spread = {key: labels[key] for key in ("mean", "std") if key in labels}
+    head = HeadConfig(problem_type=kind, labels=labels["names"], max_length=data.sequence_length,
+                      truncation_side=data.truncation_side, **spread)  # fmt: skip
+    config.model = config.model.model_copy(update={"head": head})
+    if settings.class_weights == "balanced":
+        documents = sum(labels["counts"])
+        settings.class_weights = {name: documents / (len(labels["names"]) * count)
+                                  for name, count in zip(labels["names"], labels["counts"], strict=True)}  # fmt: skip
+    unknown = set(settings.class_weights or {}) - set(labels["names"])
+    if unknown:
+        raise UserError(f"training.class_weights: there is no class '{min(unknown)}'{nearest(min(unknown), labels['names'])}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -247,44 +296,8 @@ def resolved_config(config: Config) -> Config:
         if is_file_path(source.path):
             source.path = os.path.abspath(source.path)
     data.directory = os.path.abspath(data.directory)
+    if resolved.model.init_from is not None:
+        resolved.model.init_from = os.path.abspath(resolved.model.init_from)
     if data.tokenizer.path is not None:
         data.tokenizer.path = os.path.abspath(data.tokenizer.path)
     return resolved
-
-
-def describe(loop: Loop, folder: Path) -> str:
-    """What is about to happen, in a few lines."""
-    config, counts, train = loop.config, parameter_counts(loop.config.model), loop.train_split
-    held_out = len(loop.dataset.validation) if loop.dataset.validation else 0
-    precision = "bf16, fp32 master weights" if loop.model.compute_dtype == torch.bfloat16 else "fp32"
-    tokens = loop.max_steps * config.training.batch_size * config.data.sequence_length
-    return (
-        f"data       {train.tokens_per_epoch:,} tokens an epoch in rows of {train.sequence_length}, {held_out} rows held out"
-        f" ({'reused ' if loop.dataset.reused else ''}{loop.dataset.directory})\n"
-        f"model      {counts['total']:,} parameters, {counts['active']:,} active for each token\n"
-        f"training   {loop.max_steps:,} steps of {config.training.batch_size} x {config.data.sequence_length} tokens "
-        f"({tokens:,}) with {config.optimizer.name}, {precision}, on {loop.device}\n"
-        f"run        {folder}"
-    )
-
-
-def _show_sample(progress: Quiet, when: str, loop: Loop) -> None:
-    """A few words of the model's own, after the beginning of a held-out document, so that learning can be read."""
-    tokenizer, split = loop.dataset.tokenizer, loop.dataset.validation or loop.dataset.train
-    lines = split.document(0)["text"].splitlines(keepends=True)
-    prompt = "".join(lines[len(lines) // 3 :][:SAMPLE_PROMPT_LINES])[:SAMPLE_PROMPT_CHARACTERS]
-    text = "".join(generate(loop.model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.95))
-    progress.say(f"\n--- {when} ---\n{prompt}|{text}\n---\n")
-    loop.observer.text_sample(loop.counters.step, prompt, text)
-
-
-def _show_result(progress: Quiet, loop: Loop) -> None:
-    dataset, folder = loop.dataset, loop.run_dir
-    if dataset.validation is not None and dataset.train.tokens_per_epoch <= BIGRAM_TOKENS:
-        baseline = bigram_loss(dataset.train, dataset.validation)
-        progress.say(f"held-out loss {loop.final.loss:.4f}; a bigram model of the same training text: {baseline:.4f}")
-    progress.say(
-        f"the run is in {folder}. Next:\n"
-        f"  pellucid generate {folder} --prompt 'def '\n"
-        f"  pellucid evaluate {folder} --data README.md"
-    )

@@ -16,7 +16,7 @@ from pellucid.config.augment import (
     TokenMaskingConfig,
 )
 from pellucid.config.data import DataConfig, MixtureSegment
-from pellucid.config.model import ModelConfig, grok_intermediate_size, nearest, preset, preset_names
+from pellucid.config.model import HeadConfig, ModelConfig, grok_intermediate_size, nearest, preset, preset_names
 from pellucid.config.reading import explain_validation_error, is_file_path, load_config, make_config
 from pellucid.config.section import Section, UserError
 from pellucid.config.sources import SourceConfig
@@ -52,6 +52,7 @@ __all__ = [
     "FineWebFilter",
     "GopherQualityFilter",
     "GopherRepetitionFilter",
+    "HeadConfig",
     "LanguageFilter",
     "LengthFilter",
     "MixtureSegment",

@@ -33,6 +33,11 @@ class DataConfig(Section):
     validation: list[Source] = Field(default_factory=list, description="held-out sources; else a fraction of documents")
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of documents held out, chosen by content hash")
     sequence_length: int = Field(256, ge=2, description="T, tokens per row")
+    label_field: str | list[str] | None = Field(
+        None, description="field with the class or the number of a document; several for several numbers")
+    label_type: Literal["category", "number"] = Field("category", description="what labels are; follows from training.task")
+    truncation_side: Literal["right", "left"] = Field(
+        "right", description="with labels a document is one piece; of one longer than a row, right: its end is cut off")
     normalize: NormalizeConfig = Field(default_factory=NormalizeConfig)
     filter: FilterConfig = Field(default_factory=FilterConfig)
     deduplicate: DeduplicateConfig = Field(default_factory=DeduplicateConfig)
@@ -48,6 +53,21 @@ class DataConfig(Section):
     directory: str = Field("data", description="where prepared data is kept, one folder per settings hash")
     workers: int | None = Field(None, ge=1, description="processes; None: one per core for a large corpus, else one")
     mixture: list[MixtureSegment] = Field(default_factory=list, description="shares of the sources by step, instead of weights")
+
+    @model_validator(mode="after")
+    def _documents_stay_whole(self) -> DataConfig:
+        """A labelled document is read by itself and from its start to its end, or the label would be of something else."""
+        if self.label_field is not None and self.packing == "concatenate":
+            raise ValueError("packing = 'concatenate' cuts documents, and a label belongs to a whole one: use 'best_fit'")
+        if self.label_field is not None and self.cross_document_attention:
+            raise ValueError("cross_document_attention would show a labelled document its neighbours: set it to false")
+        return self
+
+    @property
+    def label_fields(self) -> tuple[str, ...]:
+        """The fields that hold a document's label; none for plain text."""
+        fields = [] if self.label_field is None else self.label_field
+        return (fields,) if isinstance(fields, str) else tuple(fields)
 
     @model_validator(mode="after")
     def _mixture_fits(self) -> DataConfig:

@@ -18,6 +18,17 @@ def grok_intermediate_size(hidden_size: int, widening_factor: float = 8.0) -> in
     return size + (8 - size) % 8
 
 
+class HeadConfig(Section):
+    """The head of a model that labels documents: all that is needed to use it. The data decide it, not the user."""
+
+    problem_type: Literal["single_label_classification", "regression"]  # Hugging Face's words
+    labels: list[str] = Field(min_length=1, description="classes, or the names of the numbers")
+    mean: list[float] = Field(default_factory=list, description="of each number in the training documents")
+    std: list[float] = Field(default_factory=list, description="its standard deviation: the head answers in units of it")
+    max_length: int = Field(ge=2, description="tokens read of a document, its start mark included: a row of training")
+    truncation_side: Literal["right", "left"] = "right"
+
+
 class ModelConfig(Section):
     """Shape of a Grok-1 model. Names are those engines already read for this architecture.
 
@@ -25,6 +36,7 @@ class ModelConfig(Section):
     """
 
     preset: str | None = Field(None, description="shape to start from; the other fields override it")
+    init_from: str | None = Field(None, description="run, Hugging Face folder or ckpt-0 whose weights and shape to start from")
     vocab_size: int | None = Field(None, ge=5, description="tokens; None takes the tokenizer's size")
     hidden_size: int = Field(128, ge=2, description="D, width of the residual stream")
     intermediate_size: int | None = Field(None, ge=1, description="F of one expert; None: Grok-1's rule from D")
@@ -44,12 +56,13 @@ class ModelConfig(Section):
     pad_token_id: int = Field(0, ge=0, description="masked as a key everywhere")
     bos_token_id: int = Field(1, ge=0)
     eos_token_id: int = Field(2, ge=0)
+    head: HeadConfig | None = Field(None, description="set by training.task; None: a language model")
     tie_word_embeddings: Literal[True] = Field(True, description="Grok-1 ties input and output embeddings")
 
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset"):
+        if isinstance(values, dict) and values.get("preset") and not values.get("init_from"):
             shape = preset(values["preset"])["model"]
             return {**shape, **{key: value for key, value in values.items() if value is not None}}
         return values

@@ -92,6 +92,9 @@ def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
     def resolve(path: str) -> str:
         return str(folder / path) if is_file_path(path) else path  # an absolute path stays
 
+    model = tables.get("model", {})
+    if isinstance(model, dict) and isinstance(model.get("init_from"), str):
+        model["init_from"] = resolve(model["init_from"])
     data = tables.get("data", {})
     if not isinstance(data, dict):
         return  # make_config says what is wrong

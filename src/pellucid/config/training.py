@@ -14,7 +14,11 @@ BUDGETS = ("max_steps", "max_tokens", "max_epochs")
 class TrainingConfig(Section):
     """The loop: how long, how much at once, with which losses."""
 
-    task: Literal["language_modeling"] = "language_modeling"
+    task: Literal["language_modeling", "classification", "regression"] = "language_modeling"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="classification: share of the target spread over all classes")
+    class_weights: Literal["balanced"] | dict[str, float] | None = Field(
+        None, description="classification: factor on the loss of a class's documents; balanced: documents / (classes * its own)")
+    huber_delta: float | None = Field(None, gt=0, description="regression: beyond so many standard deviations the loss is linear")
     max_steps: int | None = Field(None, ge=1, description="budget in optimizer steps")
     max_tokens: int | None = Field(None, ge=1, description="budget in predicted tokens (rows * sequence_length)")
     max_epochs: float | None = Field(None, gt=0, description="budget in passes over the data")

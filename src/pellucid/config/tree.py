@@ -55,6 +55,26 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _task_has_labels(self) -> Config:
+        task, data = self.training.task, self.data
+        if task != "language_modeling" and data.label_field is None:
+            raise ValueError(f"training.task = '{task}' needs data.label_field: the field that holds each document's label")
+        if task == "language_modeling" and data.label_field is not None:
+            raise ValueError("data.label_field is for training.task = 'classification' or 'regression'")
+        for name, owner in {"z_loss": "language_modeling", "label_smoothing": "classification", "class_weights": "classification",
+                            "huber_delta": "regression"}.items():  # fmt: skip
+            if getattr(self.training, name) and task != owner:
+                raise ValueError(f"training.{name} is for training.task = '{owner}'")
+        if task == "classification" and isinstance(data.label_field, list):
+            raise ValueError("data.label_field: several fields are for several numbers (regression); a class is in one field")
+        wanted = "number" if task == "regression" else "category"
+        if data.label_type != wanted:
+            if "label_type" in data.model_fields_set:
+                raise ValueError(f"data.label_type = '{data.label_type}' does not go with training.task = '{task}'")
+            data.label_type = wanted
+        return self
+
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
 

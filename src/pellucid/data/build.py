@@ -28,6 +28,7 @@ from pellucid.data.augment.materialize import merged
 from pellucid.data.blocks import Block
 from pellucid.data.dataset import FORMAT, MANIFEST, Dataset, split_plan
 from pellucid.data.document import SourceFile, StageRecord
+from pellucid.data.labels import summarize
 from pellucid.data.passes import Build, Progress
 from pellucid.data.pipeline import Setup, forget, stages
 from pellucid.data.shards import damage, describe_files, file_sha256
@@ -56,7 +57,9 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
     progress = progress or (lambda stage, done, total, detail="": None)
     if config.prepared is not None and directory is None:
         return _as_it_is(config)
-    files = list_files(config.sources) + list_files(config.validation, "data.validation", split="validation")
+    labels = (config.label_fields, config.label_type)
+    files = list_files(config.sources, labels=labels)
+    files += list_files(config.validation, "data.validation", "validation", labels)
     settings = _settings(config)
     settings_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -265,10 +268,14 @@ def _fill(config: DataConfig, files: list[SourceFile], folder: Path, progress: P
     if tokens < config.sequence_length:
         raise UserError(f"data.sequence_length = {config.sequence_length}: the training split holds {tokens} tokens, "
                         "less than one row; give more text or a shorter sequence_length")
+    labelled = _labels(config, result, splits)
     for name, split in splits.items():
         plan = split_plan(result, split, config, name)
         split["packing"] = {"rows": plan.rows, "utilization": plan.utilization}
+        if labelled:
+            split["packing"]["truncated_documents"] = plan.truncated
     return {
+        **labelled,
         "tokenizer": {"kind": config.tokenizer.kind, "vocab_size": tokenizer.vocab_size,
                       "trained_by": (ledger.read_record(folder / "trained.json") or {}).get("by"),
                       "fingerprint": tokenizer.fingerprint, "pad_token_id": tokenizer.pad_token_id,
@@ -279,6 +286,14 @@ def _fill(config: DataConfig, files: list[SourceFile], folder: Path, progress: P
         "sources": build.identities(blocks),
         "files": describe_files(result, written),
     }
+
+
+def _labels(config: DataConfig, folder: Path, splits: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's `labels`, of labelled documents."""
+    if not config.label_fields:
+        return {}
+    found = {name: shards.ShardReader(folder / "shards", split["shards"]).labels() for name, split in splits.items()}
+    return {"labels": summarize(config, found["train"], found.get("validation", []))}
 
 
 def _merged(config: DataConfig, blocks: list[Block]) -> tuple[StageRecord, list[dict[str, Any]]]:

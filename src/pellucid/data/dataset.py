@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from pellucid.config import DataConfig, MixtureSegment, TokenMaskingConfig, UserError, explain_validation_error
 from pellucid.data.augment.token_masking import mask_tokens
+from pellucid.data.labels import encode
 from pellucid.data.order import Mixture, make_mixture, mixed_rows, permute, sample_rows
 from pellucid.data.packing import Plan, make_plan
 from pellucid.data.shards import ShardReader, damage
@@ -30,6 +31,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 IGNORE = -100  # target of a position that predicts nothing
 VALIDATION_KEY = 0x76616C6964  # the fixed order of held-out rows, whatever the seed
+
+
+Parts = tuple[ShardReader, Plan, np.ndarray | None]  # of a split: its documents, their rows, their labels [documents, K]
 
 
 @dataclass
@@ -42,13 +46,18 @@ class Batch:
     positions_BT: torch.Tensor  # int32; from 0 in each segment
     sample_ids_B: torch.Tensor  # int64; row of the split
     source_ids_B: torch.Tensor  # int64; entry of data.sources (of data.validation, for held-out sources)
+    labels_BTK: torch.Tensor | None = None  # float32; at the last token of a labelled document what it is (see labels.py), else NaN
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the rows (a micro-batch)."""
-        return Batch(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))
 
 
 class Dataset:
@@ -68,6 +77,7 @@ class Dataset:
         if wrong:
             raise UserError(f"{wrong}; remove the folder {self.directory} and build the data again")
         self.config = _settings(self.manifest, self.directory)
+        self.labels: dict[str, Any] | None = self.manifest.get("labels")  # names, and counts or mean and std
         self.tokenizer: Tokenizer = load_tokenizer(self.directory / "tokenizer")
         self.train = self.split("train")
         self.validation = self.split("validation") if "validation" in self.manifest["splits"] else None
@@ -78,15 +88,19 @@ class Dataset:
             raise UserError(f"{self.directory}: holds no {name} split; set data.validation_fraction or data.validation")
         return Split(self._parts(name), self, name, seed)
 
-    def _parts(self, name: str) -> tuple[ShardReader, Plan]:
+    def _parts(self, name: str) -> Parts:
         if name not in self._opened:
             split = self.manifest["splits"][name]
             reader = ShardReader(self.directory / "shards", split["shards"])
-            self._opened[name] = reader, _plan(reader, self.config, name)
+            labels = None
+            if self.labels:
+                spread = (self.labels.get(key, ()) for key in ("mean", "std"))
+                labels = encode(reader.labels(), self.labels["type"], self.labels["names"], *spread)
+            self._opened[name] = reader, _plan(reader, self.config, name), labels
         return self._opened[name]
 
     @cached_property
-    def _opened(self) -> dict[str, tuple[ShardReader, Plan]]:
+    def _opened(self) -> dict[str, Parts]:
         return {}
 
     @cached_property
@@ -97,6 +111,8 @@ class Dataset:
         decisive = [self.manifest["format"], shards, self.manifest["splits"], self.tokenizer.fingerprint,
                     config.sequence_length, config.packing, config.cross_document_attention,
                     [source.weight for source in config.sources]]
+        if self.labels:
+            decisive += [self.labels, config.truncation_side, *(self._parts(name)[0].labels() for name in self.manifest["splits"])]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -108,8 +124,8 @@ class Split:
     With data.mixture the shares of the sources follow the step instead; an epoch then is as many rows as there are.
     """
 
-    def __init__(self, parts: tuple[ShardReader, Plan], dataset: Dataset, name: str, seed: int):
-        self.reader, self.plan = parts
+    def __init__(self, parts: Parts, dataset: Dataset, name: str, seed: int):
+        self.reader, self.plan, self.labels = parts
         self.name, self.seed, self.tokenizer = name, seed, dataset.tokenizer
         self.sequence_length = self.plan.sequence_length
         self.cross_document = dataset.config.cross_document_attention
@@ -251,7 +267,12 @@ class Split:
         positions[place] = place % T if self.cross_document else within
         source = np.searchsorted(np.cumsum(self.plan.source_rows), rows, side="right")
         shaped = [torch.from_numpy(array.reshape(B, T)) for array in (tokens, targets, segments, positions)]
-        return Batch(*shaped, torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(source.astype(np.int64)))
+        labels = None
+        if self.labels is not None:
+            labels = torch.full((B * T, self.labels.shape[1]), torch.nan)
+            labels[torch.from_numpy(row * T + position + length - 1)] = torch.from_numpy(self.labels[document])
+            labels = labels.view(B, T, -1)
+        return Batch(*shaped, torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(source.astype(np.int64)), labels)
 
     def _byte_range(self, piece: int, origin: dict[str, Any]) -> dict[str, Any]:
         """Bytes of a piece: the sum of its tokens' bytes, where the source's bytes are the text."""
@@ -272,7 +293,8 @@ def split_plan(folder: Path, split: dict[str, Any], config: DataConfig, name: st
 
 def _plan(reader: ShardReader, config: DataConfig, name: str) -> Plan:
     sources = config.validation if name == "validation" and config.validation else config.sources
-    return make_plan(reader.lengths, reader.source_index, len(sources), config.sequence_length, config.packing)
+    side = config.truncation_side if config.label_fields else None
+    return make_plan(reader.lengths, reader.source_index, len(sources), config.sequence_length, config.packing, side)
 
 
 def _settings(manifest: dict[str, Any], directory: Path) -> DataConfig:

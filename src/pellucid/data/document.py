@@ -30,6 +30,7 @@ class Document:
     byte_end: int
     exact: bool = False
     split: str | None = None
+    label: str | None = None  # as labels.py writes it; None: plain text
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class SourceFile:
     size: int = 0
     version: str = ""
     options: tuple[tuple[str, Any], ...] = ()  # for the storage's file system
+    label_fields: tuple[str, ...] = ()  # where each document's label is; none: plain text
+    label_type: str = "category"  # or "number"
 
     @property
     def remote(self) -> bool:
@@ -84,10 +87,10 @@ class Span:
 WHOLE = Span()
 
 
-def unreadable_field(where: str, field: str, present: list[str]) -> Unreadable:
-    """A record or table without the field that should hold its text."""
+def unreadable_field(where: str, field: str, present: list[str], setting: str = "text_field") -> Unreadable:
+    """A record or table without the field that should hold its text (or its label)."""
     names = ", ".join(f"'{name}'" for name in present[:12]) or "none"
-    return Unreadable("wrong field", f"{where}: no field '{field}'; the fields are {names} (set text_field)")
+    return Unreadable("wrong field", f"{where}: no field '{field}'; the fields are {names} (set {setting})")
 
 
 @dataclass

@@ -23,6 +23,7 @@ class Plan:
     length: np.ndarray  # int64, 1..T
     row_first: np.ndarray  # int64, rows + 1
     source_rows: np.ndarray  # int64, rows of each source
+    truncated: int = 0  # documents of which only a row's length is read (labelled ones)
 
     @property
     def rows(self) -> int:
@@ -38,9 +39,14 @@ class Plan:
         return self.tokens / max(1, self.rows * self.sequence_length)
 
 
-def make_plan(lengths: np.ndarray, sources: np.ndarray, number_of_sources: int, sequence_length: int, packing: str) -> Plan:
-    """Plan the rows of one split from its documents' lengths (predicted tokens) and source indices."""
+def make_plan(lengths: np.ndarray, sources: np.ndarray, number_of_sources: int, sequence_length: int, packing: str,
+              truncation_side: str | None = None) -> Plan:
+    """Plan the rows of one split from its documents' lengths (predicted tokens) and source indices.
+
+    With truncation_side ("right" or "left") each document is one piece: of a longer one than a row, that side is cut off.
+    """
     pieces, counts = [], []
+    whole, lengths = lengths, lengths if truncation_side is None else np.minimum(lengths, sequence_length)
     for source in range(number_of_sources):
         documents = np.flatnonzero(sources == source)
         cut = _concatenate if packing == "concatenate" else _best_fit
@@ -51,7 +57,10 @@ def make_plan(lengths: np.ndarray, sources: np.ndarray, number_of_sources: int, 
         counts.append(rows)
     row, document, start, length = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
     row_first = np.searchsorted(row, np.arange(sum(counts) + 1))
-    return Plan(sequence_length, document, start, length, row_first, np.array(counts, dtype=np.int64))
+    if truncation_side == "left":
+        start = start + (whole - lengths)[document]
+    truncated = int((whole > lengths).sum())
+    return Plan(sequence_length, document, start, length, row_first, np.array(counts, dtype=np.int64), truncated)
 
 
 def _concatenate(lengths: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

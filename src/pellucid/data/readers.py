@@ -17,6 +17,7 @@ from zipfile import BadZipFile, ZipFile
 
 from pellucid.data.compression import OPENERS
 from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, unreadable_field
+from pellucid.data.labels import read_label
 from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet
 from pellucid.data.readers_web import read_html, read_warc
 
@@ -66,9 +67,9 @@ def read_jsonl(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterat
             yield Unreadable("line too long", f"{file.uri}:{number}: a line of {size:,} bytes, longer than "
                              f"{LARGEST_LINE:,}; split it, or leave it out")
         elif body.strip():
-            text = _json_text(body, f"{file.uri}:{number}", file)
-            yield text if isinstance(text, Unreadable) else Document(
-                text, file.uri, file.source_index, number - 1, start, start + len(body), False, file.split)
+            found = _json_text(body, f"{file.uri}:{number}", file)
+            yield found if isinstance(found, Unreadable) else Document(
+                found[0], file.uri, file.source_index, number - 1, start, start + len(body), False, file.split, found[1])
         start += size
     if start == 0 and file.named:
         yield Unreadable("empty", f"{file.uri}: the file is empty")
@@ -87,9 +88,9 @@ def read_json(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterato
         yield from read_jsonl(_Lines(content), file)  # its messages name the line
         return
     for number, record in enumerate(value if isinstance(value, list) else [value]):
-        text = _record_text(record, f"{file.uri}: item {number}", file)
-        yield text if isinstance(text, Unreadable) else Document(
-            text, file.uri, file.source_index, number, 0, len(content), False, file.split)
+        found = _record_text(record, f"{file.uri}: item {number}", file)
+        yield found if isinstance(found, Unreadable) else Document(
+            found[0], file.uri, file.source_index, number, 0, len(content), False, file.split, found[1])
 
 
 class _Lines:
@@ -122,7 +123,9 @@ def read_csv(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator
             if row and len(row) != len(header):
                 yield Unreadable("bad CSV", f"{where}: {len(row)} fields where the header has {len(header)}")
             elif row:
-                yield Document(row[column], file.uri, file.source_index, number, start, end, False, file.split)
+                label = read_label(dict(zip(header, row, strict=True)), file, where) if file.label_fields else None
+                yield label if isinstance(label, Unreadable) else Document(
+                    row[column], file.uri, file.source_index, number, start, end, False, file.split, label)
             start = end
     except csv.Error as error:
         yield Unreadable("bad CSV", f"{file.uri}:{rows.line_num}: not a CSV record ({error})")
@@ -185,7 +188,7 @@ def _decode(block: bytes, file: SourceFile, start: int) -> str | Unreadable:
         return Unreadable("wrong encoding", f"{file.uri}: not UTF-8 ({value}); convert it: iconv -f latin1 -t utf-8")
 
 
-def _json_text(body: bytes, where: str, file: SourceFile) -> str | Unreadable:
+def _json_text(body: bytes, where: str, file: SourceFile) -> tuple[str, str | None] | Unreadable:
     try:
         record = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -196,7 +199,8 @@ def _json_text(body: bytes, where: str, file: SourceFile) -> str | Unreadable:
     return _record_text(record, where, file)
 
 
-def _record_text(record: object, where: str, file: SourceFile) -> str | Unreadable:
+def _record_text(record: object, where: str, file: SourceFile) -> tuple[str, str | None] | Unreadable:
+    """(text, label) of a JSON value."""
     if not isinstance(record, dict):
         return Unreadable("bad JSON", f"{where}: a JSON {type(record).__name__}, not an object with a '{file.text_field}'")
     if file.text_field not in record:
@@ -211,7 +215,8 @@ def _record_text(record: object, where: str, file: SourceFile) -> str | Unreadab
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         return Unreadable("wrong encoding", f"{where}: half of a surrogate pair ({code}) in field '{file.text_field}'")
-    return text
+    label = read_label(record, file, where)
+    return label if isinstance(label, Unreadable) else (text, label)
 
 
 def _whole_characters(block: bytes) -> int:

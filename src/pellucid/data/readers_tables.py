@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pellucid.config import UserError
 from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, unreadable_field
+from pellucid.data.labels import read_label
 
 
 def read_parquet(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
@@ -28,8 +29,9 @@ def read_parquet(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iter
             return
         groups = [number for number, row in enumerate(row_groups(table))
                   if row >= span.start and (span.stop is None or row < span.stop)]
-        batches = table.iter_batches(batch_size=256, columns=[file.text_field], row_groups=groups) if groups else ()
-        yield from _rows((batch.column(0) for batch in batches), file, span.start)
+        columns = list(dict.fromkeys((file.text_field, *file.label_fields)))
+        batches = table.iter_batches(batch_size=256, columns=columns, row_groups=groups) if groups else ()
+        yield from _rows(batches, file, span.start)
     except (pa.ArrowException, OSError) as error:
         yield _damaged(error, file)
 
@@ -63,8 +65,7 @@ def read_arrow(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterat
         if problem:
             yield problem
             return
-        column = reader.schema.get_field_index(file.text_field)
-        yield from _rows((batch.column(column) for batch in batches), file, 0)
+        yield from _rows(batches, file, 0)
     except (pa.ArrowException, OSError, EOFError) as error:
         yield _damaged(error, file)
 
@@ -81,7 +82,9 @@ def read_hugging_face(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) ->
             yield Unreadable(kind, f"{file.uri}: row {number}: field '{file.text_field}' is "
                              f"{'null' if text is None else f'a {type(text).__name__}, not text'}")
         else:
-            yield Document(text, file.uri, file.source_index, number, number, number + 1, False, file.split)
+            label = read_label(row, file, f"{file.uri}: row {number}")
+            yield label if isinstance(label, Unreadable) else Document(
+                text, file.uri, file.source_index, number, number, number + 1, False, file.split, label)
 
 
 def open_hugging_face(name: str, version: str = "") -> Any:
@@ -103,6 +106,9 @@ def open_hugging_face(name: str, version: str = "") -> Any:
 
 
 def _wrong_column(schema: pa.Schema, file: SourceFile) -> Unreadable | None:
+    for field in file.label_fields:
+        if field not in schema.names:
+            return unreadable_field(file.uri, field, schema.names, "data.label_field")
     if file.text_field not in schema.names:
         return unreadable_field(file.uri, file.text_field, schema.names)
     kind = schema.field(file.text_field).type
@@ -113,11 +119,19 @@ def _wrong_column(schema: pa.Schema, file: SourceFile) -> Unreadable | None:
     return None
 
 
-def _rows(columns: Iterator[pa.Array], file: SourceFile, row: int) -> Iterator[Document | Unreadable]:
-    for column in columns:
-        for text in column.to_pylist():
-            yield Unreadable("no text", f"{file.uri}: row {row}: column '{file.text_field}' is null") if text is None \
-                else Document(text, file.uri, file.source_index, row, row, row + 1, False, file.split)
+def _rows(batches: Iterable[pa.RecordBatch], file: SourceFile, row: int) -> Iterator[Document | Unreadable]:
+    for batch in batches:
+        texts = batch.column(file.text_field).to_pylist()
+        labels = [batch.column(field).to_pylist() for field in file.label_fields]
+        for number, text in enumerate(texts):
+            where = f"{file.uri}: row {row}"
+            label = read_label({f: c[number] for f, c in zip(file.label_fields, labels, strict=True)}, file, where)
+            if text is None:
+                yield Unreadable("no text", f"{where}: column '{file.text_field}' is null")
+            elif isinstance(label, Unreadable):
+                yield label
+            else:
+                yield Document(text, file.uri, file.source_index, row, row, row + 1, False, file.split, label)
             row += 1
 
 

@@ -34,6 +34,7 @@ PROVENANCE = pa.schema([
     ("content_hash", pa.binary(16)),  # blake2b of the text after all stages
     ("parent", pa.binary(16)),  # content hash of the document this is an augmented version of; null: an original
     ("augmentation", pa.string()),  # JSON: epoch, seed, and each augmenter's settings; null: an original
+    ("label", pa.string()),  # of a labelled document: a class, or a JSON list of numbers
 ])
 
 
@@ -51,7 +52,7 @@ class TokenBlock:
         self.tokens.append(tokens.astype("<u4", copy=False))
         self.text_bytes += text_bytes
         values = (document.source, document.source_index, document.ordinal, document.byte_start, document.byte_end,
-                  document.exact, len(tokens), text_bytes, content_hash, parent, augmentation)
+                  document.exact, len(tokens), text_bytes, content_hash, parent, augmentation, document.label)
         for column, value in zip(self.columns, values, strict=True):
             column.append(value)
 
@@ -135,6 +136,11 @@ class ShardReader:
             mine = which == number
             result[mine] = self._tokens[number][index[mine] - self.token_base[number]]
         return result
+
+    def labels(self) -> list[str | None]:
+        """The label of every document."""
+        tables = [pq.read_table(self._path(shard, "parquet"), columns=["label"]) for shard in self.shards]
+        return [label for table in tables for label in table.column(0).to_pylist()]
 
     def provenance(self, documents: list[int]) -> list[dict[str, Any]]:
         """The provenance rows of some documents, in the order asked."""

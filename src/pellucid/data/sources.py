@@ -12,6 +12,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,29 +27,31 @@ HUGGING_FACE = "hf-dataset:"
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
 
 
-def list_files(sources: list[SourceConfig], key: str = "data.sources", split: str | None = None) -> list[SourceFile]:
+def list_files(sources: list[SourceConfig], key: str = "data.sources", split: str | None = None,
+               labels: tuple[tuple[str, ...], str] = ((), "category")) -> list[SourceFile]:
     """Every file of every source, in the order they are read: sources as given, files sorted by name.
 
-    `key` names the setting in error sentences. Raises UserError where a source matches nothing readable.
+    `key` names the setting in error sentences; `labels` are the fields of a document's label, and their type. Raises UserError where a source matches nothing readable.
     """
     files: list[SourceFile] = []
     for index, source in enumerate(sources):
         where = f"{key}[{index}]"
         options = tuple(sorted(source.options.items()))
         if "://" in source.path:
-            files += _remote(source, index, where, split, options)
+            files += [replace(file, label_fields=labels[0], label_type=labels[1])
+                      for file in _remote(source, index, where, split, options)]
             continue
         if source.path.startswith(HUGGING_FACE):
             name = source.path.removeprefix(HUGGING_FACE)
             version = _hub_version(name.split(":")[0])
-            files.append(SourceFile(source.path, name, index, source.text_field, "hf", "", True, split, 0, version))
+            files.append(SourceFile(source.path, name, index, source.text_field, "hf", "", True, split, 0, version, (), *labels))
             continue
         named = os.path.isfile(source.path)
         for uri, path, reader in _matches(source.path, where):
             known, compression = (reader, "") if reader else known_format(path.name)
             size, version = state_of(path)
             files.append(SourceFile(
-                uri, path, index, source.text_field, known, compression, named, split, size, version))
+                uri, path, index, source.text_field, known, compression, named, split, size, version, (), *labels))
     return files
 
 
@@ -64,6 +67,9 @@ def read_documents(file: SourceFile, progress: Callable[[int], None] = lambda po
             if span.start and file.format not in ("parquet",):
                 stream.seek(span.start)
             for document in READERS[file.format](stream, file, span):
+                if file.label_fields and isinstance(document, Document) and document.label is None:
+                    document = Unreadable("no label", f"{document.source}: this kind of file has no field "
+                                          f"'{file.label_fields[0]}'; labels come with jsonl, csv and tables")
                 yield document
                 progress(raw.tell() if raw else 0)
     except DAMAGE as error:

@@ -60,7 +60,7 @@ def convert(
         record = {
             "pellucid": pellucid.__version__,
             "format": to,
-            "config": weights.config.model_dump(mode="json", exclude={"preset"}),
+            "config": weights.config.model_dump(mode="json", exclude={"preset", "init_from"}, exclude_none=True),
             "source": {"folder": str(source), "files": _checked_hashes(read) if read else {}},
             "files": file_hashes(folder),
         }

@@ -32,6 +32,8 @@ OFFICIAL_SCALES = Path("official") / "scales.safetensors"  # in a folder of its 
 BALANCE_BIAS = "model.layers.{layer}.block_sparse_moe.balance_bias"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 ARCHITECTURE, BIASED_ARCHITECTURE = "Grok1ForCausalLM", "Grok1WithBalanceBiasForCausalLM"
+LABELLING_ARCHITECTURE = "Grok1ForSequenceClassification"  # Hugging Face's name, also for regression
+SCORE = "score.weight"
 
 # Settings of other models of this family that change what is computed, and the values that leave Grok-1 as it is.
 FOREIGN = {
@@ -72,6 +74,8 @@ def write_huggingface(
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise UserError(f"dtype {dtype}: weights are written as torch.float32 or torch.bfloat16")
     biases = _balance_biases(source)
+    if source.config.head is not None:
+        biases[SCORE] = source.score()
     shards, carried = _plan(source, dtype, biases, shard_bytes), {}
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -100,7 +104,8 @@ def write_huggingface(
     if carried:
         (folder / OFFICIAL_SCALES).parent.mkdir()
         save_file(carried, folder / OFFICIAL_SCALES, {k: str(v) for k, v in vars(source.spelling).items()})
-    write_json(folder / "config.json", engine_config(source.config, _stored(source, dtype), bool(biases)))
+    biased = any(name != SCORE for name in biases)
+    write_json(folder / "config.json", engine_config(source.config, _stored(source, dtype), biased))
 
 
 def engine_config(config: ModelConfig, dtype: torch.dtype, balance_bias: bool = False) -> dict[str, Any]:
@@ -108,9 +113,14 @@ def engine_config(config: ModelConfig, dtype: torch.dtype, balance_bias: bool = 
 
     Engines fix the attention multiplier at head_dim^-0.5 whatever is written here; every preset has that value.
     """
-    ours = config.model_dump(exclude={"preset"}, mode="json")
+    ours = config.model_dump(exclude={"preset", "init_from"} | ({"head"} if config.head is None else set()), mode="json")
+    architecture, labels = BIASED_ARCHITECTURE if balance_bias else ARCHITECTURE, {}
+    if config.head is not None:
+        architecture = LABELLING_ARCHITECTURE
+        labels = {"problem_type": config.head.problem_type, "id2label": dict(enumerate(config.head.labels)),
+                  "label2id": {label: index for index, label in enumerate(config.head.labels)}}  # fmt: skip
     return {
-        "architectures": [BIASED_ARCHITECTURE if balance_bias else ARCHITECTURE],
+        "architectures": [architecture],
         "model_type": "git",  # as xai-org/grok-2 has it: transformers knows no grok, and engines need a type it knows
         **ours,
         "num_local_experts": config.num_experts,  # SGLang; vLLM reads num_experts
@@ -119,6 +129,7 @@ def engine_config(config: ModelConfig, dtype: torch.dtype, balance_bias: bool = 
         "hidden_act": "gelu_pytorch_tanh",
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
+        **labels,
     }
 
 
@@ -127,7 +138,7 @@ def config_from_engine(values: dict[str, Any], where: Path) -> ModelConfig:
     for key, harmless in FOREIGN.items():
         if values.get(key) not in harmless:
             raise UserError(f"{where}: {key} = {values[key]!r} is not part of Grok-1: it would be computed wrongly")
-    fields = {key: values[key] for key in ModelConfig.model_fields if values.get(key) is not None and key != "preset"}
+    fields = {key: values[key] for key in ModelConfig.model_fields if values.get(key) is not None and key not in ("preset", "init_from")}
     for key, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {key} = {value} is not a number")
@@ -174,6 +185,11 @@ class HuggingFaceSource:
         for bias in self._biases.values():
             bias.check((config.num_experts,))
         self._check_head(tensors.pop("lm_head.weight", None))
+        self._score = tensors.pop(SCORE, None)
+        if config.head is not None:
+            if self._score is None:
+                raise UserError(f"{self.folder}: tensor '{SCORE}' is missing")
+            self._score.check((len(config.head.labels), config.hidden_size))
         strangers = [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]
         if strangers:
             raise UserError(f"{tensors[strangers[0]].path}: tensor '{strangers[0]}' does not belong to a Grok-1 model")
@@ -215,6 +231,9 @@ class HuggingFaceSource:
 
     def balance_bias(self, layer: int) -> Tensor | None:
         return self._biases[layer].read() if layer in self._biases else None
+
+    def score(self) -> Tensor | None:
+        return None if self._score is None else self._score.read()
 
 
 class _Stored:
@@ -318,7 +337,8 @@ def _plan(source: Source, dtype: torch.dtype | None, biases: dict[str, Tensor], 
         kind = torch.float32 if leaf.kept_in_fp32 else dtype or source.dtype(leaf)
         for matrix in range(leaf.matrices):
             entries.append((leaf.sglang.format(e=matrix), leaf, matrix, kind, leaf.matrix_shape))
-    entries.append(("lm_head.weight", *entries[0][1:]))
+    if source.config.head is None:
+        entries.append(("lm_head.weight", *entries[0][1:]))
     entries += [(name, None, 0, torch.float32, tuple(bias.shape)) for name, bias in biases.items()]
     shards: list[list[tuple]] = [[]]
     room = shard_bytes

@@ -78,6 +78,7 @@ class Source(Protocol):
     def matrix(self, leaf: Leaf, matrix: int) -> Tensor: ...
     def scales(self, leaf: Leaf) -> Scales | None: ...
     def balance_bias(self, layer: int) -> Tensor | None: ...
+    def score(self) -> Tensor | None: ...  # [K, D] of a model that labels documents
 
 
 def leaf_count(num_layers: int) -> int:
@@ -144,10 +145,16 @@ class ModelSource:
         bias = self.model.layers[layer].moe.balance_bias
         return bias if bool(bias.any()) else None
 
+    def score(self) -> Tensor | None:
+        return None if self.model.score is None else self.model.score.weight.detach()
+
 
 @torch.no_grad()
 def fill(model: Grok1, source: Source, progress=None) -> Grok1:
-    """Copy every weight of `source` into `model`, one matrix at a time; official scales are carried along."""
+    """Copy every weight of `source` into `model`, one matrix at a time; official scales are carried along.
+
+    A head is copied where both have the same labels; else the model's is left as it is.
+    """
     carried: dict[str, Scales] = {}
     total = leaf_count(model.config.num_hidden_layers)
     for done, leaf in enumerate(leaves(model.config), start=1):
@@ -160,11 +167,16 @@ def fill(model: Grok1, source: Source, progress=None) -> Grok1:
     for index, layer in enumerate(model.layers):
         bias = source.balance_bias(index)
         layer.moe.balance_bias.zero_() if bias is None else layer.moe.balance_bias.copy_(bias)
+    if model.score is not None and source.config.head is not None and source.config.head.labels == model.config.head.labels:
+        model.score.weight.copy_(source.score())
     model.official_scales, model.official_spelling = carried, source.spelling
     return model
 
 
-def refuse_balance_bias(source: Source, format_name: str) -> None:
+def refuse_what_has_no_place(source: Source, format_name: str) -> None:
+    """Raises UserError for a head or a balance bias."""
+    if source.config.head is not None:
+        raise UserError(f"{format_name} has no place for the head of a model that labels documents; export to 'hf'")
     for layer in range(source.config.num_hidden_layers):
         if source.balance_bias(layer) is not None:
             raise UserError(

@@ -68,13 +68,18 @@ def open_source(path: str | Path, config: ModelConfig | Config | dict[str, Any] 
 
 def find_tokenizer(path: Path) -> Any:
     """The tokenizer saved with the weights, or (for an unfinished run) with the data it trains on; else None."""
+    found = find_tokenizer_folder(path)
+    return None if found is None else load_tokenizer(found)
+
+
+def find_tokenizer_folder(path: Path) -> Path | None:
+    """Where that tokenizer lies."""
     folders = [path / "model", path]
     if (path / "checkpoints").is_dir() and (path / "manifest.json").exists():
         data = read_json(path / "manifest.json").get("data")
         if isinstance(data, dict) and isinstance(data.get("directory"), str):
             folders.append(Path(data["directory"]) / "tokenizer")
-    found = next((folder for folder in folders if any(folder.glob("tokenizer.*"))), None)
-    return None if found is None else load_tokenizer(found)
+    return next((folder for folder in folders if any(folder.glob("tokenizer.*"))), None)
 
 
 def manifest_path(destination: str | Path) -> Path:

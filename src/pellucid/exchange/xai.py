@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pellucid.config import ModelConfig, UserError
-from pellucid.exchange.leaves import Leaf, Source, leaf_count, leaves, refuse_balance_bias
+from pellucid.exchange.leaves import Leaf, Source, leaf_count, leaves, refuse_what_has_no_place
 from pellucid.exchange.pickle_walk import StoredArray, TensorFile, find_arrays, pieces
 from pellucid.exchange.quantize import Scales, dequantize, quantize, recoverable
 
@@ -84,13 +84,16 @@ class XaiSource:
     def balance_bias(self, layer: int) -> None:
         return None
 
+    def score(self) -> None:
+        return None
+
 
 def write_xai(source: Source, folder: Path, progress=None) -> None:
     """Write the files of an official checkpoint into an existing, empty folder, one matrix in memory at a time.
 
-    Raises UserError for a nonzero balance bias and for non-finite weights.
+    Raises UserError for a head, for a nonzero balance bias and for non-finite weights.
     """
-    refuse_balance_bias(source, "the official checkpoint")
+    refuse_what_has_no_place(source, "the official checkpoint")
     total = leaf_count(source.config.num_hidden_layers)
     for index, leaf in enumerate(leaves(source.config)):
         with open(folder / file_name(index), "xb") as file:

@@ -58,6 +58,8 @@ def generate_ids(
     """
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
+    if model.config.head is not None:
+        raise UserError("this model labels documents and does not continue texts: use `pellucid predict`")
     device = model.embedding.weight.device
     random = torch.Generator().manual_seed(seed)
     cache = model.new_cache() if use_cache else None

@@ -2,7 +2,8 @@
 
 Grok-1 exactly (xai-org/grok-1 model.py): four RMSNorms a layer, rotary positions, grouped-query attention with capped
 logits, top-2 of 8 experts, tied embedding, multipliers on both ends, no biases.
-Letters: B batch, T sequence, N = B*T, D hidden_size, V vocabulary.
+A model that labels documents has a head of its own for the scores of K classes, or K numbers, instead of the table.
+Letters: B batch, T sequence, N = B*T, D hidden_size, V vocabulary, K outputs of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from pellucid.config import ModelConfig
 from pellucid.model.attention import Attention, Visibility
 from pellucid.model.cache import KVCache
-from pellucid.model.layers import RMSNorm, rotary_phases
+from pellucid.model.layers import Linear, RMSNorm, rotary_phases
 from pellucid.model.moe import MoE, Routing
 
 
@@ -64,6 +65,8 @@ class Grok1(nn.Module):
         self.embedding = Embedding(config, device, dtype)
         self.layers = nn.ModuleList(Layer(config, device, dtype) for _ in range(config.num_hidden_layers))
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device)
+        outputs = len(config.head.labels) if config.head is not None else 0
+        self.score = Linear(config.hidden_size, outputs, device, dtype) if outputs else None  # Hugging Face's name
 
     def forward(
         self,
@@ -74,6 +77,8 @@ class Grok1(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Scores [B, T, V] in fp32 of the token that follows each of `tokens_BT` (int64).
+
+        With a head: what it says [B, T, K] at each token of the text so far; a document's answer is at its last token.
 
         segment_ids [B, T]: documents within a row, which do not see each other. positions [B, T]: default 0..T-1,
         counted on from the cache. cache: holds the past of these rows; it grows by T.
@@ -107,7 +112,12 @@ class Grok1(nn.Module):
         return self.final_norm(hidden), routings
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores [..., V] in fp32 from final states [..., D]: the embedding table again, times the output multiplier."""
+        """Scores [..., V] in fp32 from final states [..., D]: the embedding table again, times the output multiplier.
+
+        With a head: its scores [..., K].
+        """
+        if self.score is not None:
+            return self.score(hidden).float()
         scores = F.linear(hidden, self.embedding.weight.to(hidden.dtype))
         return scores.float() * self.config.output_multiplier_scale
 

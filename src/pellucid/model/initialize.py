@@ -7,6 +7,7 @@
 - embedding: std 0.25/sqrt(D). The multiplier sqrt(D) makes that RMS 0.25 in the residual stream at every width, and
   the tied head starts with scores of about 0.14: the first loss is ln V within 2 %.
 - router: std 0.1/sqrt(D), a tenth of the usual, which starts the choice near uniform (Fedus et al. 2021, section 2.4).
+- head of a model that labels documents: the same, so that the first loss is ln K (or the variance of the numbers).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def initialize(model: Grok1, seed: int = 0) -> Grok1:
             continue
         if name == "embedding.weight":
             std = 0.25 / math.sqrt(hidden)
-        elif name.endswith("router.weight"):
+        elif name.endswith("router.weight") or name == "score.weight":
             std = 0.1 / math.sqrt(hidden)
         else:
             std = 1.0 / math.sqrt(parameter.shape[-1])

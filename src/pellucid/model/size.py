@@ -20,6 +20,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "experts": L * c.num_experts * expert,
         "routers": L * D * c.num_experts,
         "norms": (4 * L + 1) * D,
+        "head": D * len(c.head.labels) if c.head is not None else 0,
     }
     total = sum(counts.values())
     idle = L * (c.num_experts - c.num_experts_per_tok) * expert
@@ -34,7 +35,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """
     c = config
     counts = parameter_counts(c)
-    matrices = counts["active"] - counts["norms"]
+    matrices = counts["active"] - counts["norms"] - counts["head"]  # a head works once a document: next to nothing
+    if c.head is not None:
+        matrices -= counts["embedding"]
     core = c.num_hidden_layers * 2 * c.num_attention_heads * c.head_dim * sequence_length  # q.k and weights.v, halved
     return 6.0 * matrices + 3.0 * core
 

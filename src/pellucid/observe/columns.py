@@ -91,18 +91,25 @@ LOSS = (
 )
 
 EVALUATION = (
-    Stat("loss", "nats", low=0, high=12, meaning="Held-out cross-entropy per token."),
+    Stat("loss", "nats", low=0, high=12, meaning="Held-out cross-entropy per token (of labelled documents: see the run's)."),
     Stat("perplexity", scale="log", low=1, high=1e5, meaning="exp(loss)."),
     Stat("bits_per_byte", "bits", low=0, high=8, meaning="Held-out bits per byte of text: comparable between tokenizers."),
     Stat("gap", "nats", low=-1, high=1, formula="held-out loss - mean training loss of the last 32 steps",
          meaning="What the model knows of its training data only.", healthy="small and steady; widening is overfitting"),
-    Stat("tokens", "tokens", low=0, high=1e6, meaning="Held-out tokens measured."),
+    Stat("tokens", "tokens", low=0, high=1e6, meaning="Held-out tokens measured; null for labelled documents."),
+    Stat("documents", "documents", low=0, high=1e6, meaning="Held-out labelled documents measured; null for text."),
+    Stat("accuracy", "share", low=0, high=1, meaning="Classification: documents whose class was predicted."),
+    Stat("macro_f1", low=0, high=1, meaning="Classification: mean F1 of the classes."),
+    Stat("rmse", scale="log", low=1e-3, high=1e3, meaning="Regression: root mean squared error, in the number's own unit."),
+    Stat("r2", low=-1, high=1, meaning="Regression: 1 - squared error / that of the mean."),
+    Stat("spearman", low=-1, high=1, meaning="Regression: rank correlation of prediction and truth."),
 )
 
 PHASES = ("data", "forward", "loss", "backward", "clip", "update", "observe", "between")
 
 RUN = (
-    Stat("loss", "nats", low=0, high=12, meaning="Cross-entropy of the step's batch, per token."),
+    Stat("loss", "nats", low=0, high=12, meaning="Cross-entropy of the step's batch, per token. Classification: per document. "
+         "Regression: squared error per document, in standard deviations squared."),
     Stat("balance_loss", low=0, high=10, meaning="Load-balance loss, unweighted; 1 is balanced (switch)."),
     Stat("router_z_loss", low=0, high=10, meaning="Router z-loss, unweighted; null if it is off."),
     Stat("z_loss", low=0, high=1, meaning="z-loss of the output scores, weighted; null if it is off."),

@@ -25,7 +25,7 @@ from pellucid.observe.reader import Reader
 from pellucid.observe.replay import Replay, save_capsule, state_before
 from pellucid.observe.statistics import ParameterProbe
 from pellucid.training.optimizers import Update, explain_update, optimizer_parameters, update_settings
-from pellucid.training.step import StepResult, forward, idle_experts
+from pellucid.training.step import StepResult, count_predictions, forward, idle_experts
 
 AGREES = 1e-3  # relative difference below which two gradients are called equal
 RECORDED = ("weight_norm", "gradient_norm", "update_norm")
@@ -252,7 +252,7 @@ def _agreement(claim: str, found: float | None, expected: float, doubt: float) -
 
 def _autograd(model, batches, settings, weight: Tensor) -> Tensor:
     model.zero_grad(set_to_none=True)
-    result = StepResult(tokens=_tokens(batches))
+    result = StepResult(predictions=count_predictions(batches, settings))
     for batch in batches:
         forward(model, batch, settings, result, _NoClock(), SilentObserver()).backward()
     gradient = weight.grad.detach().clone()
@@ -262,15 +262,11 @@ def _autograd(model, batches, settings, weight: Tensor) -> Tensor:
 
 def _objective(model, batches, settings) -> float:
     """What the step minimises, summed in float64 where the parts allow."""
-    result = StepResult(tokens=_tokens(batches))
+    result = StepResult(predictions=count_predictions(batches, settings))
     for batch in batches:
         forward(model, batch, settings, result, _NoClock(), SilentObserver())
     balance = settings.balance_loss_weight * result.balance_loss if settings.balance_loss != "none" else 0.0
     return result.loss + result.z_loss + balance + settings.router_z_loss * result.router_z_loss
-
-
-def _tokens(batches: list[Batch]) -> int:
-    return sum(int((batch.targets_BT >= 0).sum()) for batch in batches)
 
 
 class _NoClock:

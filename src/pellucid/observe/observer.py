@@ -47,7 +47,7 @@ class SilentObserver:
         self.close()
 
     def begin_step(self, step: int) -> None: ...
-    def micro_batch(self, batch, routings, per_token_N, real_N) -> None: ...
+    def micro_batch(self, batch, routings, per_token_N, predicted_N) -> None: ...
     def after_backward(self, batch) -> None: ...
     def before_update(self, result) -> None: ...
     def after_update(self, result) -> None: ...
@@ -76,7 +76,7 @@ class Observer(SilentObserver):
         self.parameters = ParameterProbe(model, optimizer)
         self.routing = RoutingProbe(shape.num_hidden_layers, shape.num_experts, shape.num_experts_per_tok)
         sources = [source.path for source in config.data.sources]
-        self.text = TextLossProbe(config.data.sequence_length, sources, shape.vocab_size)
+        self.text = TextLossProbe(config.data.sequence_length, sources, self._categories(shape))
         self.noise = NoiseScale()
         self.expert_rows = self._expert_rows()
         self.train_losses: deque[float] = deque(maxlen=32)
@@ -116,6 +116,12 @@ class Observer(SilentObserver):
         define("attention", heads, ATTENTION, row_is="head", about="On a cadence: one probe row, head by head.")
         define("evaluation", [Row("held-out")], EVALUATION, row_is="run", about="Held-out loss, after the step.")
 
+    def _categories(self, shape) -> int:
+        """How many things the loss is a choice among: tokens, or classes; 0: it is about numbers."""
+        if shape.head is None:
+            return shape.vocab_size
+        return len(shape.head.labels) if shape.head.problem_type != "regression" else 0
+
     def _record_stages(self, stages: list[dict]) -> None:
         counts = ("documents_in", "documents_out", "bytes_in", "bytes_out", "tokens_out")
         rows = [(i, s.get("name"), *(s.get(c) for c in counts), json.dumps(s)) for i, s in enumerate(stages)]
@@ -151,16 +157,16 @@ class Observer(SilentObserver):
         self._micro = 0
         self.spent_before = self.budget.spent
 
-    def micro_batch(self, batch, routings, per_token_N, real_N) -> None:
+    def micro_batch(self, batch, routings, per_token_N, predicted_N) -> None:
         first = self._micro == 0
         keep_row = first and self.budget.affords("sample", at_least_every=100)
         with self.budget.spend("micro"):
-            self.routing.add(routings, real_N)
-            self.text.add(batch, per_token_N, real_N, keep_row)
+            self.routing.add(routings, batch.targets_BT.reshape(-1) >= 0)
+            self.text.add(batch, per_token_N, predicted_N, keep_row)
         if first and self.budget.affords("attention"):
             with self.budget.spend("attention"):
                 self._packed["attention"] = probe_attention(self.model, batch)
-        self._tokens = real_N.sum()[None].float()
+        self._predictions = predicted_N.sum()[None].float()
 
     def after_backward(self, batch) -> None:
         several = self.config.training.micro_batch_size < self.config.training.batch_size
@@ -168,7 +174,7 @@ class Observer(SilentObserver):
             with self.budget.spend("noise"):
                 gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
                 norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
-                self._packed["small"] = torch.cat([norm[None], self._tokens])
+                self._packed["small"] = torch.cat([norm[None], self._predictions])
         self._micro += 1
 
     def before_update(self, result) -> None:
@@ -222,7 +228,7 @@ class Observer(SilentObserver):
             "mfu": result.tokens * self.flops / seconds / self.peak if self.peak else None,
             "between_seconds": self.between, "host_memory": host_memory(), "device_memory": device_memory(self.device),
             "observe_seconds": self.budget.spent - self.spent_before, "observe_share": self.budget.used_share,
-            "beta1": beta1, "beta2": beta2,
+            "beta1": beta1, "beta2": beta2, "predictions": result.predictions,
         }  # fmt: skip
 
     # -------------------------------------------------------------------------- on the writer's thread
@@ -243,7 +249,7 @@ class Observer(SilentObserver):
         if "attention" in device:
             record.frames["attention"] = device["attention"]
         if "small" in device:
-            run["noise_scale"] = self.noise.update(*device["small"], run["gradient_norm"], run["tokens"])
+            run["noise_scale"] = self.noise.update(*device["small"], run["gradient_norm"], run["predictions"])
         values = [run.get(stat.name) for stat in RUN]
         record.frames["run"] = np.array([[MISSING if v is None else v for v in values]], dtype=np.float32)
         if np.isfinite(run["loss"]):
@@ -272,8 +278,11 @@ class Observer(SilentObserver):
         """Held-out loss after `step` steps; it is recorded with the last of them."""
         self._start(step)
         self.writer.flush()
-        gap = result.loss - sum(self.train_losses) / len(self.train_losses) if self.train_losses else MISSING
-        frame = [[result.loss, result.perplexity, result.bits_per_byte, gap, result.tokens]]
+        facts = result.as_dict()
+        if self.train_losses:
+            facts["gap"] = result.loss - sum(self.train_losses) / len(self.train_losses)
+        values = [facts.get(stat.name) for stat in EVALUATION]
+        frame = [[MISSING if value is None else value for value in values]]
         record = Record(max(step - 1, 0), {"evaluation": np.array(frame, dtype=np.float32)})
         record.events += self.watch.judge(record)
         self.writer.write(record)

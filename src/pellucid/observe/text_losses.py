@@ -26,10 +26,11 @@ SAMPLE_ROW = "INSERT INTO sample (step, row, sample_id, tokens, targets, losses)
 class TextLossProbe:
     """Accumulates over the micro-batches of a step; take() hands over and starts anew."""
 
-    def __init__(self, sequence_length: int, sources: list[str], vocab_size: int):
+    def __init__(self, sequence_length: int, sources: list[str], categories: int):
+        """categories: tokens, or classes, that the loss is a choice among; 0: it is about numbers."""
         self.buckets = int(sequence_length - 1).bit_length() + 1
         self.sources = sources
-        self.vocab_size = vocab_size
+        self.categories = categories
         self.target_counts: Tensor | None = None  # of the whole session, for the entropy of word frequencies
         self.steps = 0
         self._start()
@@ -49,7 +50,7 @@ class TextLossProbe:
 
     @torch.no_grad()
     def add(self, batch: Any, per_token_N: Tensor, real_N: Tensor, keep_row: bool) -> None:
-        """per_token_N: loss in nats, 0 where real_N is False; batch: the micro-batch. keep_row: sample its first row."""
+        """per_token_N: loss, 0 where real_N is False, that is, where nothing is predicted; batch: the micro-batch. keep_row: sample its first row."""
         B, T = batch.tokens_BT.shape
         losses_BT, real_BT = per_token_N.detach().float().view(B, T), real_N.view(B, T)
         both = torch.stack([losses_BT, real_BT.float()])  # loss sum and token count of whatever is summed
@@ -73,9 +74,12 @@ class TextLossProbe:
         self._rows += B
         weights = torch.arange(1, T + 1, device=both.device) * 2654435761 % (1 << 31)  # Knuth's multiplicative hash
         self._hashes.append(((batch.tokens_BT * weights).sum(1) % ((1 << 31) - 1)).int())
+        if not self.categories:
+            return
         if self.target_counts is None:
-            self.target_counts = torch.zeros(self.vocab_size + 1, device=both.device)
-        targets = torch.where(real_N, batch.targets_BT.reshape(-1), self.vocab_size)
+            self.target_counts = torch.zeros(self.categories + 1, device=both.device)
+        chosen_BT = batch.targets_BT if batch.labels_BTK is None else batch.labels_BTK[..., 0].nan_to_num().long()
+        targets = torch.where(real_N, chosen_BT.reshape(-1), self.categories)
         self.target_counts.index_add_(0, targets, torch.ones_like(targets, dtype=torch.float32))
 
     def _unigram_entropy(self) -> Tensor:
@@ -94,7 +98,7 @@ class TextLossProbe:
             out |= {"documents": torch.cat(self._documents, 1), "worst": torch.cat(self._worst, 1)}
             out["hashes"] = torch.cat(self._hashes)
         self.steps += 1
-        if self.steps % 20 == 0:
+        if self.steps % 20 == 0 and self.target_counts is not None:
             out["unigram"] = self._unigram_entropy()
         if self._sample is not None:
             out["sample"] = self._sample

@@ -42,6 +42,9 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / max(1, self.text_bytes)
 
+    def in_words(self) -> str:
+        return f"held-out loss {self.loss:.4f} ({self.bits_per_byte:.3f} bits per byte)"
+
     def as_dict(self) -> dict[str, float]:
         names = ("loss", "perplexity", "bits_per_byte", "tokens", "text_bytes")
         return {name: getattr(self, name) for name in names}

@@ -17,12 +17,13 @@ import torch
 from pellucid.config import Config, UserError
 from pellucid.model.grok import Grok1
 from pellucid.training import checkpoint
-from pellucid.training.evaluate import Evaluation, evaluate_batches, split_batches
+from pellucid.training.evaluate import split_batches
 from pellucid.training.interrupt import StopRequest
 from pellucid.training.optimizers import load_optimizer_state, optimizer_state
 from pellucid.training.progress import Quiet
 from pellucid.training.schedules import learning_rate_factor
 from pellucid.training.step import StepResult, training_step
+from pellucid.training.tasks import TASKS
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Loop:
         self.train_split = dataset.split("train", config.training.seed)
         self.max_steps = budget_in_steps(config, self.train_split)
         self.counters = Counters()
-        self.final: Evaluation | None = None  # on all held-out rows, at the end of the budget
+        self.final: Any = None  # on all held-out rows, at the end of the budget
         self.device = model.embedding.weight.device
 
     def run(self) -> str | None:
@@ -95,16 +96,15 @@ class Loop:
             self.progress.say(f"step {counters.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: skipped")
         return result
 
-    def evaluate(self, rows: int | None) -> Evaluation | None:
-        """Loss on the first `rows` held-out rows (None: all of them); None when nothing is held out."""
+    def evaluate(self, rows: int | None) -> Any:
+        """The task's evaluation on the first `rows` held-out rows (None: all of them); None when nothing is held out."""
         if self.dataset.validation is None:
             return None
-        split, size = self.dataset.validation, self.config.training.micro_batch_size
-        result = evaluate_batches(self.model, split_batches(split, size, rows), self.dataset.tokenizer.byte_lengths)
+        settings = self.config.training
+        batches = split_batches(self.dataset.validation, settings.micro_batch_size, rows)
+        result = TASKS[settings.task].evaluate(self.model, batches, settings, self.dataset.tokenizer.byte_lengths)
         self.observer.evaluation(self.counters.step, result)
-        self.progress.say(
-            f"after step {self.counters.step}: held-out loss {result.loss:.4f} ({result.bits_per_byte:.3f} bits per byte)"
-        )
+        self.progress.say(f"after step {self.counters.step}: {result.in_words()}")
         return result
 
     def save(self, best: bool = False) -> Path:
@@ -177,7 +177,7 @@ def budget_in_steps(config: Config, train_split: Any) -> int:
 def decisive_settings(config: Config, dataset: Any) -> dict[str, Any]:
     """What may not change between a checkpoint and its continuation."""
     return {
-        "model": config.model.model_dump(mode="json", exclude={"preset"}),
+        "model": config.model.model_dump(mode="json", exclude={"preset", "init_from"}),
         "data": {"fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint},
         "training": config.training.model_dump(mode="json", include={"seed", "batch_size", "precision", "task"}),
         "optimizer": {"name": config.optimizer.name},

@@ -2,6 +2,7 @@
 
 A batch may come in micro-batches: each is weighted by its share of the step's real tokens, so that their gradients
 add up to those of one big batch. (The balance losses are not linear in the tokens: they balance each micro-batch.)
+What is predicted, and its loss, is the task's (see tasks.py); all else is the same for every task.
 A step whose loss or gradient is not finite changes nothing. Letters: N tokens, L layers, E experts.
 """
 
@@ -19,22 +20,24 @@ from torch import Tensor
 from pellucid.config import TrainingConfig
 from pellucid.model.grok import Grok1
 from pellucid.training.balance import BALANCE_LOSSES, expert_load, router_z_loss, update_balance_bias
-from pellucid.training.losses import IGNORE, linear_cross_entropy
+from pellucid.training.losses import IGNORE
 from pellucid.training.optimizers import frozen_idle_experts, set_learning_rate
+from pellucid.training.tasks import TASKS
 
 
 @dataclass
 class StepResult:
-    """What one step did. Losses are means over the real tokens of the step, in nats."""
+    """What one step did. The loss is the mean over its predictions: tokens in nats, or documents (see tasks.py)."""
 
-    loss: float = 0.0  # cross-entropy alone
+    loss: float = 0.0  # the task's alone
     balance_loss: float = 0.0  # unweighted
     router_z_loss: float = 0.0  # unweighted
     z_loss: float = 0.0  # weighted
     grad_norm: float = 0.0  # global, before clipping
     clip_factor: float = 1.0
     learning_rate: float = 0.0  # of the first parameter group
-    tokens: int = 0  # predicted
+    tokens: int = 0  # real ones, read
+    predictions: int = 0  # of language modelling: tokens
     applied: bool = True  # False: loss or gradient was not finite, nothing changed
     load_LE: Tensor | None = None  # tokens per layer and expert, pads left out
     seconds: dict[str, float] = field(default_factory=dict)
@@ -51,6 +54,7 @@ def training_step(
     """Train on the micro-batches of one step (see data.dataset.Batch; tensors on the model's device)."""
     result, clock = StepResult(), _Stopwatch()
     result.tokens = sum(int((batch.targets_BT != IGNORE).sum()) for batch in micro_batches)
+    result.predictions = count_predictions(micro_batches, settings)
     set_learning_rate(optimizer, learning_rate_factor)
     result.learning_rate = optimizer.param_groups[0]["lr"]
     optimizer.zero_grad(set_to_none=True)
@@ -81,22 +85,15 @@ def training_step(
 
 
 def forward(model: Grok1, batch: Any, settings: TrainingConfig, result: StepResult, clock, observer) -> Tensor:
-    """Predict every token of a micro-batch; returns what to minimise, its share of the step's mean."""
+    """Predict what the task asks of a micro-batch; returns what to minimise, its share of the step's mean."""
     hidden_BTD, routings = model.hidden_states(
         batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT
     )
     clock.lap("forward")
-    targets_N = batch.targets_BT.reshape(-1)
-    token_loss = linear_cross_entropy(
-        hidden_BTD.reshape(len(targets_N), -1),
-        model.embedding.weight,
-        targets_N,
-        multiplier=model.config.output_multiplier_scale,
-        z_loss_weight=settings.z_loss,
-    )
-    real_N = targets_N != IGNORE
-    share = token_loss.count / max(1, result.tokens)
-    total = token_loss.total / max(1, result.tokens)
+    loss = TASKS[settings.task].loss(model, hidden_BTD, batch, settings)
+    real_N = batch.targets_BT.reshape(-1) != IGNORE
+    share = loss.count / max(1, result.predictions)
+    total = loss.total / max(1, result.predictions)
     if settings.balance_loss != "none" and settings.balance_loss_weight:
         balance = BALANCE_LOSSES[settings.balance_loss](routings, real_N) * share
         result.balance_loss += balance.item()
@@ -105,14 +102,18 @@ def forward(model: Grok1, batch: Any, settings: TrainingConfig, result: StepResu
         router_z = router_z_loss(routings, real_N) * share
         result.router_z_loss += router_z.item()
         total = total + settings.router_z_loss * router_z
-    result.loss += float(token_loss.per_token_N.sum(dtype=torch.float64)) / max(1, result.tokens)
-    result.z_loss += token_loss.z_loss.item() / max(1, result.tokens)
+    result.loss += float(loss.per_token_N.sum(dtype=torch.float64)) / max(1, result.predictions)
+    result.z_loss += loss.z_loss.item() / max(1, result.predictions)
     load_LE = torch.stack([expert_load(routing, real_N) for routing in routings])
     result.load_LE = load_LE if result.load_LE is None else result.load_LE + load_LE
     clock.lap("loss")
-    observer.micro_batch(batch, routings, token_loss.per_token_N, real_N)
+    observer.micro_batch(batch, routings, loss.per_token_N, TASKS[settings.task].predicts(batch))
     clock.lap("observe")
     return total
+
+
+def count_predictions(micro_batches: Sequence[Any], settings: TrainingConfig) -> int:
+    return sum(int(TASKS[settings.task].predicts(batch).sum()) for batch in micro_batches)
 
 
 def clip_gradients(model: Grok1, largest_norm: float, result: StepResult) -> Tensor:

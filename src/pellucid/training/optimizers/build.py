@@ -2,7 +2,7 @@
 
 Every parameter group holds, beside torch's own keys: `names` (aligned with `params`), `rule` (a key of RULES) and
 `base_learning_rate` (the peak, which the schedule scales). Decay applies to the matrices of attention and experts,
-not to norms, embedding and routers.
+not to norms, embedding, head and routers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 def is_hidden_matrix(name: str, weight: Tensor) -> bool:
     """Matrices of attention and experts: what decays, and what Muon makes orthogonal."""
-    return weight.ndim >= 2 and "embedding" not in name and not name.endswith("router.weight")
+    return weight.ndim >= 2 and name not in ("embedding.weight", "score.weight") and not name.endswith("router.weight")
 
 
 def _group(rule: str, named: list[tuple[str, Tensor]], learning_rate: float, weight_decay: float) -> dict:

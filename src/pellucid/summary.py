@@ -1,0 +1,104 @@
+"""What a run says to the person before it starts, and when it is done: sizes, a sample of its work, a baseline to beat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pellucid.measure.bigram import bigram_loss
+from pellucid.measure.documents import answer, told
+from pellucid.model.generate import generate
+from pellucid.model.size import parameter_counts
+from pellucid.training.loop import Loop
+from pellucid.training.progress import Quiet
+
+BIGRAM_TOKENS = 20_000_000  # beyond this the baseline would cost more than a glance
+SAMPLE_PROMPT_LINES, SAMPLE_PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 100
+SAMPLE_DOCUMENTS, EXCERPT = 3, 60
+
+
+def describe(loop: Loop, folder: Path) -> str:
+    """What is about to happen, in a few lines."""
+    config, counts, train = loop.config, parameter_counts(loop.config.model), loop.train_split
+    held_out = len(loop.dataset.validation) if loop.dataset.validation else 0
+    precision = "bf16, fp32 master weights" if loop.model.compute_dtype == torch.bfloat16 else "fp32"
+    tokens = loop.max_steps * config.training.batch_size * config.data.sequence_length
+    return (
+        f"data       {train.tokens_per_epoch:,} tokens an epoch in rows of {train.sequence_length}, {held_out} rows held out"
+        f" ({'reused ' if loop.dataset.reused else ''}{loop.dataset.directory})\n"
+        f"{_labels(loop)}"
+        f"model      {counts['total']:,} parameters, {counts['active']:,} active for each token\n"
+        f"training   {loop.max_steps:,} steps of {config.training.batch_size} x {config.data.sequence_length} tokens "
+        f"({tokens:,}) with {config.optimizer.name}, {precision}, on {loop.device}\n"
+        f"run        {folder}"
+    )
+
+
+def _labels(loop: Loop) -> str:
+    labels = loop.dataset.labels
+    if labels is None:
+        return ""
+    documents, cut = len(loop.train_split.labels), loop.train_split.plan.truncated
+    if "counts" in labels:
+        what = f"{len(labels['names'])} classes"
+    else:
+        what = ", ".join(f"{name} ({mean:.4g} ± {std:.4g})"
+                         for name, mean, std in zip(labels["names"], labels["mean"], labels["std"], strict=True))  # fmt: skip
+    side = {"right": "start", "left": "end"}[loop.config.data.truncation_side]
+    shortened = f"; of {cut:,} longer than a row only the {side} is read" if cut else ""
+    return f"labels     {what} of {documents:,} documents{shortened}\n"
+
+
+def show_sample(progress: Quiet, when: str, loop: Loop) -> None:
+    """Some of the model's own work on held-out text, so that learning can be read."""
+    split = loop.dataset.validation or loop.dataset.train
+    prompt, text = _labelled(loop, split) if loop.dataset.labels else _continued(loop, split)
+    progress.say(f"\n--- {when} ---\n{prompt}|{text}\n---\n" if not loop.dataset.labels else f"\n--- {when} ---\n{text}\n---\n")
+    loop.observer.text_sample(loop.counters.step, prompt, text)
+
+
+def _continued(loop: Loop, split) -> tuple[str, str]:
+    lines = split.document(0)["text"].splitlines(keepends=True)
+    prompt = "".join(lines[len(lines) // 3 :][:SAMPLE_PROMPT_LINES])[:SAMPLE_PROMPT_CHARACTERS]
+    tokens = generate(loop.model, loop.dataset.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
+    return prompt, "".join(tokens)
+
+
+def _labelled(loop: Loop, split) -> tuple[str, str]:
+    documents = [split.document(n) for n in range(min(SAMPLE_DOCUMENTS, len(split.labels)))]
+    outputs_MK, _ = answer(loop.model, loop.dataset.tokenizer, [document["text"] for document in documents])
+    lines = []
+    for document, outputs_K in zip(documents, outputs_MK, strict=True):
+        excerpt = " ".join(document["text"].split())[:EXCERPT]
+        lines.append(f"{excerpt!r}: {document['label']}, predicted {told(loop.model.config.head, outputs_K)}")
+    return "", "\n".join(lines)
+
+
+def show_result(progress: Quiet, loop: Loop) -> None:
+    folder, dataset = loop.run_dir, loop.dataset
+    if loop.final is not None:
+        progress.say(_labels_result(loop) if dataset.labels else _text_result(loop))
+    use = f"pellucid generate {folder} --prompt 'def '" if not dataset.labels else f"pellucid predict {folder} --data FILE"
+    example = "README.md" if not dataset.labels else "FILE"
+    progress.say(f"the run is in {folder}. Next:\n  {use}\n  pellucid evaluate {folder} --data {example}")
+
+
+def _text_result(loop: Loop) -> str:
+    dataset = loop.dataset
+    if dataset.train.tokens_per_epoch > BIGRAM_TOKENS:
+        return loop.final.in_words()
+    baseline = bigram_loss(dataset.train, dataset.validation)
+    return f"held-out loss {loop.final.loss:.4f}; a bigram model of the same training text: {baseline:.4f}"
+
+
+def _labels_result(loop: Loop) -> str:
+    """Against an answer that does not look at the text: the most frequent class, or the mean."""
+    labels = loop.dataset.labels
+    if "counts" in labels:
+        common = int(np.argmax(labels["counts"]))
+        share = float((loop.dataset.validation.labels[:, 0] == common).mean())
+        return f"{loop.final.in_words()}; always saying '{labels['names'][common]}' has accuracy {share:.3f}"
+    spread = np.square(loop.dataset.validation.labels).mean(0) ** 0.5 * labels["std"]
+    return f"{loop.final.in_words()}; always saying the mean has RMSE {spread.mean():.3f}"
