@@ -1,4 +1,4 @@
-"""Use a model: generate, evaluate."""
+"""Use a model: generate, predict, evaluate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pellucid.cli.app import Json, app, load_with_tokenizer
-from pellucid.config import load_config
+from pellucid.config import DataConfig, UserError, load_config
 
 
 @app.command()
@@ -43,29 +43,60 @@ def generate(
 
 
 @app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="a run, or its model/ folder, of a classification or regression")],
+    data: Annotated[str, typer.Option(help="file, glob or directory of documents to label")],
+    text_field: Annotated[str, typer.Option(help="field with the text, for jsonl, csv and tables")] = "text",
+    out: Annotated[Path | None, typer.Option(help="write to this .csv or .jsonl file instead of the terminal")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object a line instead of CSV")] = False,
+) -> None:
+    """Label documents: their class with all probabilities, or their numbers. One line each, in their order.
+
+    Example: pellucid predict runs/languages --data new.jsonl --out labelled.csv
+    """
+    from pellucid.measure.documents import predict_files
+    from pellucid.measure.tables import write_rows
+
+    if out is not None and out.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--out {out}: give a name that ends in .csv or .jsonl")
+    network, tokens = load_with_tokenizer(model, None, dtype)
+    settings = _trained_with(Path(model))
+    shown = _progress()
+    try:
+        rows = predict_files(network, tokens, data, text_field, settings and settings.normalize, progress=shown.stage)
+        write_rows(rows, out, "jsonl" if as_json or (out is not None and out.suffix == ".jsonl") else "csv")
+    finally:
+        shown.close()
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run, a Hugging Face directory, or an official ckpt-0")],
     data: Annotated[str, typer.Option(help="file, glob, directory or builtin source to predict")],
+    label_field: Annotated[list[str] | None, typer.Option(help="of labelled documents; default: as trained")] = None,
     text_field: Annotated[str, typer.Option(help="field with the text, for jsonl and parquet")] = "text",
     context: Annotated[int | None, typer.Option(min=2, help="tokens per window; default: as trained")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer file, for a model that brings none")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a model over whole files.
+    """Loss, perplexity and bits per byte of a model over whole files; or how well it labels their documents.
 
     Example: pellucid evaluate runs/demo --data README.md
     """
-    from rich.console import Console
-
     from pellucid.measure.files import evaluate_files
-    from pellucid.training.progress import Quiet, Shown
 
     network, tokens = load_with_tokenizer(model, tokenizer, dtype)
-    console = Console(stderr=True, highlight=False)  # stdout holds the answer alone
-    shown = Shown(console) if console.is_terminal else Quiet()
+    if network.config.head is not None:
+        _evaluate_labels(network, tokens, model, data, label_field, text_field, as_json)
+        return
+    if label_field:
+        raise UserError(f"--label-field: {model} is a language model, which labels no documents")
+    shown = _progress()
     try:
-        context = context or _trained_context(Path(model))
+        settings = _trained_with(Path(model))
+        context = context or (settings and settings.sequence_length)
         result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage)
     finally:
         shown.close()
@@ -78,8 +109,30 @@ def evaluate(
     print(f"over            {result.tokens:,} tokens, {result.text_bytes:,} bytes of text")
 
 
-def _trained_context(path: Path) -> int | None:
-    """The row length of a run; other formats do not say it."""
-    if not (path / "config.toml").is_file():
-        return None
-    return load_config(path / "config.toml").data.sequence_length
+def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_field: str, as_json: bool) -> None:
+    from pellucid.measure.documents import evaluate_labels
+    from pellucid.measure.tables import describe_labels
+
+    settings, shown = _trained_with(Path(model)), _progress()
+    fields = label_fields or (settings.label_fields if settings else ())
+    try:
+        result, cut = evaluate_labels(
+            network, tokens, data, fields, text_field, settings and settings.normalize, progress=shown.stage)  # fmt: skip
+    finally:
+        shown.close()
+    facts = result.as_dict() | {"truncated_documents": cut}
+    print(json.dumps(facts) if as_json else describe_labels(facts))
+
+
+def _progress():
+    from rich.console import Console
+
+    from pellucid.training.progress import Quiet, Shown
+
+    console = Console(stderr=True, highlight=False)  # stdout holds the answer alone
+    return Shown(console) if console.is_terminal else Quiet()
+
+
+def _trained_with(path: Path) -> DataConfig | None:
+    """The data settings of a run; other formats do not say them."""
+    return load_config(path / "config.toml").data if (path / "config.toml").is_file() else None

@@ -95,7 +95,8 @@ def _opened(folder: Path, config: DataConfig, verify: bool) -> Dataset:
 def _as_it_is(config: DataConfig) -> Dataset:
     """The data of config.prepared, which must have been prepared into the rows that the config asks for."""
     dataset = _opened(Path(config.prepared), config, verify=True)
-    for name in ("sequence_length", "packing", "cross_document_attention"):
+    labels = ("label_field", "label_type", "truncation_side") if config.label_fields or dataset.labels else ()
+    for name in ("sequence_length", "packing", "cross_document_attention", *labels):
         made, wanted = getattr(dataset.config, name), getattr(config, name)
         if wanted != made:
             raise UserError(f"data.{name} = {json.dumps(wanted)}, but the data in {config.prepared} were prepared with "

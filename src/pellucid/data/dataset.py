@@ -186,7 +186,7 @@ class Split:
         """Which documents a step's batch holds, without running it: one dict per piece.
 
         row (in the batch), sample (row of the split), document, source (uri), source_index, ordinal, segment,
-        position_start, length, token_start (within the document), byte_start and byte_end in the decompressed
+        position_start, length, token_start (within the document), label (of a labelled document, else None), byte_start and byte_end in the decompressed
         source: of the piece where `exact`, else of its whole document (for parquet, row numbers).
         """
         return self.describe_rows(self._sample_rows(step * batch_size, (step + 1) * batch_size, batch_size))
@@ -200,7 +200,7 @@ class Split:
             "row": int(row[n]), "sample": int(sample_ids[row[n]]), "document": int(plan.document[p]),
             "source": origin["source"], "source_index": origin["source_index"], "ordinal": origin["ordinal"],
             **self._byte_range(int(p), origin), "segment": int(segment[n]), "position_start": int(position[n]),
-            "length": int(plan.length[p]), "token_start": int(plan.start[p]),
+            "length": int(plan.length[p]), "token_start": int(plan.start[p]), "label": origin.get("label"),
         } for n, (p, origin) in enumerate(zip(piece, provenance, strict=True))]
 
     def document(self, index: int) -> dict[str, Any]:

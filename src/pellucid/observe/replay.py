@@ -75,6 +75,9 @@ def state_before(run_dir: str | Path, step: int | None, on_progress=None) -> Rep
     if not 0 <= step - start <= MOST_REPLAYED:
         spans = ", ".join(f"{s} to {s + MOST_REPLAYED}" for s in sorted({0, *saved}))
         raise UserError(f"{folder}: step {step} is too far from a checkpoint to be replayed; steps that can be: {spans}")
+    if start not in saved and config.model.init_from is not None:
+        raise UserError(f"{folder}: step {step} cannot be replayed: this run began from {config.model.init_from}, and its "
+                        f"checkpoint of step 0 is gone; steps that can be: from {min(saved, default='none')} on")  # fmt: skip
     model = initialize(Grok1(config.model, device=_device(config)), config.training.seed)
     model.compute_dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
     model.parity = config.training.precision == "parity"

@@ -38,6 +38,7 @@ class Document:
     loss: float | None
     worst_token: float | None
     excerpt: str
+    label: str | None = None  # of a labelled document: what was to be predicted at its end
 
 
 @dataclass
@@ -99,14 +100,15 @@ def trace(run_dir: str | Path, step: int) -> Trace:
         result.documents.append(Document(
             piece["source"], piece["byte_start"], piece["byte_end"], bool(piece.get("exact", True)), piece["document"],
             piece["row"], piece["segment"], piece["length"], loss, worst_token,
-            decode([t for t in tokens if t >= 0])[:EXCERPT]))  # fmt: skip
+            decode([t for t in tokens if t >= 0])[:EXCERPT], piece["label"]))  # fmt: skip
     result.documents.sort(key=_height, reverse=True)
     for token in worst:
         row, position = token["row"], token["position"]
         piece = _piece_at(pieces, row, position)
         begin = max(position + 1 - CONTEXT, piece["position_start"] if piece else 0)
         before = batch.tokens_BT[row, begin : position + 1].tolist()
-        result.tokens.append(SurprisingToken(known(token["loss"]), row, position, decode(before), decode([token["target"]]),
+        came = piece["label"] if piece and piece["label"] is not None else decode([token["target"]])
+        result.tokens.append(SurprisingToken(known(token["loss"]), row, position, decode(before), came,
                                              piece["source"] if piece else ""))  # fmt: skip
     return result
 
@@ -132,7 +134,8 @@ def render(result: Trace, documents: int = 20) -> Group:
     number = lambda value: "not recorded" if value is None else f"{value:.3f}"
     for d in result.documents[:documents]:
         where = f"{d.source} bytes {d.byte_start}-{d.byte_end}{'' if d.exact else ' (whole document)'}"
-        table.add_row(number(d.loss), number(d.worst_token), str(d.tokens), Text(where), Text(" ".join(d.excerpt.split())))
+        text = " ".join(d.excerpt.split())
+        table.add_row(number(d.loss), number(d.worst_token), str(d.tokens), Text(where), Text(text if d.label is None else f"[{d.label}] {text}"))
     words = Table(title="most surprising tokens", expand=True)
     words.add_column("loss", justify="right")
     words.add_column("... text before -> token", ratio=1)

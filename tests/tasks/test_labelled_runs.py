@@ -1,0 +1,230 @@
+"""Whole runs: learning, resuming bit for bit, the saved folder, telemetry, and the commands on them."""
+
+import csv
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn import metrics as peer
+
+import pellucid
+from pellucid import cli
+from pellucid.config import UserError
+from pellucid.exchange.convert import convert
+from pellucid.observe.explain import explain
+from pellucid.observe.reader import Reader
+from pellucid.observe.trace import trace
+from pellucid.run import train
+from pellucid.training import checkpoint
+
+
+@pytest.fixture
+def command(monkeypatch, capfd, tmp_path):
+    """A function: the `pellucid` command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pellucid", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code or 0, *capfd.readouterr())
+
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+
+
+def test_classes_are_learnt(class_run):
+    with Reader(class_run.directory) as reader:
+        _, losses = reader.series("run", "loss", stream="run")
+        _, accuracy = reader.series("held-out", "accuracy", stream="evaluation")
+        _, perplexity = reader.series("held-out", "perplexity", stream="evaluation")
+    assert losses[0] == pytest.approx(math.log(3), rel=0.05) and losses[-1] < 0.2
+    assert accuracy[0] < 0.7 and accuracy[-1] > 0.9
+    assert not np.isfinite(perplexity.astype(float)).any(), "what is undefined is null"
+
+
+def test_numbers_are_learnt(number_run):
+    with Reader(number_run.directory) as reader:
+        _, losses = reader.series("run", "loss", stream="run")
+        _, r2 = reader.series("held-out", "r2", stream="evaluation")
+    assert losses[0] == pytest.approx(1, rel=0.5) and losses[-1] < 0.3, "the variance of standardised numbers, at first"
+    assert r2[-1] > 0.7
+
+
+@pytest.mark.parametrize("task", [("classification", "label"), ("regression", ["words", "letters"])])
+def test_resumed_run_equals_unbroken_run_bit_for_bit(tables, tmp_path, final_state, task):
+    whole = train(tables(*task), run_dir=tmp_path / "whole")
+    train(tables(*task, max_steps=12), run_dir=tmp_path / "cut")
+    for step, folder in checkpoint.saved_steps(tmp_path / "cut" / "checkpoints").items():
+        if step > 9:
+            shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "cut" / "model")
+    resumed = train(tables(*task), run_dir=tmp_path / "cut", resume=True)
+    assert final_state(resumed.directory) == final_state(whole.directory)
+
+
+def test_config_of_a_run_repeats_it(class_run, tmp_path, final_state):
+    again = train(class_run.directory / "config.toml", run_dir=tmp_path / "again")
+    assert final_state(again.directory) == final_state(class_run.directory)
+
+
+def test_saved_folder_is_a_hugging_face_classifier_and_comes_back(class_run, number_run):
+    for run, kind in ((class_run, "single_label_classification"), (number_run, "regression")):
+        model, tokenizer = pellucid.load(run.directory)
+        values = json.loads((run.directory / "model" / "config.json").read_text())
+        assert values["architectures"] == ["Grok1ForSequenceClassification"] and values["problem_type"] == kind
+        assert list(values["id2label"].values()) == model.config.head.labels == list(values["label2id"])
+        tensors = load_file(run.directory / "model" / "model.safetensors")
+        assert "lm_head.weight" not in tensors and torch.equal(tensors["score.weight"], model.score.weight)
+        tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode("cat dog")]])
+        newest = list(checkpoint.saved_steps(run.directory / "checkpoints").values())[-1]
+        assert torch.equal(model.state_dict()["score.weight"], checkpoint.load(newest).tensors["model"]["score.weight"])
+        assert model(tokens).shape == (1, 8, len(model.config.head.labels))
+
+
+def test_a_head_has_no_place_in_the_official_format(class_run, tmp_path):
+    with pytest.raises(UserError, match="no place for the head"):
+        convert(class_run.directory, tmp_path / "xai", to="xai")
+    convert(class_run.directory, tmp_path / "hf", to="hf")
+    assert pellucid.load(tmp_path / "hf")[0].config.head.labels == ["animal", "colour", "metal"]
+
+
+def test_trace_shows_the_labels_and_explain_proves_the_update_of_the_head(class_run):
+    traced = trace(class_run.directory, 50)
+    assert {d.label for d in traced.documents} <= {"animal", "colour", "metal"}
+    assert all(d.loss is not None for d in traced.documents) and traced.tokens[0].token in ("animal", "colour", "metal")
+    mean = sum(d.loss for d in traced.documents) / len(traced.documents)
+    assert mean == pytest.approx(traced.loss, rel=1e-5), "one prediction a document"
+
+
+@pytest.mark.parametrize("name", ["score.weight", "layers.0.moe.down_proj", "embedding.weight"])
+def test_every_update_of_a_labelled_run_is_explained_with_all_proofs(number_run, name):
+    explained = explain(number_run.directory, 40, name)
+    assert not [proof for proof in explained.proofs if proof.holds is False], explained.proofs
+    assert explained.proofs[0].holds
+
+
+# ----------------------------------------------------------------------------------------- from a checkpoint
+
+
+@pytest.fixture(scope="module")
+def language_run(folder, tables):
+    wanted = tables("language_modeling", None)
+    return train(wanted, run_dir=folder / "language")
+
+
+def test_a_head_on_a_language_model_starts_from_its_weights_and_tokenizer(language_run, tables, tmp_path):
+    wanted = tables(max_steps=6)
+    wanted["model"] = {"init_from": str(language_run.directory)}
+    wanted["checkpoint"] = {"every_steps": 0}
+    run = train(wanted, run_dir=tmp_path / "run")
+    begun = checkpoint.load(checkpoint.saved_steps(run.directory / "checkpoints")[0])
+    model, tokenizer = language_run.load()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(begun.tensors["model"][name], tensor), name
+    assert run.manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+
+
+def test_it_is_resumed_and_replayed_without_the_origin(language_run, tables, tmp_path, final_state):
+    shutil.copytree(language_run.directory, tmp_path / "origin")
+    wanted = tables(max_steps=4)
+    wanted["model"] = {"init_from": str(tmp_path / "origin")}
+    wanted["checkpoint"] = {"every_steps": 0, "keep_last": 9}
+    wanted["data"]["tokenizer"] = {"kind": "file", "path": str(language_run.directory / "model")}
+    run = train(wanted, run_dir=tmp_path / "run")
+    shutil.rmtree(tmp_path / "origin")
+    assert explain(run.directory, 2, "score.weight").proofs[0].holds, "from the checkpoint of step 0"
+    whole = final_state(run.directory)
+    shutil.rmtree(run.directory / "checkpoints" / "step-4")
+    train(None, run_dir=run.directory, resume=True)
+    assert final_state(run.directory) == whole
+
+
+def test_another_shape_than_the_origins_is_refused(language_run, tables, tmp_path):
+    wanted = tables(max_steps=1)
+    wanted["model"] |= {"init_from": str(language_run.directory), "hidden_size": 32}
+    with pytest.raises(UserError, match=r"model.hidden_size is 32, but the model in .* has 16"):
+        train(wanted, run_dir=tmp_path / "run")
+    wanted["model"] = {"init_from": str(tmp_path / "nothing")}
+    with pytest.raises(UserError, match="nothing"):
+        train(wanted, run_dir=tmp_path / "run")
+
+
+# ----------------------------------------------------------------------------------------------- commands
+
+
+def test_predict_writes_a_line_a_document_in_order(command, class_run, folder):
+    code, output, _ = command("predict", class_run.directory, "--data", folder / "a.jsonl")
+    table = list(csv.DictReader(output.splitlines()))
+    assert code == 0 and [int(row["record"]) for row in table] == list(range(150))
+    right = np.mean([row["label"] == truth["label"] for row, truth in zip(table, records(folder), strict=True)])
+    assert right > 0.9
+    for row in table:
+        chances = {name: float(row[f"p({name})"]) for name in ("animal", "colour", "metal")}
+        assert sum(chances.values()) == pytest.approx(1, abs=1e-4) and max(chances, key=chances.get) == row["label"]
+    code, output, _ = command("predict", class_run.directory, "--data", folder / "a.jsonl", "--json")
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert [line["label"] for line in lines] == [row["label"] for row in table]
+    code, output, _ = command("predict", class_run.directory / "model", "--data", folder / "a.jsonl", "--out", "o.jsonl")
+    assert (code, output) == (0, "") and [json.loads(line) for line in open("o.jsonl")] == lines
+
+
+def test_evaluate_is_what_scikit_learn_says_of_the_predictions(command, class_run, number_run, folder):
+    lines = [json.loads(line) for line in command("predict", class_run.directory, "--data", folder / "a.jsonl", "--json")[1].splitlines()]
+    facts = json.loads(command("evaluate", class_run.directory, "--data", folder / "a.jsonl", "--json")[1])
+    true, found = [r["label"] for r in records(folder)], [line["label"] for line in lines]
+    assert facts["accuracy"] == pytest.approx(peer.accuracy_score(true, found))
+    assert facts["macro_f1"] == pytest.approx(peer.f1_score(true, found, average="macro"))
+    assert facts["confusion_matrix"] == peer.confusion_matrix(true, found, labels=facts["labels"]).tolist()
+    chances = [list(line["probabilities"].values()) for line in lines]
+    assert facts["loss"] == pytest.approx(peer.log_loss(true, chances, labels=facts["labels"]), rel=1e-5)
+
+    lines = [json.loads(line) for line in command("predict", number_run.directory, "--data", folder / "a.jsonl", "--json")[1].splitlines()]
+    facts = json.loads(command("evaluate", number_run.directory / "model", "--data", folder / "a.jsonl", "--json")[1])
+    for name in ("words", "letters"):
+        true, found = [r[name] for r in records(folder)], [line[name] for line in lines]
+        assert facts["numbers"][name]["rmse"] == pytest.approx(peer.root_mean_squared_error(true, found), rel=1e-6)
+        assert facts["numbers"][name]["r2"] == pytest.approx(peer.r2_score(true, found), rel=1e-6)
+    text = command("evaluate", class_run.directory, "--data", folder / "a.jsonl")[1]
+    assert "macro-F1" in text and "true \\ predicted" in text
+
+
+def test_the_held_out_measures_of_a_run_are_those_of_the_files(class_run, command, tmp_path):
+    """Padded one by one here, packed there: the same numbers."""
+    split = class_run.dataset().validation
+    texts = [split.document(n) for n in range(len(split.labels))]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": d["text"], "label": d["label"]}) + "\n" for d in texts))
+    facts = json.loads(command("evaluate", class_run.directory, "--data", "held.jsonl", "--json")[1])
+    with Reader(class_run.directory) as reader:
+        _, loss = reader.series("held-out", "loss", stream="evaluation")
+        _, f1 = reader.series("held-out", "macro_f1", stream="evaluation")
+    assert facts["loss"] == pytest.approx(float(loss[-1]), rel=1e-4) and facts["macro_f1"] == pytest.approx(float(f1[-1]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["generate", "CLASSES", "--prompt", "cat"], "labels documents and does not continue texts"),
+    (["predict", "LANGUAGE", "--data", "a.jsonl"], "a language model, which labels no documents"),
+    (["evaluate", "LANGUAGE", "--data", "a.jsonl", "--label-field", "label"], "labels no documents"),
+    (["evaluate", "CLASSES", "--data", "other.jsonl"], "the model knows no class 'anmal'; did you mean 'animal'?"),
+    (["evaluate", "CLASSES", "--data", "a.jsonl", "--label-field", "kind"], "no field 'kind'"),
+    (["evaluate", "NUMBERS", "--data", "a.jsonl", "--label-field", "words"], "a label of 1 numbers where there should be 2"),
+    (["predict", "CLASSES", "--data", "a.jsonl", "--out", "o.txt"], "ends in .csv or .jsonl"),
+    (["predict", "CLASSES", "--data", "empty.jsonl"], "the file is empty"),
+])  # fmt: skip
+def test_the_wrong_model_or_label_is_one_sentence(command, folder, class_run, number_run, language_run, tmp_path, arguments, expected):
+    shutil.copy(folder / "a.jsonl", tmp_path / "a.jsonl")
+    (tmp_path / "other.jsonl").write_text('{"text": "cat", "label": "anmal"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    runs = {"CLASSES": class_run, "NUMBERS": number_run, "LANGUAGE": language_run}
+    code, _, errors = command(*(runs[a].directory if a in runs else a for a in arguments))
+    assert code == 2 and expected in errors and errors.count("\n") == 1, errors
+    assert not list(tmp_path.glob("*o.txt*"))
