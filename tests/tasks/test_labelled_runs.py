@@ -179,7 +179,8 @@ def test_predict_writes_a_line_a_document_in_order(command, class_run, folder):
 
 
 def test_evaluate_is_what_scikit_learn_says_of_the_predictions(command, class_run, number_run, folder):
-    lines = [json.loads(line) for line in command("predict", class_run.directory, "--data", folder / "a.jsonl", "--json")[1].splitlines()]
+    predicted = lambda run: command("predict", run.directory, "--data", folder / "a.jsonl", "--json")[1].splitlines()
+    lines = [json.loads(line) for line in predicted(class_run)]
     facts = json.loads(command("evaluate", class_run.directory, "--data", folder / "a.jsonl", "--json")[1])
     true, found = [r["label"] for r in records(folder)], [line["label"] for line in lines]
     assert facts["accuracy"] == pytest.approx(peer.accuracy_score(true, found))
@@ -188,7 +189,7 @@ def test_evaluate_is_what_scikit_learn_says_of_the_predictions(command, class_ru
     chances = [list(line["probabilities"].values()) for line in lines]
     assert facts["loss"] == pytest.approx(peer.log_loss(true, chances, labels=facts["labels"]), rel=1e-5)
 
-    lines = [json.loads(line) for line in command("predict", number_run.directory, "--data", folder / "a.jsonl", "--json")[1].splitlines()]
+    lines = [json.loads(line) for line in predicted(number_run)]
     facts = json.loads(command("evaluate", number_run.directory / "model", "--data", folder / "a.jsonl", "--json")[1])
     for name in ("words", "letters"):
         true, found = [r[name] for r in records(folder)], [line[name] for line in lines]

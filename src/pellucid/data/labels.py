@@ -20,7 +20,7 @@ from pellucid.data.document import SourceFile, Unreadable, unreadable_field
 SHOWN = 5  # names of classes in a sentence
 
 
-def read_label(record: Mapping[str, Any], file: SourceFile, where: str) -> str | None | Unreadable:
+def read_label(record: Mapping[str, Any], file: SourceFile, where: str) -> str | Unreadable | None:
     """The label in a record, as the file's settings say; None where no label is asked for."""
     if not file.label_fields:
         return None

@@ -31,7 +31,8 @@ def list_files(sources: list[SourceConfig], key: str = "data.sources", split: st
                labels: tuple[tuple[str, ...], str] = ((), "category")) -> list[SourceFile]:
     """Every file of every source, in the order they are read: sources as given, files sorted by name.
 
-    `key` names the setting in error sentences; `labels` are the fields of a document's label, and their type. Raises UserError where a source matches nothing readable.
+    `key` names the setting in error sentences; `labels` are the fields of a document's label, and their type. Raises
+    UserError where a source matches nothing readable.
     """
     files: list[SourceFile] = []
     for index, source in enumerate(sources):

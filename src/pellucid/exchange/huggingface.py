@@ -138,7 +138,8 @@ def config_from_engine(values: dict[str, Any], where: Path) -> ModelConfig:
     for key, harmless in FOREIGN.items():
         if values.get(key) not in harmless:
             raise UserError(f"{where}: {key} = {values[key]!r} is not part of Grok-1: it would be computed wrongly")
-    fields = {key: values[key] for key in ModelConfig.model_fields if values.get(key) is not None and key not in ("preset", "init_from")}
+    known = ModelConfig.model_fields.keys() - {"preset", "init_from"}
+    fields = {key: values[key] for key in ModelConfig.model_fields if key in known and values.get(key) is not None}
     for key, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{where}: {key} = {value} is not a number")

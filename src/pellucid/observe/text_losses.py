@@ -50,7 +50,8 @@ class TextLossProbe:
 
     @torch.no_grad()
     def add(self, batch: Any, per_token_N: Tensor, real_N: Tensor, keep_row: bool) -> None:
-        """per_token_N: loss, 0 where real_N is False, that is, where nothing is predicted; batch: the micro-batch. keep_row: sample its first row."""
+        """per_token_N: loss, 0 where real_N is False, that is, where nothing is predicted; batch: the micro-batch.
+        keep_row: sample its first row."""
         B, T = batch.tokens_BT.shape
         losses_BT, real_BT = per_token_N.detach().float().view(B, T), real_N.view(B, T)
         both = torch.stack([losses_BT, real_BT.float()])  # loss sum and token count of whatever is summed

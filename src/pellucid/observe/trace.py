@@ -134,8 +134,8 @@ def render(result: Trace, documents: int = 20) -> Group:
     number = lambda value: "not recorded" if value is None else f"{value:.3f}"
     for d in result.documents[:documents]:
         where = f"{d.source} bytes {d.byte_start}-{d.byte_end}{'' if d.exact else ' (whole document)'}"
-        text = " ".join(d.excerpt.split())
-        table.add_row(number(d.loss), number(d.worst_token), str(d.tokens), Text(where), Text(text if d.label is None else f"[{d.label}] {text}"))
+        text = ("" if d.label is None else f"[{d.label}] ") + " ".join(d.excerpt.split())
+        table.add_row(number(d.loss), number(d.worst_token), str(d.tokens), Text(where), Text(text))
     words = Table(title="most surprising tokens", expand=True)
     words.add_column("loss", justify="right")
     words.add_column("... text before -> token", ratio=1)
