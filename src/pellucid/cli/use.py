@@ -73,7 +73,10 @@ def predict(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run, a Hugging Face directory, or an official ckpt-0")],
-    data: Annotated[str, typer.Option(help="file, glob, directory or builtin source to predict")],
+    data: Annotated[str | None, typer.Option(help="file, glob, directory or builtin source to predict")] = None,
+    harness: Annotated[list[str] | None, typer.Option(help="instead: a task of lm-eval, or a task file; several times")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="with --harness: questions of each task")] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="with --harness: examples before each question")] = None,
     label_field: Annotated[list[str] | None, typer.Option(help="of labelled documents; default: as trained")] = None,
     text_field: Annotated[str, typer.Option(help="field with the text, for jsonl and parquet")] = "text",
     context: Annotated[int | None, typer.Option(min=2, help="tokens per window; default: as trained")] = None,
@@ -83,20 +86,34 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and bits per byte of a model over whole files; or how well it labels their documents.
 
+    With --harness: EleutherAI's lm-evaluation-harness asks it one of its tasks, or one of a file of yours.
     Example: pellucid evaluate runs/demo --data README.md
     """
-    from pellucid.measure.files import evaluate_files
+    from pellucid.measure.files import DEFAULT_CONTEXT, evaluate_files
 
+    if (data is None) == (not harness):
+        raise UserError("give either --data FILE or --harness TASK")
     network, tokens = load_with_tokenizer(model, tokenizer, dtype)
     if network.config.head is not None:
+        if harness:
+            raise UserError(f"--harness: {model} labels documents; the harness asks language models")
         _evaluate_labels(network, tokens, model, data, label_field, text_field, as_json)
         return
     if label_field:
         raise UserError(f"--label-field: {model} is a language model, which labels no documents")
-    shown = _progress()
+    shown, settings = _progress(), _trained_with(Path(model))
+    context = context or (settings and settings.sequence_length)
+    if harness:
+        from pellucid.measure.harness import run_harness
+
+        context = context or min(DEFAULT_CONTEXT, network.config.max_position_embeddings)
+        try:
+            found = run_harness(network, tokens, harness, context, limit=limit, few_shot=few_shot, progress=shown.stage)
+        finally:
+            shown.close()
+        print(json.dumps(found) if as_json else _measures(found))
+        return
     try:
-        settings = _trained_with(Path(model))
-        context = context or (settings and settings.sequence_length)
         result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage)
     finally:
         shown.close()
@@ -107,6 +124,18 @@ def evaluate(
     print(f"perplexity      {result.perplexity:.2f}")
     print(f"bits per byte   {result.bits_per_byte:.4f}")
     print(f"over            {result.tokens:,} tokens, {result.text_bytes:,} bytes of text")
+
+
+def _measures(found: dict[str, dict]) -> str:
+    """A line a measure of the harness; its standard error beside it."""
+    lines = []
+    for task, row in found.items():
+        for name, value in row.items():
+            measure, _, filtered = name.partition(",")
+            if isinstance(value, float) and not measure.endswith("_stderr"):
+                error = row.get(f"{measure}_stderr,{filtered}")
+                lines.append(f"{task:<24} {measure:<20} {value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
+    return "\n".join(lines)
 
 
 def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_field: str, as_json: bool) -> None:

@@ -187,7 +187,8 @@ class Split:
 
         row (in the batch), sample (row of the split), document, source (uri), source_index, ordinal, segment,
         position_start, length, token_start (within the document), label (of a labelled document, else None),
-        byte_start and byte_end in the decompressed source: of the piece where `exact`, else of its whole document (for parquet, row numbers).
+        byte_start and byte_end in the decompressed source: of the piece where `exact`, else of its whole document (for
+        parquet, row numbers).
         """
         return self.describe_rows(self._sample_rows(step * batch_size, (step + 1) * batch_size, batch_size))
 
