@@ -123,7 +123,7 @@ def language_run(folder, tables):
 
 
 def test_a_head_on_a_language_model_starts_from_its_weights_and_tokenizer(language_run, tables, tmp_path):
-    wanted = tables(max_steps=6)
+    wanted = tables(max_steps=6, evaluate_every=0)
     wanted["model"] = {"init_from": str(language_run.directory)}
     wanted["checkpoint"] = {"every_steps": 0}
     run = train(wanted, run_dir=tmp_path / "run")
