@@ -224,10 +224,10 @@ def _gradient_proofs(replay, start: dict, batches, catcher: _Catcher, place, cli
             scale = weight.detach().double().square().mean().sqrt().item()
             one = torch.zeros_like(weight)
             one[place] = 1.0
-            single, doubt = finite_difference(objective, weight, one, 0.2 * scale, _tokens(batches))
+            single, doubt = finite_difference(objective, weight, one, 0.2 * scale, count_predictions(batches, settings))
             norm = gradient.double().norm().item()
             size = 0.01 * weight.double().norm().item()
-            along, doubt_along = finite_difference(objective, weight, gradient / norm, size, _tokens(batches))
+            along, doubt_along = finite_difference(objective, weight, gradient / norm, size, count_predictions(batches, settings))
     finally:
         rule.close()
         model.load_state_dict(after)
