@@ -34,8 +34,9 @@ def run_harness(
     """
     evaluator, TaskManager = _harness()
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    known = TaskManager(include_path=[str(file.parent) for file in files] or None)
-    names = [_task_name(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
+    names = [_task_name(Path(task)) if Path(task) in files else task for task in tasks]
+    defaults = len(files) < len(tasks)  # to know thousands of tasks takes seconds
+    known = TaskManager(include_path=[str(file.parent) for file in files] or None, include_defaults=defaults)
     for name in names:
         if not known.match_tasks([name]):
             raise UserError(f"--harness {name}: the harness has no such task; give one of its names, or a task file (.yaml)")
