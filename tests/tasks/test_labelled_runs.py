@@ -16,7 +16,7 @@ import pellucid
 from pellucid import cli
 from pellucid.config import UserError
 from pellucid.exchange.convert import convert
-from pellucid.observe.explain import explain
+from pellucid.observe.explain import explain, explain_text
 from pellucid.observe.reader import Reader
 from pellucid.observe.trace import trace
 from pellucid.run import train
@@ -111,6 +111,19 @@ def test_every_update_of_a_labelled_run_is_explained_with_all_proofs(number_run,
     explained = explain(number_run.directory, 40, name)
     assert not [proof for proof in explained.proofs if proof.holds is False], explained.proofs
     assert explained.proofs[0].holds
+
+
+def test_a_step_on_a_sentence_makes_its_class_likelier(class_run, number_run):
+    explained = explain_text(class_run.directory, "cat dog", label="metal")
+    (answer,) = explained.predictions
+    assert answer.token == "metal" and answer.expected_before == "animal" and answer.after > answer.before
+    assert not [proof for proof in explained.proofs if proof.holds is False]
+    lines = dict(explain_text(number_run.directory, "cat", label="6, 15").lines)
+    assert lines["words, predicted after it"] > lines["words, predicted before the step"]
+    with pytest.raises(UserError, match="say what this text is, with --label"):
+        explain_text(class_run.directory, "cat")
+    with pytest.raises(UserError, match="knows no such class; did you mean 'metal'"):
+        explain_text(class_run.directory, "cat", label="mettal")
 
 
 # ----------------------------------------------------------------------------------------- from a checkpoint

@@ -36,6 +36,7 @@ def explain(
     run: RunDir,
     step: Annotated[int | None, typer.Option(min=0, help="number of the step, from 0")] = None,
     text: Annotated[str | None, typer.Option(help="instead of a step: one real step on this sentence")] = None,
+    label: Annotated[str | None, typer.Option(help="with --text, of a run on labelled documents: its class or numbers")] = None,
     parameter: Annotated[str | None, typer.Option(help="name of a tensor; default: the one with the largest gradient")] = None,
     index: Annotated[str | None, typer.Option(help="element, as 3,7; default: the one that changed most")] = None,
     as_json: Json = False,
@@ -57,7 +58,7 @@ def explain(
 
     with _progress() as shown:
         if text is not None:
-            result = explaining.explain_text(run, text, parameter, place)
+            result = explaining.explain_text(run, text, parameter, place, label)
         else:
             replaying = lambda done, total: shown.stage("replaying from a checkpoint", done, total)
             result = explaining.explain(run, step, parameter, place, on_progress=replaying)

@@ -8,6 +8,7 @@ With a text instead of a step: what one real step on that sentence would do, and
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.config import UserError
+from pellucid.config import UserError, nearest
 from pellucid.data.dataset import Batch
+from pellucid.data.labels import encode
 from pellucid.observe.columns import INDEX
 from pellucid.observe.observer import SilentObserver
 from pellucid.observe.proofs import ChainRule, finite_difference, fixed_choices
@@ -26,6 +28,7 @@ from pellucid.observe.replay import Replay, save_capsule, state_before
 from pellucid.observe.statistics import ParameterProbe
 from pellucid.training.optimizers import Update, explain_update, optimizer_parameters, update_settings
 from pellucid.training.step import StepResult, count_predictions, forward, idle_experts
+from pellucid.training.tasks import as_told
 
 AGREES = 1e-3  # relative difference below which two gradients are called equal
 RECORDED = ("weight_norm", "gradient_norm", "update_norm")
@@ -132,14 +135,22 @@ def explain(
 
 def explain_text(
     run_dir: str | Path, text: str, parameter: str | None = None, index: tuple[int, ...] | None = None,
+    label: str | None = None,
 ) -> Explanation:  # fmt: skip
-    """One step on a sentence, from the run's newest checkpoint; the run itself is not changed."""
+    """One step on a sentence, from the run's newest checkpoint; the run itself is not changed.
+
+    label: of a run on labelled documents, what the text is: a class, or numbers with commas between them.
+    """
     replay = state_before(run_dir, None)
     _check_name(replay, parameter)
     batch = _text_batch(replay, text)
+    batch.labels_BTK = _text_label(replay, label, batch)
     before = _scores(replay, batch)
     _, _, explanation = _explain(replay, [batch], parameter, index)
     after = _scores(replay, batch)
+    if batch.labels_BTK is not None:
+        _add_answers(explanation, replay.model.config.head, label, text, before[-1], after[-1])
+        return explanation
     targets = batch.targets_BT[0]
     explanation.loss_after = torch.nn.functional.cross_entropy(after, targets).item()
     explanation.predictions = _predictions(replay, batch, before.softmax(-1), after.softmax(-1))
@@ -332,6 +343,40 @@ def _text_batch(replay: Replay, text: str) -> Batch:
     positions = torch.arange(len(tokens) - 1, dtype=torch.int32, device=row.device)[None]
     zero = torch.zeros(1, dtype=torch.int64, device=row.device)
     return Batch(row[:, :-1], row[:, 1:], ones, positions, zero, zero)
+
+
+def _text_label(replay: Replay, label: str | None, batch: Batch) -> Tensor | None:
+    """[1, T, K]: the label at the last token; None for language modelling. Raises UserError."""
+    head = replay.model.config.head
+    if (head is None) != (label is None):
+        raise UserError("--label: this run predicts the next token; leave it out" if head is None else
+                        "--text: this run labels documents; say what this text is, with --label")  # fmt: skip
+    if head is None:
+        return None
+    kind, known = ("number", label) if head.problem_type == "regression" else ("category", label)
+    if kind == "number":
+        try:
+            known = json.dumps([float(part) for part in label.split(",")])
+        except ValueError:
+            raise UserError(f"--label {label}: not a number (several: with commas)") from None
+    elif label not in head.labels:
+        raise UserError(f"--label {label}: the run knows no such class{nearest(label, head.labels)}")
+    labels_BTK = torch.full((*batch.tokens_BT.shape, len(head.labels) if kind == "number" else 1), torch.nan)
+    labels_BTK[0, -1] = torch.from_numpy(encode([known], kind, head.labels, head.mean, head.std))[0]
+    return labels_BTK.to(batch.tokens_BT.device)
+
+
+def _add_answers(explanation: Explanation, head: Any, label: str, text: str, before: Tensor, after: Tensor) -> None:
+    """What the head said of the text, before and after the step."""
+    if head.problem_type == "regression":
+        told = [as_told(head, outputs.cpu().numpy()[None])[0].tolist() for outputs in (before, after)]
+        for k, name in enumerate(head.labels):
+            explanation.lines += [(f"{name}, predicted before the step", told[0][k]), (f"{name}, predicted after it", told[1][k])]
+        return
+    before, after, at = before.softmax(-1), after.softmax(-1), head.labels.index(label)
+    explanation.loss_after = -after[at].log().item()
+    choices = (head.labels[int(chances.argmax())] for chances in (before, after))
+    explanation.predictions = [Prediction(text[-40:], label, before[at].item(), after[at].item(), *choices)]
 
 
 @torch.no_grad()

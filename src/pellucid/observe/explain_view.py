@@ -52,7 +52,7 @@ def _proofs(proofs: list[Proof]) -> Table:
 
 
 def _predictions(e: Explanation) -> Table:
-    table = Table(title="chance of each next token, before and after the step")
+    table = Table(title="chance of what came, before and after the step")
     for name in ("after the text", "came", "before", "after", "model's first choice"):
         table.add_column(name, justify="right" if name in ("before", "after") else "left")
     for p in e.predictions:
