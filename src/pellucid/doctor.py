@@ -8,6 +8,7 @@ import shutil
 
 import torch
 
+from pellucid.model.kernels import native
 from pellucid.run import REPORTED_PACKAGES, choose_device, choose_precision, has_fast_bf16, installed_version
 
 
@@ -27,6 +28,7 @@ def examine() -> dict[str, str]:
         "device": f"{device} (training.device = 'auto')",
         "bf16": "fast on this device" if bf16 else "slow or absent on this device: fp32 is used",
         "precision": f"{'bf16, fp32 master weights' if dtype == torch.bfloat16 else 'fp32'} (training.precision = 'auto')",
+        "cpu kernels": native.status(),
         "attention": "chunked plain attention with capped logits; the whole mask for decoding and rows that begin with pads",
         "experts": _experts(device),
         "loss": "linear cross-entropy in chunks of tokens, its gradient computed in the forward pass",

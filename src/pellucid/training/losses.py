@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pellucid.model.kernels import native
-from pellucid.model.kernels.products import product
+from pellucid.model.kernels.products import product, transposed_product
 
 IGNORE = -100
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # logits held at once: they should stay in a cache, or fill the GPU
@@ -150,7 +150,8 @@ def _accumulate(total_VD: Tensor, slope_NV: Tensor, hidden_ND: Tensor) -> None:
     if total_VD.dtype == slope_NV.dtype:
         total_VD.addmm_(slope_NV.T, hidden_ND)
     else:
-        total_VD.add_(slope_NV.T @ hidden_ND)  # the chunk's product rounds once, sums over chunks do not
+        # The chunk's product rounds once, sums over chunks do not.
+        total_VD.add_(transposed_product(slope_NV, hidden_ND, out=hidden_ND.new_empty(total_VD.shape)))
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

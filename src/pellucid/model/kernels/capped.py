@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pellucid.model.kernels import native
+from pellucid.model.kernels.products import batched_product
 
 LARGEST_CAP = 60.0  # e^logit is summed without a maximum, which float32 can hold up to here
 
@@ -41,10 +42,10 @@ class _CappedAttention(torch.autograd.Function):
         for start in range(0, T, chunk_size):
             stop = min(start + chunk_size, T)
             queries, total = slice(start * G, stop * G), torch.empty(B * K, (stop - start) * G)
-            weights = torch.bmm(q[:, queries], k[:, :stop].mT)
+            weights = batched_product(q[:, queries], k[:, :stop].mT)
             sizes = (B * K, K, (stop - start) * G, G, stop, T, start)
             native.call("capped_softmax", q.dtype, weights, *ctx.documents, total, *sizes, *ctx.settings)
-            out[:, queries] = torch.bmm(weights, v[:, :stop])
+            out[:, queries] = batched_product(weights, v[:, :stop])
             ctx.totals.append(total)
         ctx.save_for_backward(q_BKTGd, k_BKTd, v_BKTd)
         return out.view_as(q_BKTGd)
@@ -59,12 +60,12 @@ class _CappedAttention(torch.autograd.Function):
             start = number * ctx.chunk_size
             stop = min(start + ctx.chunk_size, T)
             queries = slice(start * G, stop * G)
-            weights = torch.bmm(q[:, queries], k[:, :stop].mT)
-            slope = torch.bmm(grad[:, queries], v[:, :stop].mT)
+            weights = batched_product(q[:, queries], k[:, :stop].mT)
+            slope = batched_product(grad[:, queries], v[:, :stop].mT)
             sizes = (B * K, K, (stop - start) * G, G, stop, T, start)
             native.call("capped_softmax_backward", q.dtype, weights, slope, *ctx.documents, total, *sizes, *ctx.settings)
-            grad_q[:, queries] = torch.bmm(slope, k[:, :stop])
-            grad_k[:, :stop] += torch.bmm(slope.mT, q[:, queries])
-            grad_v[:, :stop] += torch.bmm(weights.mT, grad[:, queries])
+            grad_q[:, queries] = batched_product(slope, k[:, :stop])
+            grad_k[:, :stop] += batched_product(slope.mT, q[:, queries])
+            grad_v[:, :stop] += batched_product(weights.mT, grad[:, queries])
         shapes = (q_k_v.shape for q_k_v in ctx.saved_tensors)
         return *(g.view(s) for g, s in zip((grad_q, grad_k, grad_v), shapes, strict=True)), *[None] * 5

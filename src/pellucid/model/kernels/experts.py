@@ -36,6 +36,8 @@ class _Experts(torch.autograd.Function):
         gate_up_M, outputs_MD = x_ND.new_empty(len(ctx.token_M), 2 * F), x_ND.new_empty(len(ctx.token_M), x_ND.shape[1])
         columns = (column.split(ctx.rows_E) for column in (ctx.token_M, ctx.factor_M, gate_up_M, outputs_MD))
         for e, (token, factor, gate_up, output) in enumerate(zip(*columns, strict=True)):
+            if not len(token):
+                continue
             product(x_ND.index_select(0, token), gate_up_proj[e].to(dtype), out=gate_up)
             inner = gate_up.new_empty(len(gate_up), F)
             native.call("geglu", dtype, gate_up, factor, inner, len(inner), F)
@@ -80,8 +82,11 @@ def sort_by_expert(expert_index_Nk: Tensor, experts: int) -> tuple[Tensor, list[
 
 
 def _round_up(rows: int) -> int:
-    """To a multiple of 16, or of 1/32 of the next power of two below: at most 6 % more, and few different sizes."""
-    step = max(16, 1 << max(0, rows.bit_length() - 6))
+    """To a multiple of 16, or of 1/32 of the next power of two below: at most 6 % more, and few different sizes.
+
+    Below 16, where one token at a time is decoded, as they are.
+    """
+    step = max(16, 1 << max(0, rows.bit_length() - 6)) if rows > 16 else 1
     return -(-rows // step) * step
 
 

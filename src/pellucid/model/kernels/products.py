@@ -1,10 +1,15 @@
-"""Matrix products by the fastest library that torch carries for them, forward and backward.
+"""Matrix products by the fastest way this processor has for them, forward and backward.
 
-In fp32 on a CPU that is oneDNN rather than the MKL that torch takes by itself: on AMD processors it runs 1.1 to 1.4
-times as fast, except for the weight's gradient. In bf16 torch takes oneDNN by itself.
+In fp32 torch asks Intel's MKL, which on AMD processors leaves AVX-512 unused: there oneDNN runs 1.1 to 1.4 times as
+fast, except for the weight's gradient; on processors without AVX-512 MKL is the faster. In bf16 torch asks oneDNN, which
+needs a processor with AVX-512; elsewhere torch multiplies number by number (8 GFLOP/s a core, 1 for an input's
+gradient, against 70). There the factors are widened to fp32, where a product of two bf16 numbers is exact, and the
+result is rounded once: the same definition, operands in bf16 and sums in fp32.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -14,23 +19,35 @@ from torch.nn import functional as F
 
 def product(x_MI: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
     """x @ weight.T without a gradient; [M, I], [O, I] -> [M, O]. Either may be a transposed view."""
+    if _is_emulated(x_MI):
+        y_MO = torch.mm(x_MI.float(), weight_OI.float().t())
+        return y_MO.to(x_MI.dtype) if out is None else out.copy_(y_MO)
     if not _onednn_fits(x_MI):
         return torch.mm(x_MI, weight_OI.t(), out=out)
     y_MO = torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, None, "none", [], "")
     return y_MO if out is None else out.copy_(y_MO)
 
 
-def transposed_product(left_MO: Tensor, right_MI: Tensor, out: Tensor) -> None:
+def transposed_product(left_MO: Tensor, right_MI: Tensor, out: Tensor) -> Tensor:
     """out = left.T @ right, the gradient of a weight; out [O, I] may be wider than the factors (an fp32 master's)."""
+    if _is_emulated(left_MO):
+        left_MO, right_MI = left_MO.float(), right_MI.float()
     if out.dtype == left_MO.dtype:
-        torch.mm(left_MO.t(), right_MI, out=out)
-    else:
-        out.copy_(torch.mm(left_MO.t(), right_MI))
+        return torch.mm(left_MO.t(), right_MI, out=out)
+    return out.copy_(torch.mm(left_MO.t(), right_MI))
+
+
+def batched_product(a_BMI: Tensor, b_BIO: Tensor) -> Tensor:
+    """a @ b for each of B pairs of matrices, without a gradient."""
+    if _is_emulated(a_BMI):
+        return torch.bmm(a_BMI.float(), b_BIO.float()).to(a_BMI.dtype)
+    return torch.bmm(a_BMI, b_BIO)
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`F.linear(x, weight)`, of which it is the fast twin."""
-    if not _onednn_fits(x) or torch.compiler.is_compiling() or type(x) is not Tensor:
+    fast = _onednn_fits(x) or _is_emulated(x)
+    if not fast or torch.compiler.is_compiling() or type(x) is not Tensor:
         return F.linear(x, weight_OI)
     return _Linear.apply(x, weight_OI)
 
@@ -47,12 +64,30 @@ class _Linear(torch.autograd.Function):
         x, weight_OI = ctx.saved_tensors
         grad_MO = grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = product(grad_MO, weight_OI.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.mm(grad_MO.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = transposed_product(grad_MO, x.reshape(-1, x.shape[-1]), out=torch.empty_like(weight_OI))
         return grad_x, grad_weight
 
 
 def _onednn_fits(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _HAS_ONEDNN
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _onednn_is_faster()
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _is_emulated(x: Tensor) -> bool:
+    """Whether torch would multiply these bf16 numbers one by one."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _lacks_bf16()
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    processor = torch.cpu.get_capabilities()
+    return has_it and bool(processor.get("avx512_f")) and "AMD" in processor.get("cpu_name", "")
+
+
+@functools.cache
+def _lacks_bf16() -> bool:
+    """oneDNN takes bf16 from AVX-512 on (before AVX-512 bf16 it widens the numbers itself)."""
+    processor = torch.cpu.get_capabilities()
+    return processor.get("architecture") == "x86_64" and not (processor.get("avx512_bw") and torch.backends.mkldnn.is_available())

@@ -1,0 +1,233 @@
+"""Every compiled CPU kernel against its plain twin in float64, forward and backward, at odd sizes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pellucid.config import ModelConfig
+from pellucid.model.attention import Visibility, capped_attention
+from pellucid.model.grok import Grok1
+from pellucid.model.initialize import initialize
+from pellucid.model.kernels import native, products
+from pellucid.model.kernels.capped import fused_capped_attention
+from pellucid.model.kernels.experts import fused_experts, sort_by_expert
+from pellucid.model.kernels.norm import rms_norm, rms_norm_plain
+from pellucid.model.kernels.rotary import rotate, rotate_plain
+from pellucid.model.layers import rotary_phases
+from pellucid.model.moe import MoE, Routing
+from pellucid.training.losses import fused_rows, plain_rows
+
+# One rounding is 2^-24 in fp32 and 2^-9 in bf16; sums of some hundred terms and gradients take a few of them.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
+DTYPES = list(TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    if native._load()[0] is None:
+        message = f"the CPU kernels are not built: {native.status()}"
+        pytest.fail(message) if os.environ.get("PELLUCID_REQUIRE_ALL") else pytest.skip(message)
+    torch.manual_seed(0)
+
+
+def random(*shape, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(shape)).to(dtype).requires_grad_()
+
+
+def assert_agree(fast, plain, inputs, *, dtype):
+    """fast(*inputs) against plain(*inputs in float64), results and gradients, relative to the tensor's norm."""
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, exact = fast(*inputs), plain(*wide)
+    slope = torch.randn(exact.shape, dtype=torch.float64)
+    pairs = [(found, exact)]
+    pairs += zip(
+        torch.autograd.grad(found, inputs, slope.to(found.dtype)),
+        torch.autograd.grad(exact, wide, slope.to(found.dtype).double()), strict=True,
+    )  # fmt: skip
+    for number, (ours, theirs) in enumerate(pairs):
+        error = ((ours.double() - theirs).norm() / theirs.norm()).item()
+        assert error < TOLERANCE[dtype], f"{'result' if number == 0 else f'gradient {number - 1}'}: {error}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (130, 96), (65, 33)])
+def test_rms_norm(dtype, shape):
+    def exact(x, weight):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+    assert_agree(lambda x, w: rms_norm(x, w, 1e-5), exact, [random(*shape, dtype=dtype), random(shape[1])], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_is_its_plain_twin_to_the_last_rounding(dtype):
+    x, weight = random(40, 48, dtype=dtype), random(48)
+    ulp = 1 if dtype == torch.bfloat16 else 4
+    step = torch.finfo(dtype).eps * ulp
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_plain(x, weight, 1e-5), rtol=step, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 3)])
+def test_rotate(dtype, heads, group):
+    cos, sin = rotary_phases(torch.arange(11).expand(2, 11), 10, 10_000.0)
+
+    def exact(x):
+        first, second = x.chunk(2, dim=-1)
+        wide = [t.double()[:, :, None, None] for t in (cos, sin)]
+        return (x * wide[0] + torch.cat((-second, first), dim=-1) * wide[1]).transpose(1, 2)
+
+    x = random(2, 11, heads, group, 10, dtype=dtype)
+    assert_agree(lambda x: rotate(x, cos, sin), exact, [x], dtype=dtype)
+    torch.testing.assert_close(rotate(x, cos, sin), rotate_plain(x, cos, sin), rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "chunk", "G"), [(2, 128, 1), (37, 8, 3), (64, 16, 2)])
+def test_capped_attention_with_pads_and_documents(dtype, T, chunk, G):
+    B, K, d = 2, 2, 8
+    q, k, v = random(B, K, T, G, d, dtype=dtype, scale=3), random(B, K, T, d, dtype=dtype, scale=3), random(B, K, T, d, dtype=dtype)
+    valid = torch.rand(B, T) > 0.2
+    valid[:, 0] = True
+    segments = (torch.arange(T) >= T // 3).int().expand(B, T).contiguous()
+    visibility = Visibility(valid, segments)
+    blind = ~visibility.chunk(0, T).any(-1)  # rows that see nothing are uniform: tested on their own below
+    seen = (~blind)[:, None, :, None, None]
+    settings = {"multiplier": d**-0.5, "cap": 5.0}
+
+    def fast(q, k, v):
+        return fused_capped_attention(q, k, v, *visibility.documents, chunk_size=chunk, **settings) * seen
+
+    def exact(q, k, v):
+        mask = visibility.chunk(0, T)
+        logits = torch.einsum("bktgd,bksd->bktgs", q, k) * settings["multiplier"]
+        logits = settings["cap"] * torch.tanh(logits / settings["cap"])
+        weights = torch.softmax(logits.masked_fill(~mask[:, None, :, None], -1e30), dim=-1)
+        return torch.einsum("bktgs,bksd->bktgd", weights, v) * seen
+
+    assert_agree(fast, exact, [q, k, v], dtype=dtype)
+    plain = capped_attention(q.transpose(2, 3), k, v, visibility.chunk(0, T), exact=True, **settings).transpose(2, 3)
+    torch.testing.assert_close(fast(q, k, v), plain * seen, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_a_query_that_sees_nothing_gives_every_key_of_its_chunk_the_same_weight():
+    q, k, v = random(1, 1, 4, 1, 8), random(1, 1, 4, 8), random(1, 1, 4, 8)
+    documents = torch.tensor([[-1, 0, 0, 0]], dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
+    out = fused_capped_attention(q, k, v, *documents, multiplier=0.3, cap=30.0)
+    torch.testing.assert_close(out[0, 0, 0, 0], v[0, 0].mean(0))
+
+
+def moe_of(D, size, E, k):
+    config = ModelConfig(
+        vocab_size=8, hidden_size=D, intermediate_size=size, num_attention_heads=1, num_experts=E, num_experts_per_tok=k
+    )
+    return MoE(config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("choice", ["spread", "all to one", "one token", "an expert without tokens"])
+def test_experts(dtype, choice):
+    D, size, E, k = 24, 20, 4, 2
+    N = 1 if choice == "one token" else 53
+    index = torch.stack([torch.randperm(E)[:k] for _ in range(N)])
+    if choice == "all to one":
+        index = torch.tensor([2, 0]).expand(N, k).contiguous()
+    if choice == "an expert without tokens":
+        index = torch.stack([torch.randperm(E - 1)[:k] for _ in range(N)])
+    moe = moe_of(D, size, E, k)
+    weights = [random(E, 2 * size, D, scale=D**-0.5), random(E, D, size, scale=size**-0.5)]
+    x, gate = random(N, D, dtype=dtype), torch.rand(N, k).requires_grad_()
+
+    def exact(x, gate, gate_up_proj, down_proj):
+        gates, up = torch.einsum("nd,nkfd->nkf", x, gate_up_proj[index]).chunk(2, dim=-1)
+        inner = F.gelu(gates, approximate="tanh") * up
+        return torch.einsum("nkf,nkdf,nk->nd", inner, down_proj[index], gate)
+
+    assert_agree(lambda x, g, a, b: fused_experts(x, g, index, a, b), exact, [x, gate, *weights], dtype=dtype)
+    moe.gate_up_proj.data, moe.down_proj.data = (w.detach() for w in weights)
+    plain = moe.mix_plain(x, Routing(None, None, index, gate))
+    fast = fused_experts(x, gate, index, *weights)
+    assert (fast.double() - plain.double()).norm() < TOLERANCE[dtype] * plain.double().norm()
+
+
+def test_rows_of_an_expert_are_its_tokens_in_order_and_padding_belongs_to_nobody():
+    index = torch.tensor([[2, 0], [2, 1], [0, 2], *[[2, 3]] * 15])
+    row_Nk, rows_E, token_M = sort_by_expert(index, 5)
+    assert rows_E == [2, 1, 32, 15, 0]  # a handful as they are, 18 rounded up
+    assert row_Nk[:3].tolist() == [[3, 0], [4, 2], [1, 5]]
+    assert torch.equal(token_M[row_Nk], torch.arange(18)[:, None].expand(18, 2))
+    assert row_Nk.unique().numel() == 36
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.1])
+def test_cross_entropy_rows(dtype, z_loss_weight):
+    scores, targets = random(19, 301, dtype=dtype, scale=8).detach(), torch.randint(0, 301, (19,))
+    targets[::4] = -100
+    exact = plain_rows(scores.double(), targets, 0.7, z_loss_weight, -100, True)
+    found = fused_rows(scores.clone(), targets, 0.7, z_loss_weight, -100, True)
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours.double() - theirs).norm() < TOLERANCE[dtype] * theirs.norm()
+    assert not found[0][::4].any() and not found[2][::4].any()
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "cross_entropy"])
+def test_a_nan_that_comes_in_comes_out(name):
+    x = torch.randn(3, 16)
+    x[1, 5] = torch.nan
+    if name == "rms_norm":
+        rows = rms_norm(x, torch.ones(16), 1e-5).sum(-1)
+    else:
+        rows = fused_rows(x, torch.tensor([1, 2, 3]), 1.0, 0.0, -100, False)[0]
+    assert rows.isnan().tolist() == [False, True, False]
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    model = initialize(Grok1(ModelConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2)))
+    tokens = torch.randint(3, 96, (4, 48))
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model.zero_grad()
+        model(tokens, segment_ids=torch.ones_like(tokens)).square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.set_num_threads(1)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-7)  # the libraries' products split their sums differently
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_and_its_gradients(dtype):
+    x, weight = random(3, 5, 24, dtype=dtype), random(40, 24, dtype=dtype)
+    assert_agree(products.linear, F.linear, [x, weight], dtype=dtype)
+
+
+def test_bf16_products_without_bf16_instructions_round_once(monkeypatch):
+    monkeypatch.setattr(products, "_lacks_bf16", lambda: True)
+    a, b = random(33, 70, dtype=torch.bfloat16).detach(), random(20, 70, dtype=torch.bfloat16).detach()
+    exact = a.double() @ b.double().T
+    for found in (products.product(a, b), products.product(b, a).T, products.batched_product(a[None], b.T[None])[0]):
+        torch.testing.assert_close(found, exact.to(torch.bfloat16), rtol=2**-8, atol=1e-5)  # one rounding may fall elsewhere
+    into_master = products.transposed_product(a[:20], b, out=torch.empty(70, 70))
+    torch.testing.assert_close(into_master, (a[:20].double().T @ b.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_the_plain_functions_serve_and_say_so():
+    code = "from pellucid.model.kernels import native; import torch; print(native.status(), native.fits(torch.ones(1)))"
+    environment = {**os.environ, "PATH": "/nonexistent", "CXX": "no-such-compiler"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "plain PyTorch: no C++ compiler (g++ or clang++) was found False" and not found.stderr
+
+
+def test_a_compiler_that_fails_is_survived(tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo broken 1.0 && exit 0\necho out of disk >&2\nexit 1\n")
+    broken.chmod(0o755)
+    code = "from pellucid.model.kernels import native; print(native.status())"
+    environment = {**os.environ, "CXX": str(broken), "XDG_CACHE_HOME": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "plain PyTorch: the kernels could not be built (out of disk)"
+    assert not list((tmp_path / "pellucid").glob("*.so"))
