@@ -1,13 +1,19 @@
-"""One training step on a CPU: Pellucid beside Hugging Face transformers' Mixtral, same sizes, same tokens, in turn.
+"""One training step on a CPU: Pellucid beside Hugging Face transformers' Mixtral and litgpt's, same sizes and tokens, in turn.
 
     python bench/cpu_step.py [--sizes small medium large] [--precisions fp32 bf16] [--steps 9] [--threads 1]
+                             [--litgpt LITGPT/bin/python]
 
-Both run forward, loss with the balance loss, backward, clipping at norm 1 and fused AdamW; Mixtral's experts run by
-grouped_mm, its fastest way. Pellucid runs its own training step as `pellucid train` does, with document masks, capped
-attention, four norms a layer and fp32 master weights; Mixtral in bf16 holds everything in bf16, its fastest way too.
-Each has a process of its own; their steps alternate, so that other load on the machine hits both. Time is the process's
-CPU time (wall time beside it); the ratio is the median over pairs of steps. Memory is the growth of the resident peak.
-Needs: pip install transformers.
+All run forward, loss with the balance loss, backward, clipping at norm 1 and fused AdamW; Mixtral's experts run by
+grouped_mm, its fastest way; litgpt has no balance loss. Pellucid runs its own training step as `pellucid train` does,
+with document masks, capped attention, four norms a layer and fp32 master weights; in bf16 its peers hold everything in
+bf16, their fastest way. Each has a process of its own; their steps alternate, so that other load on the machine hits
+all. Time is the process's CPU time (wall time beside it); the ratio is the median over steps of the same number. Memory
+is the growth of the resident peak.
+Needs: pip install transformers; and for litgpt, which wants older packages, an environment of its own:
+
+    python -m venv LITGPT && LITGPT/bin/pip install torch==2.13.0 litgpt==0.5.13
+
+A result already in the file, of another size or precision, stays there.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,7 +38,7 @@ LEARNING_RATE, BETAS, CLIP, BALANCE = 1e-3, (0.9, 0.95), 1.0, 0.01
 SIZES = {  # layers, hidden, intermediate, query heads, key/value heads, vocabulary, rows, sequence
     "small": dict(L=4, D=256, F=512, H=4, K=1, V=4096, B=8, T=256),
     "medium": dict(L=8, D=512, F=1024, H=8, K=2, V=8192, B=4, T=512),
-    "large": dict(L=3, D=1024, F=2048, H=16, K=4, V=8192, B=4, T=512),
+    "large": dict(L=2, D=1024, F=2048, H=16, K=4, V=8192, B=4, T=512),
 }
 EXPERTS, EXPERTS_PER_TOKEN = 8, 2
 WARM_UP = 2  # steps of each that are not timed
@@ -125,14 +132,51 @@ class Mixtral:
         return (result.loss - BALANCE * result.aux_loss).item()
 
 
-CONTENDERS = {"pellucid": Pellucid, "mixtral": Mixtral}
+class Litgpt:
+    """litgpt's GPT with its LLaMAMoE, the embedding tied as in the others; its own chunked cross-entropy."""
+
+    def __init__(self, size: dict, precision: str):
+        from litgpt.config import Config
+        from litgpt.model import GPT
+
+        torch.manual_seed(0)
+        config = Config(
+            name="moe", block_size=size["T"], vocab_size=size["V"], padded_vocab_size=size["V"], n_layer=size["L"],
+            n_head=size["H"], n_query_groups=size["K"], n_embd=size["D"], intermediate_size=size["F"],
+            rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMoE", n_expert=EXPERTS, n_expert_per_token=EXPERTS_PER_TOKEN,
+        )  # fmt: skip
+        self.model = GPT(config)
+        self.model.lm_head.weight = self.model.transformer.wte.weight
+        for parameter in self.model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.02)  # as transformers does
+        self.model.to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.1, fused=True
+        )
+
+    def step(self, tokens: torch.Tensor) -> float:
+        from litgpt.utils import chunked_cross_entropy
+
+        self.optimizer.zero_grad(set_to_none=True)
+        scores = self.model(tokens[:, :-1].contiguous(), lm_head_chunk_size=128)
+        loss = chunked_cross_entropy(scores, tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        return loss.item()
+
+
+CONTENDERS = {"pellucid": Pellucid, "mixtral": Mixtral, "litgpt": Litgpt}
 
 
 class Worker:
     """A contender in a process of its own, which steps when told and reports loss, CPU and wall seconds, peak memory."""
 
     def __init__(self, name: str, size: str, precision: str, options: argparse.Namespace):
-        command = [sys.executable, __file__, "--serve", name, "--sizes", size, "--precisions", precision]
+        python = options.litgpt if name == "litgpt" else sys.executable
+        command = [python, __file__, "--serve", name, "--sizes", size, "--precisions", precision]
         command += ["--steps", str(options.steps), "--threads", str(options.threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.reports: list[dict] = []
@@ -179,7 +223,8 @@ def resident(field: str) -> float:
 def compare(size_name: str, precision: str, options: argparse.Namespace) -> dict:
     """Alternate steps; the first of each warm up and are not timed."""
     size = SIZES[size_name]
-    workers = {name: Worker(name, size_name, precision, options) for name in CONTENDERS}
+    names = [name for name in CONTENDERS if name != "litgpt" or options.litgpt]
+    workers = {name: Worker(name, size_name, precision, options) for name in names}
     for number in range(options.steps + WARM_UP):
         for name in list(workers)[:: 1 if number % 2 else -1]:
             workers[name].step()
@@ -190,21 +235,24 @@ def compare(size_name: str, precision: str, options: argparse.Namespace) -> dict
     cpu = {name: worker.column("cpu")[WARM_UP:] for name, worker in workers.items()}
     wall = {name: worker.column("wall")[WARM_UP:] for name, worker in workers.items()}
     flops = model_flops(size)
-    ratios = [theirs / ours for ours, theirs in zip(cpu["pellucid"], cpu["mixtral"], strict=True)]
+    against = lambda peer: [theirs / ours for ours, theirs in zip(cpu["pellucid"], cpu[peer], strict=True)]
+    ratios = {peer: against(peer) for peer in names[1:]}
     return {
         "size": size_name, **size, "precision": precision, "threads": options.threads, "steps": options.steps,
-        "ratio": statistics.median(ratios), "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
-        "ratio_of_fastest": min(cpu["mixtral"]) / min(cpu["pellucid"]),
+        "ratio": {peer: statistics.median(values) for peer, values in ratios.items()},
+        "ratio_range": {peer: [min(values), max(values)] for peer, values in ratios.items()},
+        "ratio_of_fastest": {peer: min(cpu[peer]) / min(cpu["pellucid"]) for peer in ratios},
         "cpu_seconds": {name: statistics.median(values) for name, values in cpu.items()},
         "cpu_seconds_fastest": {name: min(values) for name, values in cpu.items()},
         "wall_seconds": {name: statistics.median(values) for name, values in wall.items()},
         "gflops": {name: flops / min(values) / 1e9 for name, values in cpu.items()},
         "peak_megabytes": {name: max(worker.column("peak")) for name, worker in workers.items()}, "losses": losses,
+        "machine": machine(),
     }  # fmt: skip
 
 
 def check_losses(losses: dict[str, list[float]], vocabulary: int) -> None:
-    """Both begin at about ln V, and neither falls less than half as far as the other (they start and scale differently)."""
+    """All begin at about ln V, and none falls less than half as far as another (they start and scale differently)."""
     for name, values in losses.items():
         assert abs(values[0] - math.log(vocabulary)) < 0.5, f"{name}: first loss {values[0]}"
     falls = [values[0] - values[-1] for values in losses.values()]
@@ -224,23 +272,24 @@ def machine() -> dict:
     return {
         "processor": cpu, "cores": os.cpu_count(), "platform": platform.platform(),
         "python": platform.python_version(), "capabilities": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers") if find_spec(name)},
         "commit": run("git", "rev-parse", "--short", "HEAD"), "changed": run("git", "diff", "--name-only", "--", "../src"),
         "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d %H:%M"),
     }  # fmt: skip
 
 
 def report(result: dict) -> str:
-    ours, theirs = "pellucid", "mixtral"
-    low, high = result["ratio_quartiles"]
-    return (
-        f"{result['size']:7} {result['precision']}  ratio {result['ratio']:.2f} ({low:.2f}..{high:.2f})  "
-        f"cpu s {result['cpu_seconds'][ours]:.3f} : {result['cpu_seconds'][theirs]:.3f}  "
-        f"wall s {result['wall_seconds'][ours]:.3f} : {result['wall_seconds'][theirs]:.3f}  "
-        f"GFLOP/s {result['gflops'][ours]:.0f} : {result['gflops'][theirs]:.0f}  "
-        f"peak MB {result['peak_megabytes'][ours]:.0f} : {result['peak_megabytes'][theirs]:.0f}  "
-        f"loss {result['losses'][ours][-1]:.3f} : {result['losses'][theirs][-1]:.3f}"
-    )
+    lines = [f"{result['size']} {result['precision']}"]
+    for name, seconds in result["cpu_seconds"].items():
+        line = (
+            f"  {name:9} cpu s {seconds:.3f}  wall s {result['wall_seconds'][name]:.3f}  GFLOP/s {result['gflops'][name]:.0f}"
+            f"  peak MB {result['peak_megabytes'][name]:.0f}  last loss {result['losses'][name][-1]:.3f}"
+        )
+        if name in result["ratio"]:
+            low, high = result["ratio_range"][name]
+            line += f"  takes {result['ratio'][name]:.2f} times ours ({low:.2f}..{high:.2f})"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -249,6 +298,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each contender")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--litgpt", help="python of litgpt's environment; without it litgpt is left out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -256,13 +306,14 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options.sizes[0], options.precisions[0], options.steps)
         return
-    results = []
+    known = json.loads(options.out.read_text()) if options.out.exists() else []
+    results = {(result["size"], result["precision"]): result for result in known}
+    options.out.parent.mkdir(exist_ok=True)
     for size in options.sizes:
         for precision in options.precisions:
-            results.append(compare(size, precision, options))
-            print(report(results[-1]), flush=True)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+            results[size, precision] = compare(size, precision, options)
+            print(report(results[size, precision]), flush=True)
+            options.out.write_text(json.dumps(list(results.values()), indent=1) + "\n")
 
 
 if __name__ == "__main__":
