@@ -232,6 +232,7 @@ def test_the_held_out_measures_of_a_run_are_those_of_the_files(class_run, comman
     (["evaluate", "CLASSES", "--data", "a.jsonl", "--label-field", "kind"], "no field 'kind'"),
     (["evaluate", "NUMBERS", "--data", "a.jsonl", "--label-field", "words"], "a label of 1 numbers where there should be 2"),
     (["predict", "CLASSES", "--data", "a.jsonl", "--out", "o.txt"], "ends in .csv or .jsonl"),
+    (["measure", "context", "CLASSES"], "its loss is not one of next tokens"),
     (["predict", "CLASSES", "--data", "empty.jsonl"], "the file is empty"),
 ])  # fmt: skip
 def test_the_wrong_model_or_label_is_one_sentence(command, folder, class_run, number_run, language_run, tmp_path, arguments, expected):

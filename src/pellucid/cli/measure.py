@@ -72,6 +72,8 @@ def context(
     from pellucid.measure.texts import token_losses, token_streams
 
     network, tokens = load_with_tokenizer(model, tokenizer, "float32")
+    if network.config.head is not None:
+        raise UserError(f"measure context: {model} labels documents; its loss is not one of next tokens")
     streams = token_streams(model, data, tokens, int(megabytes * 1e6), text_field)
     length = context or trained_context(model) or 256
     finish(lambda progress: measure_context(
@@ -143,6 +145,7 @@ def diversity(
 
 def trained_context(model: str) -> int | None:
     """The row length of a run; other formats do not say it."""
-    from pellucid.cli.use import _trained_context
+    from pellucid.cli.use import trained_with
 
-    return _trained_context(Path(model))
+    settings = trained_with(Path(model))
+    return settings and settings.sequence_length

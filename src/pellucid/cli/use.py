@@ -61,7 +61,7 @@ def predict(
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise UserError(f"--out {out}: give a name that ends in .csv or .jsonl")
     network, tokens = load_with_tokenizer(model, None, dtype)
-    settings = _trained_with(Path(model))
+    settings = trained_with(Path(model))
     shown = _progress()
     try:
         rows = predict_files(network, tokens, data, text_field, settings and settings.normalize, progress=shown.stage)
@@ -101,7 +101,7 @@ def evaluate(
         return
     if label_field:
         raise UserError(f"--label-field: {model} is a language model, which labels no documents")
-    shown, settings = _progress(), _trained_with(Path(model))
+    shown, settings = _progress(), trained_with(Path(model))
     context = context or (settings and settings.sequence_length)
     if harness:
         from pellucid.measure.harness import run_harness
@@ -142,7 +142,7 @@ def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_
     from pellucid.measure.documents import evaluate_labels
     from pellucid.measure.tables import describe_labels
 
-    settings, shown = _trained_with(Path(model)), _progress()
+    settings, shown = trained_with(Path(model)), _progress()
     fields = label_fields or (settings.label_fields if settings else ())
     try:
         result, cut = evaluate_labels(
@@ -162,6 +162,6 @@ def _progress():
     return Shown(console) if console.is_terminal else Quiet()
 
 
-def _trained_with(path: Path) -> DataConfig | None:
+def trained_with(path: Path) -> DataConfig | None:
     """The data settings of a run; other formats do not say them."""
     return load_config(path / "config.toml").data if (path / "config.toml").is_file() else None
