@@ -8,6 +8,10 @@ import shutil
 
 import torch
 
+from pellucid.config import TokenizerConfig
+from pellucid.data.bpe_training import PROBE, gigabpe_problem
+from pellucid.data.encoders import choose_encoder
+from pellucid.data.tokenizer_training import train_tokenizer
 from pellucid.model.kernels import native
 from pellucid.run import REPORTED_PACKAGES, choose_device, choose_precision, has_fast_bf16, installed_version
 
@@ -31,9 +35,19 @@ def examine() -> dict[str, str]:
         "cpu kernels": native.status(),
         "attention": "chunked plain attention with capped logits; the whole mask for decoding and rows that begin with pads",
         "experts": _experts(device),
+        "tokenizer.model": _encoder("sentencepiece"),
+        "tokenizer.json": _encoder("bpe"),
+        "bpe training": "gigabpe" if gigabpe_problem() is None else f"tokenizers (gigabpe: {gigabpe_problem()})",
         "loss": "linear cross-entropy in chunks of tokens, its gradient computed in the forward pass",
     }
     return facts
+
+
+def _encoder(kind: str) -> str:
+    """Which library tokenizes much text, tried on a tokenizer trained here and now; a file is tried when it is loaded."""
+    choice = choose_encoder(train_tokenizer(TokenizerConfig(kind=kind, vocab_size=800), PROBE).engine)
+    name = "its own library" if choice.encoder.name == "reference" else choice.encoder.name
+    return "; ".join([name, *(f"{other}: {why}" for other, why in choice.refused.items())])
 
 
 def _memory() -> str:

@@ -25,7 +25,7 @@ SPECIAL = "<pad><bos><eos><unk> <s></s> [PAD] [EOS] <|endoftext|> <0x41> <0xFF>"
 @pytest.fixture(scope="module")
 def trained():
     return {kind: train_tokenizer(TokenizerConfig(kind=kind, vocab_size=500), TEXTS)
-            for kind in ("bpe", "bytes", "characters", "sentencepiece")}
+            for kind in ("bpe", "bytes", "characters", "sentencepiece", "unigram")}
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bytes", "characters"])
@@ -42,10 +42,11 @@ def test_every_string_comes_back_exactly(trained, kind, text):
     assert all(i < tokenizer.vocab_size for i in ids)
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram"])
 @given(text=st.text())
 @example(text=SPECIAL)
-def test_sentencepiece_brings_back_all_but_its_own_mark_for_a_space(trained, text):
-    tokenizer = trained["sentencepiece"]
+def test_sentencepiece_brings_back_all_but_its_own_mark_for_a_space(trained, kind, text):
+    tokenizer = trained[kind]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")
     assert b"".join(tokenizer.token_bytes(i) for i in ids) == (" " * bool(text) + text.replace("\u2581", " ")).encode()
@@ -66,11 +67,11 @@ def test_reserved_ids_and_all_bytes(trained):
 
 
 def test_digits_stand_alone(trained):
-    for kind in ("bpe", "sentencepiece"):
+    for kind in ("bpe", "sentencepiece", "unigram"):
         assert len(trained[kind].encode("1234567890")) >= 10
 
 
-@pytest.mark.parametrize("kind", ["bpe", "characters", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["bpe", "characters", "sentencepiece", "unigram"])
 def test_the_same_texts_give_the_same_tokenizer(trained, kind):
     again = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=500), iter(TEXTS))
     assert again.fingerprint == trained[kind].fingerprint
@@ -78,7 +79,7 @@ def test_the_same_texts_give_the_same_tokenizer(trained, kind):
     assert other.fingerprint != trained[kind].fingerprint
 
 
-@pytest.mark.parametrize("kind", ["bpe", "bytes", "characters", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["bpe", "bytes", "characters", "sentencepiece", "unigram"])
 def test_saved_and_loaded_it_is_the_same(trained, kind, tmp_path):
     tokenizer = trained[kind]
     tokenizer.save(tmp_path)
@@ -129,6 +130,10 @@ def test_the_official_tokenizer_is_converted_exactly(tmp_path):
     for case in json.loads((FIXTURES / "tokenizer_cases.json").read_text())["cases"]:
         assert plain.encode(case["text"]).ids == case["ids"]
         assert plain.decode(case["ids"]) == case["decoded"]
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(FIXTURES / "tokenizer.model"))
+    around = ["", "\n", "\n\n\n", "\t", "7", "<|mask|>", " ", "x", "|>", "[", "]"]
+    texts = [left + name + right for left in around for right in around for name in ("[PAD]", "[BOS]", "[UNK]", "[PAD][EOS]", "[PA")]
+    assert [item.ids for item in plain.encode_batch(texts)] == reference.encode(texts)
 
 
 def test_what_cannot_be_converted_exactly_is_not(tmp_path):

@@ -14,21 +14,26 @@ from pellucid.config import load_config, preset_names
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="a run, a Hugging Face directory, or an official ckpt-0")],
+    source: Annotated[str, typer.Argument(help="a run, a Hugging Face directory, an official ckpt-0, or a tokenizer.model")],
     destination: Annotated[Path, typer.Argument(help="new folder")],
     to: Annotated[str, typer.Option(help="hf (safetensors, for other engines) or xai (the official int8 layout)")] = "hf",
     dtype: Annotated[str | None, typer.Option(help="of the written matrices, for hf: float32 or bfloat16")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML with [model], for a ckpt-0 that is not Grok-1 itself")] = None,
 ) -> None:
-    """Rewrite a model in another format, one tensor in memory at a time.
+    """Rewrite a model in another format, one tensor in memory at a time; or a tokenizer.model with an exact tokenizer.json.
 
     Example: pellucid convert ckpt-0 grok-1-hf --to hf --dtype bfloat16
     """
     from pellucid.exchange.convert import convert as convert_model
+    from pellucid.exchange.convert import convert_tokenizer
     from pellucid.training.progress import Shown
 
     shown = Shown()
     try:
+        if source.endswith(".model"):
+            convert_tokenizer(source, destination)
+            shown.say(f"written: {destination}")
+            return
         shape = load_config(config).model if config is not None else None
         convert_model(source, destination, config=shape, to=to, dtype=dtype, progress=shown.stage)
     finally:

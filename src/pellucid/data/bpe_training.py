@@ -62,8 +62,10 @@ def training_lines(text: str) -> Iterator[str]:
     """
     text = text.replace("\n", "\x0b")
     text = DIGITS.sub("0", DIGITS_AFTER_SPACE.sub(" 0", text))
-    if not text.isascii():
-        text = _numerals().sub(lambda found: f"{_closed(text[max(0, found.start() - 1) : found.start()])}{found[0]}\n", text)
+    numerals = sorted(_numerals().intersection(text)) if not text.isascii() else ()
+    if numerals:
+        parts = re.split(f"([{''.join(numerals)}])", text)
+        text = "".join(part + _closed(part) for part in parts[:-1]) + parts[-1]
     yield text + _closed(text)
 
 
@@ -73,10 +75,9 @@ def _closed(text: str) -> str:
 
 
 @cache
-def _numerals() -> re.Pattern[str]:
+def _numerals() -> frozenset[str]:
     """Every numeral (Unicode category N) but 0-9."""
-    found = [chr(n) for n in range(128, sys.maxunicode + 1) if unicodedata.category(chr(n))[0] == "N"]
-    return re.compile(f"[{''.join(found)}]")
+    return frozenset(chr(n) for n in range(128, sys.maxunicode + 1) if unicodedata.category(chr(n))[0] == "N")
 
 
 def _train(trainer, texts: Iterable[str], count: int) -> list[Merge]:

@@ -2,8 +2,9 @@
 
 The recipe: every piece yields a merge for each split into two pieces, ranked by the piece's score, then id;
 spaces become U+2581 with one in front; user-defined symbols are cut out first, longest first, leaving out those
-with a raw space (the text has none once escaped, so they never match). Checked on probes before it is given out.
-It differs where a control piece's name stands as text alone between two user-defined symbols ("\\n[PAD]\\n").
+with a raw space (the text has none once escaped, so they never match). A word that is a piece is taken whole, so the
+name of a control piece, as text alone between two such symbols ("\\n[PAD]\\n"), is cut where SentencePiece would.
+Checked on probes before it is given out.
 Format: sentencepiece_model.proto of github.com/google/sentencepiece (wire format of protocol buffers).
 """
 
@@ -37,11 +38,14 @@ def sentencepiece_to_json(model: bytes, added: dict[int, str] | None = None) -> 
     pieces = _plain_pieces(model)
     if pieces is None:
         return None
-    result = json.dumps(_document(pieces, added or {}), ensure_ascii=False).encode()
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    symbols = [name for name, _, kind in pieces if kind == USER_DEFINED and " " not in name]
+    alone = [f"{symbol}{name}{symbol}" for symbol in symbols[:1] for name in reserved_names(model)]
+    cuts = {name: reference.encode(text, out_type=str)[2] for name, text in zip(reserved_names(model), alone, strict=False)}
+    result = json.dumps(_document(pieces, added or {}, cuts), ensure_ascii=False).encode()
     converted = tokenizers.Tokenizer.from_buffer(result)
     converted.encode_special_tokens = True
-    if any(converted.encode(text, add_special_tokens=False).ids != reference.encode(text) for text in PROBES):
+    if any(converted.encode(text, add_special_tokens=False).ids != reference.encode(text) for text in (*PROBES, *alone)):
         return None
     return result
 
@@ -61,7 +65,7 @@ def sentencepiece_without_split(model: bytes) -> tuple[bytes, str] | None:
     runs = {name: max(len(other) for other in symbols if set(other) == {name}) for name in symbols if len(name) == 1}
     runs = {name: most for name, most in runs.items()
             if name not in inside and all(name * n in symbols for n in range(1, most + 1))}
-    document = _document(pieces, {})
+    document = _document(pieces, {}, {})
     document |= {"added_tokens": [], "pre_tokenizer": None}
     document["model"]["ignore_merges"] = False
     document["model"]["merges"] = [[name * n, name * (total - n)] for name, most in runs.items()
@@ -84,11 +88,14 @@ def _plain_pieces(model: bytes) -> list[tuple[str, float, int]] | None:
     return pieces if plain and escaped and all(kind != UNUSED for _, _, kind in pieces) else None
 
 
-def _document(pieces: list[tuple[str, float, int]], added: dict[int, str]) -> dict[str, Any]:
+def _document(pieces: list[tuple[str, float, int]], added: dict[int, str], cuts: dict[str, str]) -> dict[str, Any]:
+    """`cuts`: the first piece of each reserved name where it is text."""
     special = {n: name for n, (name, _, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN)} | added
     symbols = sorted((name for name, _, kind in pieces if kind == USER_DEFINED and " " not in name), key=len, reverse=True)
-    split = {"type": "Split", "pattern": {"Regex": "|".join(_escape(name) for name in symbols)}, "behavior": "Isolated",
-             "invert": False}
+    any_symbol = "|".join(_escape(name) for name in symbols)
+    lone = [f"(?<={any_symbol}){_escape(first)}(?={_escape(name.removeprefix(first))}(?:{any_symbol}|\\z))"
+            for name, first in cuts.items()]
+    split = {"type": "Split", "pattern": {"Regex": "|".join([any_symbol, *lone])}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": n, "content": name, "single_word": False, "lstrip": False, "rstrip": False,

@@ -15,6 +15,7 @@ import torch
 
 import pellucid
 from pellucid.config import Config, ModelConfig, UserError
+from pellucid.data.tokenizer import load_tokenizer
 from pellucid.exchange.folder import file_hashes, new_folder, read_json, write_json
 from pellucid.exchange.huggingface import write_huggingface
 from pellucid.exchange.load import as_dtype, find_tokenizer, manifest_path, open_source
@@ -68,6 +69,18 @@ def convert(
     write_json(partial, record)
     os.replace(partial, manifest)
     return manifest
+
+
+def convert_tokenizer(source: str | Path, destination: str | Path) -> None:
+    """Write a tokenizer.model to the new folder `destination` as Hugging Face reads it: with a tokenizer.json of the same ids.
+
+    Raises UserError where there is no exact one: a model that is no BPE, or has a normalizer.
+    """
+    with new_folder(destination) as folder:
+        load_tokenizer(source).save(folder)
+        if not (folder / "tokenizer.json").exists():
+            raise UserError(f"{source}: no tokenizer.json gives exactly its ids (it is no BPE with byte fallback, or it changes "
+                            "the text first); use the file as it is")
 
 
 def verify(folder: str | Path) -> dict[str, str]:
