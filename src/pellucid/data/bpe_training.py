@@ -21,8 +21,8 @@ from tokenizers import models, pre_tokenizers, trainers
 
 Merge = tuple[str, str]
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode White_Space, as both libraries see it
-DIGITS_AFTER_SPACE, DIGITS, ENDS_IN_SPACE = (re.compile(pattern) for pattern in (
-    f"(?<=[{SPACE}])[0-9]+", f"(?<![{SPACE}])[0-9]+", f"[{SPACE}]\\Z"))
+DIGITS, ZERO_AFTER_SPACE, ENDS_IN_SPACE = (re.compile(pattern) for pattern in (
+    "[0-9]+", f"0(?<=[{SPACE}]0)", f"[{SPACE}]\\Z"))
 MADE_UP = ("Ġ", "0")  # the one merge that the rewriting adds
 PROBE = ("the cat sat on the mat\n\n\tdef f(x):\n\t\treturn x ** 2  # 12345 naïve café\n" * 3, "  1  22\n 3²½ x's we'll \r\n\n",
          "日本語のテキスト 😀 — “quotes” aaaaaaaaaaaa bbbbbb abababab\x0b\x85 ", "the mat, the café; the def")
@@ -61,7 +61,7 @@ def training_lines(text: str) -> Iterator[str]:
     - other numerals are words of several bytes: each gets a line.
     """
     text = text.replace("\n", "\x0b")
-    text = DIGITS.sub("0", DIGITS_AFTER_SPACE.sub(" 0", text))
+    text = ZERO_AFTER_SPACE.sub(" 0", DIGITS.sub("0", text))
     numerals = sorted(_numerals().intersection(text)) if not text.isascii() else ()
     if numerals:
         parts = re.split(f"([{''.join(numerals)}])", text)

@@ -41,7 +41,9 @@ def sentencepiece_to_json(model: bytes, added: dict[int, str] | None = None) -> 
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
     symbols = [name for name, _, kind in pieces if kind == USER_DEFINED and " " not in name]
     alone = [f"{symbol}{name}{symbol}" for symbol in symbols[:1] for name in reserved_names(model)]
-    cuts = {name: reference.encode(text, out_type=str)[2] for name, text in zip(reserved_names(model), alone, strict=False)}
+    first = [reference.encode(text, out_type=str)[2] for text in alone]
+    cuts = {name: piece if name.startswith(piece) else name[0]  # where it is spelled in bytes
+            for name, piece in zip(reserved_names(model), first, strict=False)}
     result = json.dumps(_document(pieces, added or {}, cuts), ensure_ascii=False).encode()
     converted = tokenizers.Tokenizer.from_buffer(result)
     converted.encode_special_tokens = True
