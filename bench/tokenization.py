@@ -178,9 +178,9 @@ def _rustbpe(texts: list[str]) -> object:
 
 
 TRAINERS: dict[str, Callable[[list[str]], object]] = {
-    "pellucid bpe: gigabpe": _pellucid("bpe"), "pellucid bpe: tokenizers (without gigabpe)": _pellucid("bpe", False),
-    "pellucid sentencepiece": _pellucid("sentencepiece"), "pellucid unigram": _pellucid("unigram"),
-    "tokenizers BpeTrainer": _tokenizers, "sentencepiece bpe": _sentencepiece, "rustbpe": _rustbpe,
+    "pellucid bpe: gigabpe": _pellucid("bpe"), "tokenizers BpeTrainer": _tokenizers, "rustbpe": _rustbpe,
+    "sentencepiece bpe": _sentencepiece, "pellucid sentencepiece": _pellucid("sentencepiece"),
+    "pellucid bpe: tokenizers alone": _pellucid("bpe", False), "pellucid unigram": _pellucid("unigram"),
 }
 
 
@@ -200,10 +200,12 @@ def train_here(name: str, corpus: Path, megabytes: float, save: Path | None) -> 
     print(json.dumps(row))
 
 
-def training(corpus: Path, megabytes: float, save: Path) -> dict[str, dict]:
+def training(corpus: Path, megabytes: float, save: Path, wanted: str) -> dict[str, dict]:
     rows = {}
     print(f"training {VOCABULARY} tokens on {megabytes:g} MB\n{'':44s}{'wall s':>8s}{'CPU s':>8s}{'GB':>6s}")
     for number, name in enumerate(TRAINERS):
+        if wanted not in name:
+            continue
         command = [sys.executable, __file__, str(corpus), "--train-megabytes", str(megabytes), "--train-here", name]
         environment = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
         environment["RAYON_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--megabytes", type=float, default=150)
     parser.add_argument("--train-megabytes", type=float, default=50)
+    parser.add_argument("--trainers", default="", help="only those whose name holds this")
     parser.add_argument("--parts", default="training,official,byte-level", help="which tables; the others are kept from --out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tokenization.json")
     parser.add_argument("--train-here", help=argparse.SUPPRESS)
@@ -250,11 +253,13 @@ def main() -> None:
         return
     results = json.loads(arguments.out.read_bytes()) if arguments.out.exists() else {}
     about = {"commit": commit(), "machine": f"{processor()}, {os.cpu_count()} cores", "python": platform.python_version(),
-             "versions": versions(), "corpus": sorted(path.name for path in arguments.corpus.glob("*.jsonl"))}
+             "load_average": [round(load, 1) for load in os.getloadavg()], "versions": versions(), "corpus": sorted(path.name for path in arguments.corpus.glob("*.jsonl"))}
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "bpe"
         if "training" in arguments.parts:
-            results["training"] = {"about": about, "trainers": training(arguments.corpus, arguments.train_megabytes, trained)}
+            rows = training(arguments.corpus, arguments.train_megabytes, trained, arguments.trainers)
+            before = results.get("training", {}).get("trainers", {}) if arguments.trainers else {}
+            results["training"] = {"about": about, "trainers": before | rows}
         texts = list(documents(arguments.corpus, arguments.megabytes))
         if "official" in arguments.parts:
             results["official"] = {"about": about, **official(texts)}
