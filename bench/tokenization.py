@@ -253,7 +253,8 @@ def main() -> None:
         return
     results = json.loads(arguments.out.read_bytes()) if arguments.out.exists() else {}
     about = {"commit": commit(), "machine": f"{processor()}, {os.cpu_count()} cores", "python": platform.python_version(),
-             "load_average": [round(load, 1) for load in os.getloadavg()], "versions": versions(), "corpus": sorted(path.name for path in arguments.corpus.glob("*.jsonl"))}
+             "load_average": [round(load, 1) for load in os.getloadavg()], "versions": versions(),
+             "corpus": sorted(path.name for path in arguments.corpus.glob("*.jsonl"))}
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "bpe"
         if "training" in arguments.parts:

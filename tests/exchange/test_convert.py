@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from official_writer import small_config, write_official
+from typer.testing import CliRunner
 
-from pellucid.config import Config, ModelConfig, UserError, preset
+from pellucid.cli import app
+from pellucid.config import Config, ModelConfig, TokenizerConfig, UserError, preset
 from pellucid.data.tokenizer import load_tokenizer
-from pellucid.exchange.convert import convert, verify
+from pellucid.data.tokenizer_training import train_tokenizer
+from pellucid.exchange.convert import convert, convert_tokenizer, verify
 from pellucid.exchange.folder import file_hashes
 from pellucid.exchange.huggingface import save_huggingface
 from pellucid.exchange.load import load
@@ -142,3 +145,19 @@ def test_folders_and_files_without_a_model_are_said(tmp_path):
         load(tmp_path / "file")
     with pytest.raises(UserError, match="dtype fp8"):
         load("tiny", dtype="fp8")
+
+
+def test_a_tokenizer_model_becomes_a_folder_that_transformers_reads_with_the_same_ids(tmp_path):
+    from transformers import AutoTokenizer
+
+    texts = ["def f(x):\n    return x + 123\n\n" * 20, "the quick brown fox\tjumps over the lazy dog; " * 30]
+    for kind in ("sentencepiece", "unigram"):
+        train_tokenizer(TokenizerConfig(kind=kind, vocab_size=500), texts).save(tmp_path / kind, convert=False)
+    arguments = ["convert", str(tmp_path / "sentencepiece" / "tokenizer.model"), str(tmp_path / "out")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "sentencepiece")
+    for text in (*texts, "\n[PAD]\n <|mask|> naïve 😀  \t\t7", " leading", ""):
+        assert theirs(text).input_ids == ours.encode(text)
+    with pytest.raises(UserError, match=r"tokenizer.model: no tokenizer.json gives exactly its ids"):
+        convert_tokenizer(tmp_path / "unigram" / "tokenizer.model", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
