@@ -20,6 +20,8 @@ from pellucid.data import blocks, shards
 from pellucid.data.blocks import BlockWriter, finished_block
 from pellucid.data.build import prepare
 from pellucid.data.document import Document
+from pellucid.data.pipeline import Job
+from pellucid.data.ray_workers import Ray
 from pellucid.data.workers import InThisProcess, Processes
 
 WORDS = "the of and a house river letters seven green walking quickly météo 数据 😀 through under".split()
@@ -181,7 +183,79 @@ def test_a_worker_that_dies_is_replaced(config, expected, tmp_path):
     assert contents(tmp_path / "out") == expected
 
 
-class Fatal:
+class DiesOnce:
+    """Runs a job in a worker that is killed once, right after the job's third block (a file in `folder` remembers)."""
+
+    def __init__(self, job, folder: Path):
+        self.job, self.folder = job, folder
+
+    def run(self, setup):
+        (self.folder / f"worker-{os.getpid()}").touch()
+        blocks_done = 0
+        for report in self.job.run(setup):
+            yield report
+            blocks_done += report[0] == "block"
+            if blocks_done == 3 and not (self.folder / "killed").exists():
+                (self.folder / "killed").touch()
+                time.sleep(0.3)  # until the caller has heard
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(self, report):
+        return DiesOnce(self.job.after(report), self.folder)
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_file_loses_no_block_and_repeats_none(config, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(Path(__file__).parent)]))
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", 60_000)
+    found = []
+
+    class Watched(Processes):
+        def do(self, jobs, setup):
+            for number, (kind, value) in super().do([DiesOnce(job, tmp_path) for job in jobs], setup):
+                found.extend([value.name] if kind == "block" else [])
+                yield number, (kind, value)
+
+    dataset = prepare(config, directory=tmp_path / "out", workers=Watched(1))
+    assert (tmp_path / "killed").exists() and len(found) == len(set(found))
+    assert contents(dataset.directory) == expected
+
+
+@pytest.fixture
+def ray_here(monkeypatch):
+    """Ray, for a cluster of two small workers on this machine that knows the jobs of this file; stopped afterwards."""
+    import ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield ray
+    ray.shutdown()
+
+
+def test_a_ray_cluster_that_loses_a_worker_writes_the_same_bytes(ray_here, config, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", 60_000)
+
+    class Watched(Ray):
+        def do(self, jobs, setup):
+            return super().do([DiesOnce(job, tmp_path) for job in jobs], setup)
+
+    dataset = prepare(config, directory=tmp_path / "out", workers=Watched("local", 2))
+    assert (tmp_path / "killed").exists() and len(list(tmp_path.glob("worker-*"))) >= 3  # two, and one instead of the dead
+    assert contents(dataset.directory) == expected
+    with pytest.raises(UserError, match="b.jsonl:301: not a JSON object"):
+        prepare(config.model_copy(update={"on_error": "stop"}), directory=tmp_path / "other", workers=Ray("local", 2))
+
+
+def test_no_ray_cluster_is_a_sentence(monkeypatch):
+    with pytest.raises(UserError, match="ray job submit"):
+        Ray("ray://somewhere:10001")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'pellucid\[ray\]'"):
+        Ray("auto")
+
+
+class Fatal(Job):
     """A job that kills its worker."""
 
     def run(self, setup):
@@ -189,14 +263,14 @@ class Fatal:
         yield
 
 
-class Faulty:
+class Faulty(Job):
     def run(self, setup):
         yield "position", 1
         raise ZeroDivisionError("ours")
 
 
 def test_work_that_kills_every_worker_is_a_sentence_and_a_fault_of_ours_is_shown(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(Path(__file__).parent)]))
     with pytest.raises(UserError, match="a worker process died 3 times"):
         list(Processes(2).do([Fatal()], None))
     with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any
 
 from pellucid.data import shards
 from pellucid.data.blocks import Block, commit, finished_block, read_record
-from pellucid.data.document import SourceFile
+from pellucid.data.document import SourceFile, Span
 from pellucid.data.parts import Part, plan_parts, worth_scanning
 from pellucid.data.pipeline import ReadJob, ScanJob, Setup, ShardJob, TokenizeJob, block_name
 from pellucid.data.workers import Workers
@@ -175,13 +176,10 @@ class Build:
 
 
 def _continuation(part: Part, done: list[Block]) -> ReadJob:
-    kept = [sum(block.facts[key] for block in done) for key in ("items", "documents", "text_bytes")]
-    return ReadJob(part, len(done), *kept)
+    return reduce(lambda job, block: job.after(("block", block)), done, ReadJob(part))
 
 
 def _with_span(part: Part, values: list[Any]) -> Part:
-    from pellucid.data.document import Span
-
     start, stop, ordinal, sha256, spans = values
     return Part(part.files, Span(start, stop, ordinal), sha256=sha256, spans=spans)
 

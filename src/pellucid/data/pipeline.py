@@ -4,8 +4,9 @@
     ReadJob      a part            -> blocks of documents that all stages kept
     TokenizeJob  a block           -> token blocks, one per split
     ShardJob     token blocks      -> one shard
-A job yields what it has to report: ("position", bytes done) now and then, and its results. What it writes bears
-its final name only when complete, and the same job always writes the same bytes.
+A job yields what it has to report: ("position", bytes done) now and then, and its results; `after` a report it is the
+job that is left to do. What it writes bears its final name only when complete, and the same job always writes the same
+bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,19 @@ class Setup:
     block_bytes: int
 
 
+class Job:
+    """Work that is done again from its start when its worker dies, unless `after` says what is left of it."""
+
+    def run(self, setup: Setup) -> Iterator[Report]:
+        raise NotImplementedError
+
+    def after(self, report: Report) -> Job:
+        """What is left to do once this was reported."""
+        return self
+
+
 @dataclass(frozen=True)
-class ScanJob:
+class ScanJob(Job):
     part: Part
 
     def run(self, setup: Setup) -> Iterator[Report]:
@@ -62,7 +74,7 @@ class ScanJob:
 
 
 @dataclass(frozen=True)
-class ReadJob:
+class ReadJob(Job):
     """Reads a part, from where its finished blocks end."""
 
     part: Part
@@ -84,6 +96,14 @@ class ReadJob:
             yield "block", block
             if block.facts["last"]:
                 return
+
+    def after(self, report: Report) -> ReadJob:
+        kind, block = report
+        if kind != "block":
+            return self
+        items, documents, text_bytes = (block.facts[key] for key in ("items", "documents", "text_bytes"))
+        return replace(self, blocks=self.blocks + 1, items=self.items + items, documents=self.documents + documents,
+                       text_bytes=self.text_bytes + text_bytes)
 
 
 def block_name(part: Part, number: int) -> str:
@@ -206,7 +226,7 @@ def _pass_through(document: Document, pipeline: list[Stage], writer: BlockWriter
 
 
 @dataclass(frozen=True)
-class TokenizeJob:
+class TokenizeJob(Job):
     """Tokenizes a block into tokens/NAME.train and tokens/NAME.validation (.tok and .arrow), then NAME.json."""
 
     block: Block
@@ -256,7 +276,7 @@ def _batches(block: Block) -> Iterator[list[tuple[Document, bytes]]]:
 
 
 @dataclass(frozen=True)
-class ShardJob:
+class ShardJob(Job):
     """Writes one shard, then its record NNNNN.json beside the token blocks."""
 
     number: int

@@ -1,7 +1,7 @@
 """Picture 2: who does the jobs. In this process, in several of this machine, or (ray_workers.py) in a cluster.
 
 A worker process is `python -m pellucid.data.worker`, spoken to through its pipes: nothing of the caller's program
-is run again in it, and it ends when the caller does. A worker that dies is replaced and its job done again.
+is run again in it, and it ends when the caller does. A worker that dies is replaced and goes on with its job.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pellucid.config import UserError
 from pellucid.data.pipeline import Report, Setup
 
 TRIES = 3
+ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # one job, one core
 LENGTH = struct.Struct("<Q")
 
 
@@ -89,6 +90,7 @@ def _serve(todo: queue.SimpleQueue, said: queue.Queue, setup: Setup, stop: threa
                         if stop.is_set():
                             return
                         said.put(("report", number, report))
+                        job = job.after(report)
                     break
                 except (EOFError, OSError, pickle.UnpicklingError):  # it died
                     code = worker.end()
@@ -108,9 +110,8 @@ def _serve(todo: queue.SimpleQueue, said: queue.Queue, setup: Setup, stop: threa
 
 class _Worker:
     def __init__(self, setup: Setup):
-        environment = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", **os.environ}
         self.process = subprocess.Popen([sys.executable, "-m", "pellucid.data.worker"], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env=environment)
+                                        stdout=subprocess.PIPE, env={**ONE_THREAD, **os.environ})
         send(self.process.stdin, setup)
 
     def run(self, job: Any) -> Iterator[Report]:
