@@ -60,7 +60,7 @@ class Run:
 
     def dataset(self) -> Dataset:
         """The data it was trained on."""
-        return Dataset(self.manifest["data"]["directory"])
+        return Dataset(self.manifest["data"]["directory"], mixture=self.config.data.mixture)
 
 
 def train(

@@ -11,7 +11,7 @@ import torch
 
 from pellucid.config import DataConfig, UserError
 from pellucid.data.build import prepare
-from pellucid.data.dataset import Dataset
+from pellucid.data.dataset import FORMAT, Dataset
 
 
 def words(n: int, seed: int) -> str:
@@ -191,7 +191,7 @@ def test_no_dataset_here_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="not a manifest of data format"):
         Dataset(tmp_path)
     settings = {"sequence_length": 16, "packing": "of the future"}
-    manifest = {"format": 1, "settings": settings, "splits": {}, "files": {}, "tokenizer": {}}
+    manifest = {"format": FORMAT, "settings": settings, "splits": {}, "files": {}, "tokenizer": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"settings this version does not know \(packing"):
         Dataset(tmp_path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,18 +20,26 @@ app.add_typer(data_app, name="data")
 @data_app.command("build")
 def data_build(
     settings: Annotated[list[str], typer.Argument(metavar="CONFIG.toml [key=value ...]")],
-    out: Annotated[Path, typer.Option(help="folder to write")],
+    out: Annotated[Path, typer.Option(help="folder to write; for --ray one that every node sees under this path")],
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one per core for a large corpus")] = None,
+    ray: Annotated[str | None, typer.Option(help="a Ray cluster: auto, HOST:PORT, or local (one started here)")] = None,
 ) -> None:
     """Prepare the data of a configuration: read, normalize, train the tokenizer, tokenize, write checked shards.
 
-    Example: pellucid data build corpus.toml --out data/corpus
+    The bytes written do not depend on who does the work. Killed at any moment, the same command goes on.
+
+    Example: pellucid data build corpus.toml --out data/corpus --workers 8
     """
     from pellucid.data.build import prepare
+    from pellucid.data.ray_workers import Ray
     from pellucid.training.progress import Shown
 
+    config = load_config(*split_settings(settings)).data
+    config.workers = workers or config.workers
     shown = Shown()
     try:
-        dataset = prepare(load_config(*split_settings(settings)).data, directory=out, progress=shown.stage)
+        cluster = Ray(ray, config.workers) if ray else None
+        dataset = prepare(config, directory=out, progress=shown.stage, workers=cluster)
     finally:
         shown.close()
     for name, split in dataset.manifest["splits"].items():
@@ -38,16 +48,32 @@ def data_build(
 
 
 @data_app.command("inspect")
-def data_inspect(folder: Annotated[Path, typer.Argument(help="folder of prepared data")], as_json: Json = False) -> None:
-    """Counts of every stage, and samples before and after.
+def data_inspect(
+    folder: Annotated[Path, typer.Argument(help="folder of prepared data")],
+    token: Annotated[int | None, typer.Option(help="where this token of the split came from, instead")] = None,
+    document: Annotated[int | None, typer.Option(help="where this document of the split came from, instead")] = None,
+    split: Annotated[str, typer.Option(help="train or validation, for --token and --document")] = "train",
+    as_json: Json = False,
+) -> None:
+    """Counts of every stage, samples before and after, statistics; or where one token came from.
 
-    Example: pellucid data inspect data/corpus
+    Example: pellucid data inspect data/corpus --token 12345
     """
     from pellucid.data.dataset import Dataset
-    from pellucid.data.inspect import describe
+    from pellucid.data.inspect import describe, describe_origin
+    from pellucid.data.origin import origin
+    from pellucid.data.statistics import statistics
 
-    manifest = Dataset(folder).manifest
-    print(json.dumps(manifest, indent=1) if as_json else describe(manifest))
+    dataset = Dataset(folder, verify=False)
+    if token is not None or document is not None:
+        answer = origin(dataset, split, token=token, document=document)
+        shown = None if as_json else describe_origin(answer)
+    else:
+        with _progress() as progress:
+            numbers = statistics(dataset, progress)
+        answer = {**dataset.manifest, "statistics": numbers}
+        shown = None if as_json else describe(dataset.manifest, numbers)
+    _answer(answer if as_json else shown)
 
 
 @data_app.command("export")
@@ -102,3 +128,47 @@ def data_import(
     for name, split in dataset.manifest["splits"].items():
         shown.say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
     shown.say(f"written: {out}; train on it with data.prepared={out}")
+
+
+@data_app.command("search")
+def data_search(
+    text: Annotated[str, typer.Argument(help="what to look for, exactly")],
+    places: Annotated[list[str] | None, typer.Argument(help="runs, or folders of prepared data; default: runs/*")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="documents to describe; all are counted")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Which documents hold a text (file, bytes, context), and which steps of the runs saw it.
+
+    Example: pellucid data search "it is a truth universally" runs/demo
+    """
+    from pellucid.observe.sightings import find, render
+
+    with _progress() as progress:
+        results = find(text, places or [], limit=limit, progress=progress)
+    _answer([result.as_dict() for result in results] if as_json else render(results))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[..., None]]:
+    """A bar on stderr, if that is a terminal: stdout holds the answer alone."""
+    from rich.console import Console
+
+    from pellucid.training.progress import Quiet, Shown
+
+    console = Console(stderr=True, highlight=False)
+    shown = Shown(console) if console.is_terminal else Quiet()
+    try:
+        yield shown.stage
+    finally:
+        shown.close()
+
+
+def _answer(answer: Any) -> None:
+    """A rich text, or JSON values."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if isinstance(answer, Text):
+        Console(highlight=False, soft_wrap=True).print(answer)
+    else:
+        print(json.dumps(answer, indent=1))

@@ -27,7 +27,7 @@ from pellucid.data.packing import Plan, make_plan
 from pellucid.data.shards import ShardReader, damage
 from pellucid.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1
+FORMAT = 2  # 2: provenance names the stages that changed a document
 MANIFEST = "manifest.json"
 IGNORE = -100  # target of a position that predicts nothing
 VALIDATION_KEY = 0x76616C6964  # the fixed order of held-out rows, whatever the seed
@@ -200,7 +200,8 @@ class Split:
         return [{
             "row": int(row[n]), "sample": int(sample_ids[row[n]]), "document": int(plan.document[p]),
             "source": origin["source"], "source_index": origin["source_index"], "ordinal": origin["ordinal"],
-            **self._byte_range(int(p), origin), "segment": int(segment[n]), "position_start": int(position[n]),
+            **self.byte_range(int(plan.document[p]), int(plan.start[p]), int(plan.start[p] + plan.length[p]), origin),
+            "segment": int(segment[n]), "position_start": int(position[n]),
             "length": int(plan.length[p]), "token_start": int(plan.start[p]), "label": origin.get("label"),
         } for n, (p, origin) in enumerate(zip(piece, provenance, strict=True))]
 
@@ -208,21 +209,35 @@ class Split:
         """Provenance, tokens (closing eos included) and text of one document of this split."""
         first, last = int(self.reader.starts[index]), int(self.reader.ends[index])
         tokens = self.reader.tokens(np.arange(first, last)).tolist()
-        return {**self.reader.provenance([index])[0], "token_ids": tokens, "text": self.tokenizer.decode(tokens[:-1])}
+        return {**self.reader.provenance([index])[0], "token_ids": tokens, "text": self.text_of(index)}
+
+    def text_of(self, index: int) -> str:
+        """The text of one document, after all stages."""
+        first, last = int(self.reader.starts[index]), int(self.reader.ends[index])
+        return self.tokenizer.decode(self.reader.tokens(np.arange(first, last - 1)).tolist())
 
     def steps_with(self, rows: set[int], steps: int, batch_size: int) -> list[int]:
         """Which of the steps 0..steps-1 of a run saw any of these rows."""
-        wanted, found = np.array(sorted(rows), dtype=np.int64), []
+        found = self.steps_of_rows(rows, steps, batch_size)
+        return sorted({step for seen in found.values() for step in seen})
+
+    def steps_of_rows(self, rows: set[int], steps: int, batch_size: int) -> dict[int, list[int]]:
+        """{row: those of the steps 0..steps-1 of a run that saw it}."""
+        wanted, found = np.array(sorted(rows), dtype=np.int64), {row: [] for row in rows}
         for first in range(0, steps * batch_size, 1 << 18):
             last = min(first + (1 << 18), steps * batch_size)
-            hits = np.flatnonzero(np.isin(self._sample_rows(first, last, batch_size), wanted))
-            found += ((hits + first) // batch_size).tolist()
-        return sorted(set(found))
+            seen = self._sample_rows(first, last, batch_size)
+            for sample in np.flatnonzero(np.isin(seen, wanted)).tolist():
+                found[int(seen[sample])].append((first + sample) // batch_size)
+        return found
 
-    def rows_of_document(self, index: int) -> set[int]:
-        """The rows that hold a piece of a document."""
-        pieces = np.flatnonzero(self.plan.document == index)
-        return set((np.searchsorted(self.plan.row_first, pieces, side="right") - 1).tolist())
+    def rows_of_document(self, index: int, tokens: Sequence[tuple[int, int]] | None = None) -> set[int]:
+        """The rows that hold a piece of a document; or of these (first, stop) ranges of its tokens."""
+        plan, pieces = self.plan, np.flatnonzero(self.plan.document == index)
+        if tokens is not None:
+            start, stop = plan.start[pieces], plan.start[pieces] + plan.length[pieces]
+            pieces = pieces[np.any([(start < end) & (stop > first) for first, end in tokens], axis=0)]
+        return set((np.searchsorted(plan.row_first, pieces, side="right") - 1).tolist())
 
     def _sample_rows(self, start: int, stop: int, batch_size: int) -> np.ndarray:
         if self.mixture:
@@ -275,15 +290,14 @@ class Split:
             labels = labels.view(B, T, -1)
         return Batch(*shaped, torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(source.astype(np.int64)), labels)
 
-    def _byte_range(self, piece: int, origin: dict[str, Any]) -> dict[str, Any]:
-        """Bytes of a piece: the sum of its tokens' bytes, where the source's bytes are the text."""
+    def byte_range(self, document: int, start: int, stop: int, origin: dict[str, Any]) -> dict[str, Any]:
+        """Bytes of some tokens of a document: the sum of their own bytes, where the source's bytes are the text."""
         if not origin["exact"]:
             return {"byte_start": origin["byte_start"], "byte_end": origin["byte_end"], "exact": False}
-        first = int(self.reader.starts[self.plan.document[piece]])
-        start, length = int(self.plan.start[piece]), int(self.plan.length[piece])
+        first = int(self.reader.starts[document])
         ends = np.cumsum(self.tokenizer.byte_lengths[self.reader.tokens(np.arange(first, first + origin["tokens"]))])
         extra = int(ends[-1]) - origin["text_bytes"]  # SentencePiece puts a space before the text
-        bounds = [max(0, int(ends[n - 1]) - extra) if n else 0 for n in (start, start + length)]
+        bounds = [max(0, int(ends[n - 1]) - extra) if n else 0 for n in (start, stop)]
         return {"byte_start": origin["byte_start"] + bounds[0], "byte_end": origin["byte_start"] + bounds[1], "exact": True}
 
 

@@ -7,7 +7,7 @@ of stages is all the pipeline there is. Filters, deduplication and augmentation 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ class Document:
     `source` is the uri of its file, `source_index` the entry of `data.sources` (or `data.validation`) that named
     the file, `ordinal` its number within the file. `byte_start` and `byte_end` bound it in the decompressed file;
     for jsonl they bound its line, for parquet they are its row number and the next. `exact` says that those very
-    bytes are the text. `split` is "train", "validation", or None while undecided.
+    bytes are the text. `split` is "train", "validation", or None while undecided. `changed_by` names the stages that
+    changed its text, in order.
     """
 
     text: str
@@ -31,6 +32,13 @@ class Document:
     exact: bool = False
     split: str | None = None
     label: str | None = None  # as labels.py writes it; None: plain text
+    changed_by: str = ""
+
+    def marked(self, before: Document, stage: str) -> Document:
+        """What a stage made of `before`, with its name on it if it changed the text."""
+        if self is before:
+            return self
+        return replace(self, changed_by=f"{before.changed_by}, {stage}" if before.changed_by else stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +114,7 @@ class Stage:
     def __call__(self, document: Document) -> Document | Dropped:
         result = self.apply(document)
         self.record.add(document, result)
-        return result
+        return result if isinstance(result, Dropped) else result.marked(document, self.name)
 
     def describe(self) -> dict[str, Any]:
         """The manifest's entry for this stage."""

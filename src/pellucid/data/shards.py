@@ -2,7 +2,7 @@
 
     shards/NNNNN.tok      little-endian uint32: each document's tokens and its closing eos
     shards/NNNNN.idx      little-endian uint64: where each document ends, in tokens, within the shard
-    shards/NNNNN.parquet  one row per document: source, byte range, tokens, text bytes, content hash
+    shards/NNNNN.parquet  one row per document: source, byte range, stages that changed it, tokens, text bytes, content hash
 A shard belongs to one split; manifest.json (see build.py) says which, and names every file with size and hash.
 """
 
@@ -29,6 +29,7 @@ PROVENANCE = pa.schema([
     ("byte_start", pa.int64()),  # in the decompressed file (parquet: row number)
     ("byte_end", pa.int64()),
     ("exact", pa.bool_()),  # those bytes are the text, unchanged by any stage
+    ("changed_by", pa.dictionary(pa.int32(), pa.string())),  # stages that changed it, in order; the others let it pass as it was
     ("tokens", pa.int64()),  # with the closing eos
     ("text_bytes", pa.int64()),  # after all stages
     ("content_hash", pa.binary(16)),  # blake2b of the text after all stages
@@ -52,7 +53,8 @@ class TokenBlock:
         self.tokens.append(tokens.astype("<u4", copy=False))
         self.text_bytes += text_bytes
         values = (document.source, document.source_index, document.ordinal, document.byte_start, document.byte_end,
-                  document.exact, len(tokens), text_bytes, content_hash, parent, augmentation, document.label)
+                  document.exact, document.changed_by, len(tokens), text_bytes, content_hash, parent, augmentation,
+                  document.label)
         for column, value in zip(self.columns, values, strict=True):
             column.append(value)
 
@@ -120,8 +122,7 @@ class ShardReader:
         self.ends = np.concatenate([end + base for end, base in zip(ends, self.token_base, strict=False)])
         self.lengths = np.diff(self.ends, prepend=0)
         self.starts = self.ends - self.lengths
-        self.source_index = np.concatenate([
-            pq.read_table(self._path(shard, "parquet"), columns=["source_index"]).column(0).to_numpy() for shard in shards])
+        self.source_index = self.columns(["source_index"]).column(0).to_numpy()
 
     def _path(self, shard: dict[str, Any], suffix: str) -> Path:
         return self.folder / f"{shard['number']:05d}.{suffix}"
@@ -139,8 +140,11 @@ class ShardReader:
 
     def labels(self) -> list[str | None]:
         """The label of every document."""
-        tables = [pq.read_table(self._path(shard, "parquet"), columns=["label"]) for shard in self.shards]
-        return [label for table in tables for label in table.column(0).to_pylist()]
+        return self.columns(["label"]).column(0).to_pylist()
+
+    def columns(self, names: list[str]) -> pa.Table:
+        """Some provenance columns of all documents."""
+        return pa.concat_tables(pq.read_table(self._path(shard, "parquet"), columns=names) for shard in self.shards)
 
     def provenance(self, documents: list[int]) -> list[dict[str, Any]]:
         """The provenance rows of some documents, in the order asked."""

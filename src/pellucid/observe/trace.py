@@ -73,7 +73,8 @@ def open_run(run_dir: str | Path) -> tuple[Config, Dataset]:
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a run directory (manifest.json cannot be read: {error})") from None
-    return load_config(folder / "config.toml"), Dataset(manifest["data"]["directory"], verify=False)
+    config = load_config(folder / "config.toml")
+    return config, Dataset(manifest["data"]["directory"], verify=False, mixture=config.data.mixture)
 
 
 def trace(run_dir: str | Path, step: int) -> Trace:
