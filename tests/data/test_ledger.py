@@ -243,7 +243,7 @@ def test_a_ray_cluster_that_loses_a_worker_writes_the_same_bytes(ray_here, confi
     dataset = prepare(config, directory=tmp_path / "out", workers=Watched("local", 2))
     assert (tmp_path / "killed").exists() and len(list(tmp_path.glob("worker-*"))) >= 3  # two, and one instead of the dead
     assert contents(dataset.directory) == expected
-    with pytest.raises(UserError, match="b.jsonl:301: not a JSON object"):
+    with pytest.raises(UserError, match=r"b.jsonl:301: not a JSON object"):
         prepare(config.model_copy(update={"on_error": "stop"}), directory=tmp_path / "other", workers=Ray("local", 2))
 
 

@@ -14,6 +14,8 @@ from pellucid.config import DataConfig, UserError
 from pellucid.data.build import prepare
 from pellucid.data.loader import Loader
 from pellucid.data.order import CYCLE, make_mixture, mixed_rows
+from pellucid.observe.trace import trace
+from pellucid.run import train
 
 
 def configure(folder, rows=(60, 20, 9), **settings) -> DataConfig:
@@ -68,6 +70,12 @@ def test_restoring_ends_what_was_made_ahead(split):
         loader.restore(state)
         assert all(a.equal(b) for a, b in zip(take(loader, 6), first, strict=True))
     assert not [t for t in threading.enumerate() if "_work" in t.name]
+
+
+def test_steps_may_be_asked_for_in_any_order(split):
+    with Loader(split, 4) as loader:
+        for step in (0, 1, 2, 9, 10, 3, 3):
+            assert loader.batch(step).tokens_BT.equal(split.batch(step, 4).tokens_BT)
 
 
 def test_a_state_of_other_data_seed_or_past_shares_is_refused(split, tmp_path):
@@ -178,3 +186,23 @@ def test_which_steps_saw_a_document(split):
         rows = split.rows_of_document(document)
         steps = split.steps_with(rows, 40, 8)
         assert steps == [step for step in range(40) if any(p["document"] == document for p in split.trace(step, 8))]
+
+
+def test_a_run_resumes_with_other_shares_to_come_and_refuses_other_shares_past(tmp_path, tiny_tables):
+    for name in "ab":
+        lines = [json.dumps({"text": f"{name} {n} " + "some words " * (n % 5)}) for n in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    tables = tiny_tables(max_steps=3)
+    tables["data"] |= {"sources": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], "directory": str(tmp_path / "data"),
+                       "mixture": [{"from_step": 0, "shares": [1, 0]}]}
+    train(tables, run_dir=tmp_path / "run")
+    assert not [t for t in threading.enumerate() if "_work" in t.name], "the loader's thread has ended with the run"
+    tables["training"]["max_steps"] = 5
+    past = {**tables, "data": tables["data"] | {"mixture": [{"from_step": 0, "shares": [1, 1]}]}}
+    with pytest.raises(UserError, match=r"data.mixture differs for steps already done; change only what comes after step 3"):
+        train(past, run_dir=tmp_path / "run", resume=True)
+    tables["data"]["mixture"].append({"from_step": 3, "shares": [0, 1]})
+    train(tables, run_dir=tmp_path / "run", resume=True)
+    for step in range(5):
+        sources = {document.source.rpartition("/")[2] for document in trace(tmp_path / "run", step).documents}
+        assert sources == {"a.jsonl" if step < 3 else "b.jsonl"}

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pellucid.data.tokenizer import Tokenizer, load_tokenizer
 FORMAT = 2  # 2: provenance names the stages that changed a document
 MANIFEST = "manifest.json"
 IGNORE = -100  # target of a position that predicts nothing
+SAMPLES_AT_ONCE = 1 << 14  # whose rows are found together
 VALIDATION_KEY = 0x76616C6964  # the fixed order of held-out rows, whatever the seed
 
 
@@ -144,6 +145,7 @@ class Split:
         self.quotas = np.array([max(1, round(w * r)) if r else 0
                                 for w, r in zip(weights, self.plan.source_rows.tolist(), strict=True)], dtype=np.int64)
         self.rows_per_epoch = int(self.quotas.sum())
+        self._rows_of_samples = lru_cache(maxsize=4)(self._order)
 
     def __len__(self) -> int:
         """Number of different rows."""
@@ -240,10 +242,16 @@ class Split:
         return set((np.searchsorted(plan.row_first, pieces, side="right") - 1).tolist())
 
     def _sample_rows(self, start: int, stop: int, batch_size: int) -> np.ndarray:
+        first = start // SAMPLES_AT_ONCE
+        parts = [self._rows_of_samples(number, batch_size) for number in range(first, -(-stop // SAMPLES_AT_ONCE))]
+        return np.concatenate([*parts, np.empty(0, np.int64)])[start - first * SAMPLES_AT_ONCE :][: stop - start]
+
+    def _order(self, number: int, batch_size: int) -> np.ndarray:
+        """The rows of SAMPLES_AT_ONCE samples; many at once cost little more than one."""
+        samples = np.arange(number * SAMPLES_AT_ONCE, (number + 1) * SAMPLES_AT_ONCE)
         if self.mixture:
-            mixture = self._mixture(batch_size)
-            return mixed_rows(np.arange(start, stop), self.plan.source_rows, mixture, self.seed)
-        return sample_rows(np.arange(start, stop), self.plan.source_rows, self.quotas, self.seed)
+            return mixed_rows(samples, self.plan.source_rows, self._mixture(batch_size), self.seed)
+        return sample_rows(samples, self.plan.source_rows, self.quotas, self.seed)
 
     def _mixture(self, batch_size: int) -> Mixture:
         if batch_size not in self._mixtures:
@@ -270,24 +278,26 @@ class Split:
         B, T = len(rows), self.sequence_length
         row, piece, position, segment = self._pieces(rows)
         length, document = self.plan.length[piece], self.plan.document[piece]
-        within = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-        place = np.repeat(row * T + position, length) + within
-        at = np.repeat(self.reader.starts[document] + self.plan.start[piece], length) + within
-        begins = np.repeat(self.plan.start[piece] == 0, length) & (within == 0)
-        tokens = np.full(B * T, self.tokenizer.pad_token_id, dtype=np.int64)
-        targets = np.full(B * T, IGNORE, dtype=np.int64)
-        segments, positions = np.zeros(B * T, dtype=np.int32), np.zeros(B * T, dtype=np.int32)
-        targets[place] = self.reader.tokens(at)
-        tokens[place] = np.where(begins, self.tokenizer.eos_token_id, self.reader.tokens(np.maximum(at - 1, 0)))
-        segments[place] = 1 if self.cross_document else np.repeat(segment, length)
-        positions[place] = place % T if self.cross_document else within
+        first = self.reader.starts[document] + self.plan.start[piece]
+        windows = [self.reader.window(at, n) for at, n in zip(first.tolist(), length.tolist())]
+        inputs, outputs = (np.concatenate(parts) for parts in zip(*windows, strict=True)) if windows else ((), ())
+        numbers = np.repeat(segment.astype(np.int32), length)
+        within = np.arange(len(numbers), dtype=np.int32) - np.repeat((np.cumsum(length) - length).astype(np.int32), length)
+        tokens = np.full((B, T), self.tokenizer.pad_token_id, dtype=np.int64)
+        targets = np.full((B, T), IGNORE, dtype=np.int64)
+        segments, positions = np.zeros((B, T), dtype=np.int32), np.zeros((B, T), dtype=np.int32)
+        ends = np.cumsum(np.bincount(row, weights=length, minlength=B)).astype(np.int64).tolist()
+        for r, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):  # a row's pieces lie from its start on
+            used = stop - start
+            tokens[r, :used], targets[r, :used] = inputs[start:stop], outputs[start:stop]
+            segments[r, :used] = 1 if self.cross_document else numbers[start:stop]
+            positions[r, :used] = np.arange(used) if self.cross_document else within[start:stop]
         source = np.searchsorted(np.cumsum(self.plan.source_rows), rows, side="right")
-        shaped = [torch.from_numpy(array.reshape(B, T)) for array in (tokens, targets, segments, positions)]
+        shaped = [torch.from_numpy(array) for array in (tokens, targets, segments, positions)]
         labels = None
         if self.labels is not None:
-            labels = torch.full((B * T, self.labels.shape[1]), torch.nan)
-            labels[torch.from_numpy(row * T + position + length - 1)] = torch.from_numpy(self.labels[document])
-            labels = labels.view(B, T, -1)
+            labels = torch.full((B, T, self.labels.shape[1]), torch.nan)
+            labels[torch.from_numpy(row), torch.from_numpy(position + length - 1)] = torch.from_numpy(self.labels[document])
         return Batch(*shaped, torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(source.astype(np.int64)), labels)
 
     def byte_range(self, document: int, start: int, stop: int, origin: dict[str, Any]) -> dict[str, Any]:

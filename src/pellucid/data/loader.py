@@ -49,6 +49,13 @@ class Loader:
         self.next_sample += self.batch_size
         return batch
 
+    def batch(self, step: int) -> Batch:
+        """The batch of a step of the run; at hand already where steps come one after another."""
+        if self.next_sample != step * self.batch_size:
+            self.close()
+            self.next_sample = step * self.batch_size
+        return next(self)
+
     def state(self) -> dict[str, Any]:
         """Where the run is: JSON values, well under 1 kB, the same on every rank."""
         return {"fingerprint": self.split.fingerprint, "seed": self.split.seed, "batch_size": self.batch_size,

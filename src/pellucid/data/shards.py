@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ class ShardReader:
         self.folder, self.shards = folder, shards
         self.token_base = np.cumsum([0, *(shard["tokens"] for shard in shards)])  # first token of each shard
         self.document_base = np.cumsum([0, *(shard["documents"] for shard in shards)])
+        self._bases = self.token_base.tolist()
         maps = [np.memmap(self._path(shard, "tok"), dtype="<u4", mode="r") for shard in shards]
         self._tokens = [np.asarray(tokens) for tokens in maps]  # plain views: the memmap class is slow to index
         ends = [np.fromfile(self._path(shard, "idx"), dtype="<u8").astype(np.int64) for shard in shards]
@@ -141,6 +143,17 @@ class ShardReader:
     def labels(self) -> list[str | None]:
         """The label of every document."""
         return self.columns(["label"]).column(0).to_pylist()
+
+    def window(self, first: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the tokens one before each, the tokens) at global positions first : first + length, all of one document.
+
+        What stands before a document is the eos that closes the one before it; the first of all gets its own.
+        """
+        shard = bisect_right(self._bases, first) - 1
+        tokens, at = self._tokens[shard], first - self._bases[shard]
+        if at:
+            return tokens[at - 1 : at + length - 1], tokens[at : at + length]
+        return np.concatenate([tokens[-1:], tokens[: length - 1]]), tokens[:length]
 
     def columns(self, names: list[str]) -> pa.Table:
         """Some provenance columns of all documents."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pellucid.config import Config, UserError
+from pellucid.data.loader import Loader
 from pellucid.model.grok import Grok1
 from pellucid.training import checkpoint
 from pellucid.training.evaluate import split_batches
@@ -47,6 +48,7 @@ class Loop:
         self.config, self.model, self.optimizer, self.dataset = config, model, optimizer, dataset
         self.run_dir, self.observer, self.progress = run_dir, observer, progress or Quiet()
         self.train_split = dataset.split("train", config.training.seed)
+        self.loader = Loader(self.train_split, config.training.batch_size)  # makes the next batches while a step computes
         self.max_steps = budget_in_steps(config, self.train_split)
         self.counters = Counters()
         self.final: Any = None  # on all held-out rows, at the end of the budget
@@ -57,7 +59,7 @@ class Loop:
         settings, counters = self.config.training, self.counters
         epoch_at = lambda step: self.train_split.epoch_of(step, settings.batch_size)
         self.progress.start(counters.step, self.max_steps, epoch_at(self.max_steps))
-        with StopRequest() as stop:
+        with self.loader, StopRequest() as stop:
             if counters.step == 0:
                 self.evaluate(rows=settings.evaluate_rows)
             while counters.step < self.max_steps and stop.signal_name is None:
@@ -80,7 +82,7 @@ class Loop:
         settings, counters = self.config.training, self.counters
         began = time.perf_counter()
         self.observer.begin_step(counters.step)
-        batch = self.train_split.batch(counters.step, settings.batch_size)
+        batch = self.loader.batch(counters.step)
         size = settings.micro_batch_size
         micro_batches = [batch[i : i + size].to(self.device) for i in range(0, settings.batch_size, size)]
         data_seconds = time.perf_counter() - began
@@ -111,7 +113,7 @@ class Loop:
         """A checkpoint of this moment."""
         tensors, facts = optimizer_state(self.optimizer)
         settings = decisive_settings(self.config, self.dataset)
-        state = {"counters": vars(self.counters), "optimizer": facts, "settings": settings}
+        state = {"counters": vars(self.counters), "optimizer": facts, "settings": settings, "loader": self.loader.state()}
         folders = {"model": dict(self.model.state_dict()), "optimizer": tensors}
         folder = checkpoint.save(self.checkpoints, self.counters.step, folders, state, best=best)
         checkpoint.retain(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best, self._warn)
@@ -138,6 +140,7 @@ class Loop:
         differences = checkpoint.diff_settings(saved.state["settings"], decisive_settings(self.config, self.dataset))
         if differences:
             raise UserError(f"{saved.folder}: cannot resume, these settings have changed: {'; '.join(differences)}")
+        self.loader.restore(saved.state["loader"])
         self.model.load_state_dict(saved.tensors["model"])
         load_optimizer_state(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
         self.counters = Counters(**saved.state["counters"])

@@ -70,8 +70,9 @@ def _apply(block: Block, stage: CorpusPass, place: Path, numbers: Iterator[int])
             if isinstance(result, Dropped):
                 continue
             text = result.text.encode()
-            unchanged = result.text is document.text
-            writer.add(result.marked(document, stage.name), text, content_hash if unchanged else hashlib.blake2b(text, digest_size=16).digest())
+            if result.text is not document.text:
+                content_hash = hashlib.blake2b(text, digest_size=16).digest()
+            writer.add(result.marked(document, stage.name), text, content_hash)
         return writer.finish(**{key: value for key, value in block.facts.items() if key not in OWN})
     finally:
         writer.abandon()
