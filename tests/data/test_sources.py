@@ -6,6 +6,9 @@ import gzip
 import io
 import json
 import lzma
+import os
+import subprocess
+import sys
 import sysconfig
 import zipfile
 from pathlib import Path
@@ -254,6 +257,7 @@ def test_the_help_topics_are_a_corpus():
     ("a.txt", "hello".encode("utf-16"), "wrong encoding", "UTF-16"),
     ("a.txt", b"", "empty", "empty"),
     ("a.txt.gz", gzip.compress(b"hello " * 1000)[:-12], "damaged", "not a complete gzip file"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' + b'{"text": "two"}\n' * 9999)[:-20], "damaged", "not a complete gzip file"),
     ("a.txt.gz", b"no gzip at all", "damaged", "not a complete gzip file"),
     ("a.txt.zst", zstandard.ZstdCompressor().compress(bytes(range(65, 91)) * 99)[:-6], "damaged", "not a complete zstd"),
     ("a.txt.zst", b"no zstd at all", "damaged", "not a complete zstd file"),
@@ -290,6 +294,39 @@ def test_bad_content_is_one_sentence_that_names_the_file(tmp_path, name, data, r
     problem = next(item for item in read(tmp_path / name) if isinstance(item, Unreadable))
     assert problem.reason == reason
     assert name in problem.message and says in problem.message and "\n" not in problem.message
+
+
+@pytest.mark.parametrize("share", [0.5, 0.999])
+def test_a_parquet_file_cut_short_is_one_sentence(tmp_path, share):
+    pq.write_table(pa.table({"text": [f"row {n}" for n in range(5000)]}), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: int(len(whole) * share)])
+    [problem] = read(tmp_path / "a.parquet")
+    assert problem.reason == "damaged" and "a.parquet: not a complete parquet file" in problem.message
+
+
+GIGABYTE_LINE = """
+import resource, sys
+from pellucid.config import DataConfig
+from pellucid.data.build import prepare
+config = DataConfig(sources=[sys.argv[1]], directory=sys.argv[2], tokenizer={"kind": "bytes"}, sequence_length=8,
+                    validation_fraction=0, on_error="skip")
+dataset = prepare(config)
+print(dataset.manifest["stages"][0]["dropped"], dataset.manifest["stages"][0]["samples"][0]["message"])
+print([dataset.train.document(n)["text"] for n in range(2)], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+"""
+
+
+def test_a_line_of_a_gigabyte_is_left_out_counted_and_never_in_memory(tmp_path):
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(b'{"text": "the first"}\n{"text": "')
+        file.seek(1 << 30, os.SEEK_CUR)  # a hole: nothing is stored
+        file.write(b'"}\n{"text": "the last"}\n')
+    done = subprocess.run([sys.executable, "-c", GIGABYTE_LINE, str(tmp_path / "a.jsonl"), str(tmp_path / "data")],
+                          capture_output=True, text=True, check=True)
+    dropped, documents = done.stdout.splitlines()
+    assert dropped.startswith("{'line too long': 1}") and "a.jsonl:2: a line of 1,073,741,837 bytes" in dropped
+    assert documents.startswith("['the first', 'the last']") and int(documents.split()[-1]) < 1000  # MB
 
 
 def test_parquet_names_its_columns_when_the_text_field_is_wrong(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,3 +60,38 @@ def load_with_tokenizer(model: str, tokenizer: Path | None, dtype: str) -> tuple
             "it is the tokenizer of another model"
         )
     return network, tokens
+
+
+def progress() -> Any:
+    """On stderr, where it is a terminal: stdout holds the answer alone."""
+    from contextlib import closing
+
+    from rich.console import Console
+
+    from pellucid.training.progress import Quiet, Shown
+
+    console = Console(stderr=True, highlight=False)
+    return closing(Shown(console) if console.is_terminal else Quiet())
+
+
+def answer(facts: Any, as_json: bool, picture: Any) -> None:
+    """JSON for programs (a non-finite number is its name in quotes: JSON has none), else a picture for people."""
+    if as_json:
+        print(json.dumps(_named(facts), allow_nan=False))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    drawn = picture()
+    console.print(drawn, soft_wrap=isinstance(drawn, Text))
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _named(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(part) for part in value]
+    return str(value) if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pellucid.cli.app import Json, app, split_settings
+from pellucid.cli.app import Json, answer, app, progress, split_settings
 from pellucid.config import load_config
 
 data_app = typer.Typer(help="Picture 2 alone: prepare text, look into what was prepared.", no_args_is_help=True)
@@ -66,14 +63,12 @@ def data_inspect(
 
     dataset = Dataset(folder, verify=False)
     if token is not None or document is not None:
-        answer = origin(dataset, split, token=token, document=document)
-        shown = None if as_json else describe_origin(answer)
-    else:
-        with _progress() as progress:
-            numbers = statistics(dataset, progress)
-        answer = {**dataset.manifest, "statistics": numbers}
-        shown = None if as_json else describe(dataset.manifest, numbers)
-    _answer(answer if as_json else shown)
+        found = origin(dataset, split, token=token, document=document)
+        answer(found, as_json, lambda: describe_origin(found))
+        return
+    with progress() as shown:
+        numbers = statistics(dataset, shown.stage)
+    answer({**dataset.manifest, "statistics": numbers}, as_json, lambda: describe(dataset.manifest, numbers))
 
 
 @data_app.command("export")
@@ -143,32 +138,6 @@ def data_search(
     """
     from pellucid.observe.sightings import find, render
 
-    with _progress() as progress:
-        results = find(text, places or [], limit=limit, progress=progress)
-    _answer([result.as_dict() for result in results] if as_json else render(results))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[..., None]]:
-    """A bar on stderr, if that is a terminal: stdout holds the answer alone."""
-    from rich.console import Console
-
-    from pellucid.training.progress import Quiet, Shown
-
-    console = Console(stderr=True, highlight=False)
-    shown = Shown(console) if console.is_terminal else Quiet()
-    try:
-        yield shown.stage
-    finally:
-        shown.close()
-
-
-def _answer(answer: Any) -> None:
-    """A rich text, or JSON values."""
-    from rich.console import Console
-    from rich.text import Text
-
-    if isinstance(answer, Text):
-        Console(highlight=False, soft_wrap=True).print(answer)
-    else:
-        print(json.dumps(answer, indent=1))
+    with progress() as shown:
+        results = find(text, places or [], limit=limit, progress=shown.stage)
+    answer([result.as_dict() for result in results], as_json, lambda: render(results))

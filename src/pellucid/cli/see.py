@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pellucid.cli.app import Json, app
+from pellucid.cli.app import Json, answer, app, progress
 from pellucid.config import UserError
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="folder of the run, such as runs/demo")]
@@ -28,7 +27,7 @@ def trace(
     from pellucid.observe import trace as tracing
 
     result = tracing.trace(run, step)
-    _answer(result.as_dict(), as_json, lambda: tracing.render(result, documents))
+    answer(result.as_dict(), as_json, lambda: tracing.render(result, documents))
 
 
 @app.command()
@@ -56,13 +55,13 @@ def explain(
     from pellucid.observe import explain as explaining
     from pellucid.observe.explain_view import render
 
-    with _progress() as shown:
+    with progress() as shown:
         if text is not None:
             result = explaining.explain_text(run, text, parameter, place, label)
         else:
             replaying = lambda done, total: shown.stage("replaying from a checkpoint", done, total)
             result = explaining.explain(run, step, parameter, place, on_progress=replaying)
-    _answer(result.as_dict(), as_json, lambda: render(result))
+    answer(result.as_dict(), as_json, lambda: render(result))
     if any(proof.holds is False for proof in result.proofs):
         raise typer.Exit(1)
 
@@ -76,36 +75,3 @@ def _index(index: str | None, parameter: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in index.strip("[]() ").split(","))
     except ValueError:
         raise UserError(f"--index {index}: give whole numbers with commas between, such as 3,7") from None
-
-
-def _progress() -> Any:
-    """On stderr, where it is a terminal: stdout holds the answer alone."""
-    from contextlib import closing
-
-    from rich.console import Console
-
-    from pellucid.training.progress import Quiet, Shown
-
-    console = Console(stderr=True, highlight=False)
-    return closing(Shown(console) if console.is_terminal else Quiet())
-
-
-def _answer(facts: dict[str, Any], as_json: bool, picture: Any) -> None:
-    """JSON for programs (a non-finite number is its name in quotes: JSON has none), else a picture for people."""
-    if as_json:
-        print(json.dumps(_named(facts), allow_nan=False))
-        return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    console.print(picture())
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _named(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_named(part) for part in value]
-    return str(value) if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))) else value

@@ -212,7 +212,8 @@ def _explained(target: Path, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        full = "No space left" in str(error) or "requested and" in str(error)  # the latter is numpy's word for it
+        if full or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(f"{target.parent}: the disk is full; free some space, or set data.directory to a larger "
                             "disk") from None
         raise UserError(f"{target}: cannot write the data ({error.strerror or error})") from None

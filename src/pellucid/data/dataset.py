@@ -279,10 +279,12 @@ class Split:
         row, piece, position, segment = self._pieces(rows)
         length, document = self.plan.length[piece], self.plan.document[piece]
         first = self.reader.starts[document] + self.plan.start[piece]
-        windows = [self.reader.window(at, n) for at, n in zip(first.tolist(), length.tolist())]
-        inputs, outputs = (np.concatenate(parts) for parts in zip(*windows, strict=True)) if windows else ((), ())
+        windows = [self.reader.window(at, n) for at, n in zip(first.tolist(), length.tolist(), strict=True)]
+        inputs, outputs = (np.concatenate([np.empty(0, "<u4"), *(window[n] for window in windows)]) for n in (0, 1))
+        begins = np.cumsum(length) - length  # of each piece, among all tokens of the batch
+        inputs[begins[self.plan.start[piece] == 0]] = self.tokenizer.eos_token_id
         numbers = np.repeat(segment.astype(np.int32), length)
-        within = np.arange(len(numbers), dtype=np.int32) - np.repeat((np.cumsum(length) - length).astype(np.int32), length)
+        within = np.arange(len(numbers), dtype=np.int32) - np.repeat(begins.astype(np.int32), length)
         tokens = np.full((B, T), self.tokenizer.pad_token_id, dtype=np.int64)
         targets = np.full((B, T), IGNORE, dtype=np.int64)
         segments, positions = np.zeros((B, T), dtype=np.int32), np.zeros((B, T), dtype=np.int32)

@@ -121,6 +121,11 @@ class Stage:
         return {"name": self.name, "version": self.version, "settings": self.settings, **self.record.as_dict()}
 
 
+def utf8_size(text: str) -> int:
+    """Bytes of the text in UTF-8; ASCII is known to be so without looking."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 @dataclass
 class StageRecord:
     """Counts of what went in and came out, and the first few documents that were changed or dropped."""
@@ -133,7 +138,7 @@ class StageRecord:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, before: Document, after: Document | Dropped) -> None:
-        size = len(before.text.encode())
+        size = utf8_size(before.text)
         self.documents_in += 1
         self.bytes_in += size
         if isinstance(after, Dropped):
@@ -142,7 +147,7 @@ class StageRecord:
             return
         changed = after.text != before.text
         self.documents_out += 1
-        self.bytes_out += len(after.text.encode()) if changed else size
+        self.bytes_out += utf8_size(after.text) if changed else size
         if changed:
             self._sample(before, after.text, None)
 

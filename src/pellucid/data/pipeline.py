@@ -26,7 +26,7 @@ from pellucid.config import DataConfig, UserError
 from pellucid.data.augment.identity import materialized
 from pellucid.data.augment.materialize import Item, Materializer
 from pellucid.data.blocks import BLOCK_DOCUMENTS, Block, BlockWriter, commit
-from pellucid.data.document import Document, Dropped, SourceFile, Stage, StageRecord, Unreadable
+from pellucid.data.document import Document, Dropped, SourceFile, Stage, StageRecord, Unreadable, utf8_size
 from pellucid.data.parts import Part, scan
 from pellucid.data.shards import TokenBlock, file_sha256, write_shard
 from pellucid.data.sources import read_documents, state_of
@@ -177,7 +177,7 @@ def _fill(writer: BlockWriter, items: Iterator[Document | Unreadable], reading: 
             read.drop(item.reason)
             messages = [*messages, item.message][:3]
         else:
-            size = len(item.text.encode())
+            size = utf8_size(item.text)
             read.documents_out += 1
             read.bytes_in, read.bytes_out = read.bytes_in + size, read.bytes_out + size
             for document in setup.splitter.cut(item):

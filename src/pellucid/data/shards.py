@@ -147,7 +147,7 @@ class ShardReader:
     def window(self, first: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """(the tokens one before each, the tokens) at global positions first : first + length, all of one document.
 
-        What stands before a document is the eos that closes the one before it; the first of all gets its own.
+        What stands before the first token of a document means nothing.
         """
         shard = bisect_right(self._bases, first) - 1
         tokens, at = self._tokens[shard], first - self._bases[shard]

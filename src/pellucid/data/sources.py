@@ -63,6 +63,7 @@ def read_documents(file: SourceFile, progress: Callable[[int], None] = lambda po
     A document or a file that cannot be read yields an Unreadable with one sentence for the user. Raises UserError
     where the storage is out of reach or a package is missing.
     """
+    reached = 0  # in the file as stored
     try:
         with opened(file) as (raw, stream):
             if span.start and file.format not in ("parquet",):
@@ -72,13 +73,16 @@ def read_documents(file: SourceFile, progress: Callable[[int], None] = lambda po
                     document = Unreadable("no label", f"{document.source}: this kind of file has no field "
                                           f"'{file.label_fields[0]}'; labels come with jsonl, csv and tables")
                 yield document
-                progress(raw.tell() if raw else 0)
+                reached = raw.tell() if raw else 0
+                progress(reached)
     except DAMAGE as error:
         kind = NAMES.get(file.compression, "compressed")
-        yield Unreadable("damaged", f"{file.uri}: not a complete {kind} file ({error}); fetch or compress it again")
+        yield Unreadable("damaged", f"{file.uri}: not a complete {kind} file ({error}; after byte {reached} of those stored); "
+                         "fetch or compress it again")
     except OSError as error:
         if file.compression == ".bz2" and error.errno is None:  # what bz2 raises over bad data
-            yield Unreadable("damaged", f"{file.uri}: not a complete bzip2 file ({error}); fetch or compress it again")
+            yield Unreadable("damaged", f"{file.uri}: not a complete bzip2 file ({error}; after byte {reached} of those stored); "
+                             "fetch or compress it again")
             return
         yield Unreadable("unreadable", f"{file.uri}: cannot be read ({error.strerror or error})")
 

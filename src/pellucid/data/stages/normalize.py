@@ -18,6 +18,7 @@ from pellucid.data.stages.privacy import mask
 
 VERSION = 2
 CONTROL = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r")
+ANY_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 QUOTES = str.maketrans("‘’‚‛“”„‟", "''''\"\"\"\"")
 SPACES = re.compile(r"[^\S\n\t ]")  # no-break, thin, ideographic ... spaces
 TRAILING = re.compile(r"[ \t]+(?=\n|\Z)")
@@ -31,7 +32,7 @@ def normalize(text: str, config: NormalizeConfig) -> str:
         text = _repair(text)
     if config.line_ends:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if config.control_characters:
+    if config.control_characters and ANY_CONTROL.search(text):
         text = text.translate(CONTROL)
     text = _unicode(text, config.unicode)
     if config.quotes:

@@ -57,13 +57,17 @@ def gopher_quality(view: TextView, limits: GopherQualityFilter) -> str | None:
             return "words too long"
     if text.count("#") / total > limits.max_symbol_ratio:
         return "too many hash signs"
-    if (text.count("...") + text.count("…")) / total > limits.max_symbol_ratio:
+    ellipses = text.count("...") + text.count("…")
+    if ellipses / total > limits.max_symbol_ratio:
         return "too many ellipses"
     lines = view.lines
-    if sum(line.lstrip()[:1] in ("•", "-") for line in lines) / max(1, len(lines)) > limits.max_bullet_lines:
-        return "too many bullets"
-    if sum(line.rstrip().endswith(("...", "…")) for line in lines) / max(1, len(lines)) > limits.max_ellipsis_lines:
-        return "too many lines that end in an ellipsis"
+    some = lambda most: most * max(1, len(lines))  # fewer signs in the whole text than that: no need to look at its lines
+    if text.count("-") + text.count("•") > some(limits.max_bullet_lines):
+        if sum(line.lstrip()[:1] in ("•", "-") for line in lines) > some(limits.max_bullet_lines):
+            return "too many bullets"
+    if ellipses > some(limits.max_ellipsis_lines):
+        if sum(line.rstrip().endswith(("...", "…")) for line in lines) > some(limits.max_ellipsis_lines):
+            return "too many lines that end in an ellipsis"
     if int(np.count_nonzero(words.alphabetic)) / total < limits.min_alphabetic_words:
         return "too few words with letters"
     return "too few stop words" if _stop_words(text, limits.min_stop_words) < limits.min_stop_words else None
