@@ -1,5 +1,6 @@
 """A build killed at any moment goes on mid-file, to the same bytes, with any number of workers; and says how it goes."""
 
+import bz2
 import contextlib
 import gzip
 import json
@@ -9,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from pellucid.config import DataConfig, UserError
 from pellucid.data import blocks, shards
@@ -45,7 +48,7 @@ def text(rng: random.Random, words: int) -> str:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Every way of reading: a plain file cut into pieces, jsonl by spans, compressed jsonl, parquet, many small files."""
+    """Every way of reading: plain text in pieces, jsonl by spans, compressed jsonl, tables, an archive, many small files."""
     folder, rng = tmp_path_factory.mktemp("sources"), random.Random(1)
     (folder / "a.txt").write_text("".join(text(rng, 20) for _ in range(800)))
     lines = [json.dumps({"text": text(rng, rng.randrange(1, 120))}) + "\n" for _ in range(600)]
@@ -53,6 +56,11 @@ def config(tmp_path_factory):
     (folder / "c.jsonl.gz").write_bytes(gzip.compress("".join(lines[::-1]).encode()))
     rows = pa.table({"text": [text(rng, 60) for _ in range(400)]})
     pq.write_table(rows, folder / "d.parquet", row_group_size=50)
+    feather.write_feather(rows, str(folder / "e.feather"), chunksize=40)
+    (folder / "f.csv.bz2").write_bytes(bz2.compress(("text\n" + "".join(text(rng, 30) for _ in range(200))).encode()))
+    with zipfile.ZipFile(folder / "g.zip", "w") as archive:
+        archive.writestr("inner.jsonl", "".join(lines[:150]))
+        archive.writestr("other.txt", text(rng, 4000))
     (folder / "small").mkdir()
     for n in range(40):
         (folder / "small" / f"{n:02}.md").write_text(text(rng, rng.randrange(1, 200)))

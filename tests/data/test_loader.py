@@ -83,7 +83,7 @@ def test_a_state_of_other_data_seed_or_past_shares_is_refused(split, tmp_path):
     with pytest.raises(UserError, match="the data differ"):
         Loader(prepare(configure(tmp_path, rows=(60, 20, 8))).split("train", 3), 4).restore(state)
     with pytest.raises(UserError, match="seed is 0, the run's is 3"):
-        Loader(type(split)((split.reader, split.plan), _Parts(split), "train", 0), 4).restore(state)
+        Loader(type(split)((split.reader, split.plan, None), _Parts(split), "train", 0), 4).restore(state)
     with pytest.raises(UserError, match="not a multiple of the 3 processes"):
         Loader(split, 4, world_size=3)
 
