@@ -41,7 +41,7 @@ SIZES = {  # layers, hidden, intermediate, query heads, key/value heads, vocabul
     "large": dict(L=2, D=1024, F=2048, H=16, K=4, V=8192, B=4, T=512),
 }
 EXPERTS, EXPERTS_PER_TOKEN = 8, 2
-WARM_UP = 2  # steps of each that are not timed
+WARM_UP = 1  # steps of each that are not timed
 
 
 def make_tokens(size: dict, steps: int) -> torch.Tensor:
@@ -252,11 +252,11 @@ def compare(size_name: str, precision: str, options: argparse.Namespace) -> dict
 
 
 def check_losses(losses: dict[str, list[float]], vocabulary: int) -> None:
-    """All begin at about ln V, and none falls less than half as far as another (they start and scale differently)."""
+    """All begin at about ln V, and none falls less than a third as far as another (they start and scale differently)."""
     for name, values in losses.items():
         assert abs(values[0] - math.log(vocabulary)) < 0.5, f"{name}: first loss {values[0]}"
     falls = [values[0] - values[-1] for values in losses.values()]
-    assert min(falls) > 0.1 and min(falls) > max(falls) / 2, f"the losses do not fall alike: {losses}"
+    assert min(falls) > 0.1 and min(falls) > max(falls) / 3, f"the losses do not fall alike: {losses}"
 
 
 def model_flops(size: dict) -> float:

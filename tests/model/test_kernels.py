@@ -153,6 +153,26 @@ def test_experts(dtype, choice):
     assert (fast.double() - plain.double()).norm() < TOLERANCE[dtype] * plain.double().norm()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_is_mixed_as_many_are(dtype):
+    moe = moe_of(24, 20, 4, 2)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = random(1, 24, dtype=dtype).detach()
+    routing = moe.route(x)
+    with torch.no_grad():
+        one, plain = moe.mix_one(x, routing), moe.mix_plain(x, routing)
+    assert one.dtype == dtype and (one.double() - plain.double()).norm() < TOLERANCE[dtype] * plain.double().norm()
+
+
+def test_without_gradients_the_same_bits():
+    x, weight = random(2, 3, 4, 5, 16), random(16)
+    cos, sin = rotary_phases(torch.arange(3).expand(2, 3), 16, 10_000.0)
+    graded = rms_norm(x, weight, 1e-5), rotate(x, cos, sin)
+    with torch.no_grad():
+        assert all(map(torch.equal, graded, (rms_norm(x, weight, 1e-5), rotate(x, cos, sin))))
+
+
 def test_rows_of_an_expert_are_its_tokens_in_order_and_padding_belongs_to_nobody():
     index = torch.tensor([[2, 0], [2, 1], [0, 2], *[[2, 3]] * 15])
     row_Nk, rows_E, token_M = sort_by_expert(index, 5)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pellucid.config import ModelConfig
 from pellucid.model.kernels import experts
 from pellucid.model.kernels.grouped import grouped_linear
+from pellucid.model.kernels.products import linear
 
 
 @dataclass
@@ -68,13 +69,24 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, parity: bool = False) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.route(x_ND)
-        if not parity and experts.fits(x_ND, self.gate_up_proj, self.down_proj):
+        if len(x_ND) == 1 and not parity and not torch.is_grad_enabled():
+            mixed = self.mix_one(x_ND, routing)
+        elif not parity and experts.fits(x_ND, self.gate_up_proj, self.down_proj):
             mixed = experts.fused_experts(
                 x_ND, routing.gate_Nk, routing.expert_index_Nk, self.gate_up_proj, self.down_proj
             )
         else:
             mixed = self.mix_plain(x_ND, routing, parity)
         return mixed.view_as(x_BTD), routing
+
+    def mix_one(self, x_1D: Tensor, routing: Routing) -> Tensor:
+        """`mix_plain` of a single token, as in decoding, where sorting would cost more than the products."""
+        mixed_1D = x_1D.new_zeros(x_1D.shape, dtype=torch.float32)
+        for choice, e in enumerate(routing.expert_index_Nk[0].tolist()):
+            gate, up = linear(x_1D, self.gate_up_proj[e].to(x_1D.dtype)).chunk(2, dim=-1)
+            output = linear(F.gelu(gate, approximate="tanh") * up, self.down_proj[e].to(x_1D.dtype))
+            mixed_1D.addcmul_(output, routing.gate_Nk[:, choice : choice + 1])
+        return mixed_1D.to(x_1D.dtype)
 
     def mix_plain(self, x_ND: Tensor, routing: Routing, parity: bool = False) -> Tensor:
         """The experts' outputs for each token, weighted by its gates; [N, D]. The definition, and any device's way."""

@@ -24,6 +24,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 WIDE = {"x86_64": ["-mprefer-vector-width=512"]}  # compilers choose 256 bits where they fear for the clock
+C_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}  # a tensor goes by its address
 SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
@@ -40,7 +41,9 @@ def fits(*tensors: Tensor) -> bool:
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
     """Run kernel `name` for `dtype` on contiguous tensors (by address), integers and floats, in its declared order."""
     function = getattr(_load()[0], f"{name}_{SUFFIXES[dtype]}")
-    function(*[_as_c(argument) for argument in arguments])
+    if function.argtypes is None:
+        function.argtypes = [C_TYPES.get(type(argument), ctypes.c_void_p) for argument in arguments]
+    function(*[_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments])
 
 
 def status() -> str:
@@ -49,12 +52,10 @@ def status() -> str:
     return f"compiled by this machine's C++ compiler ({library._name})" if library else f"plain PyTorch: {reason}"
 
 
-def _as_c(argument: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    if isinstance(argument, Tensor):
-        if not argument.is_contiguous():
-            raise ValueError("a kernel was given a tensor that is not contiguous")
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+def _address(tensor: Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError("a kernel was given a tensor that is not contiguous")
+    return tensor.data_ptr()
 
 
 @functools.cache

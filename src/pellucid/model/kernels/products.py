@@ -49,6 +49,8 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     fast = _onednn_fits(x) or _is_emulated(x)
     if not fast or torch.compiler.is_compiling() or type(x) is not Tensor:
         return F.linear(x, weight_OI)
+    if not torch.is_grad_enabled():
+        return product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
     return _Linear.apply(x, weight_OI)
 
 

@@ -23,18 +23,22 @@ def rotate_plain(x_BTKGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
 def rotate(x_BTKGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
     """As `rotate_plain`, by the fastest way that this device has."""
     if native.fits(x_BTKGd, cos_BTd, sin_BTd):
-        return _Rotate.apply(x_BTKGd, cos_BTd, sin_BTd)
+        return (_Rotate.apply if torch.is_grad_enabled() else _fused)(x_BTKGd, cos_BTd.contiguous(), sin_BTd.contiguous())
     return rotate_plain(x_BTKGd, cos_BTd, sin_BTd)
+
+
+def _fused(x_BTKGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
+    B, T, K, G, d = x_BTKGd.shape
+    y_BKTGd = x_BTKGd.new_empty(B, K, T, G, d)
+    native.call("rotate", x_BTKGd.dtype, x_BTKGd.contiguous(), cos_BTd, sin_BTd, y_BKTGd, B, T, K, G, d, 1)
+    return y_BKTGd
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTKGd, cos_BTd, sin_BTd):
-        B, T, K, G, d = x_BTKGd.shape
-        ctx.phases = cos_BTd.contiguous(), sin_BTd.contiguous()
-        y_BKTGd = x_BTKGd.new_empty(B, K, T, G, d)
-        native.call("rotate", x_BTKGd.dtype, x_BTKGd.contiguous(), *ctx.phases, y_BKTGd, B, T, K, G, d, 1)
-        return y_BKTGd
+        ctx.phases = cos_BTd, sin_BTd
+        return _fused(x_BTKGd, cos_BTd, sin_BTd)
 
     @staticmethod
     @once_differentiable
