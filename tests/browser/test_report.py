@@ -5,6 +5,7 @@ import re
 import pytest
 
 from pellucid.config import UserError
+from pellucid.measure.outcome import section
 from pellucid.observe.reader import Reader
 from pellucid.observe.web import report
 from pellucid.observe.web.report import write_report
@@ -46,6 +47,17 @@ def test_a_long_run_is_told_more_coarsely_within_the_budget(runs, tmp_path, open
     assert small.stat().st_size <= assets + (whole - assets) // 3
     page = open_page(small.as_uri(), offline=True)
     assert page.locator(".field canvas").count() == 1
+
+
+def test_what_was_measured_follows_the_dashboard(runs, tmp_path, open_page):
+    chart = {"title": "t", "x": "x", "y": "y", "lines": [{"name": "n", "x": [1, 2], "y": [3, 4]}]}
+    fragment = section({"name": "context", "title": "Use of <context>", "findings": ["It helps."], "charts": [chart], "tables": []})
+    page = open_page(write_report(runs[0], tmp_path / "run.html", sections=[fragment]).as_uri(), wait=None, offline=True)
+    page.wait_for_selector("main .panel")
+    assert page.locator("#measure-context h2").inner_text() == "Use of <context>"
+    assert page.locator("#measure-context svg circle").count() == 2
+    box, app = page.locator("#measure-context").bounding_box(), page.locator("#app").bounding_box()
+    assert box["y"] >= app["y"] + app["height"] - 1, "below, not over it"
 
 
 def test_report_refuses_what_is_no_run_and_leaves_nothing_behind(tmp_path, runs):

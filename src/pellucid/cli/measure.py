@@ -21,6 +21,11 @@ Data = Annotated[str | None, typer.Option(help="text to measure on; default: wha
 Out = Annotated[Path | None, typer.Option(help="folder for the results; default: RUN/measure, else measure/NAME")]
 Seed = Annotated[int, typer.Option(min=0)]
 Megabytes = Annotated[float, typer.Option(min=0.001, help="of more text than this a sample is taken")]
+Jobs = Annotated[int, typer.Option(min=1, help="runs at once, each in an own process")]
+Ray = Annotated[str | None, typer.Option(help="run on a Ray cluster: its address, auto, or local")]
+Yes = Annotated[bool, typer.Option("--yes", help="start even if it takes more than half an hour")]
+RunDir = Annotated[str | None, typer.Option("--run", help="keep the result with this run, for its report")]
+Config_ = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG.toml] [key=value ...]")]
 Field = Annotated[str, typer.Option(help="field with the text, for jsonl and parquet")]
 TokenizerFile = Annotated[Path | None, typer.Option(help="tokenizer file, for a model that brings none")]
 
@@ -48,6 +53,149 @@ def finish(measured: Callable[[Callable[..., None]], Any], out: Path | None, run
     for sentence in outcome.findings:
         print(sentence)
     print(f"({outcome.seconds:.0f} s; numbers, pictures and page: {folder}/{name}.*)")
+
+
+def plan_folder(out: Path | None, name: str) -> Path:
+    folder = out or Path("measure") / name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give a folder with --out")
+    return folder
+
+
+def finish_plan(make: Callable[..., Any], describe: Callable[..., Any], name: str, out: Path | None, run: str | None,
+                at_once: int, ray: str | None, yes: bool, as_json: bool) -> None:  # fmt: skip
+    """Estimate, ask, run what is not finished, keep the result. make(progress) -> (jobs, facts)."""
+    import time
+
+    from pellucid.measure.plan import Plan
+
+    if run is not None and not (Path(run) / "config.toml").is_file():
+        raise UserError(f"--run {run}: not a run directory (it has no config.toml)")
+    folder = plan_folder(out, name)
+
+    def measured(progress: Callable[..., None]) -> Any:
+        began = time.perf_counter()
+        jobs, facts = make(progress)
+        plan = Plan(jobs, folder)
+        plan.ask(at_once, yes)
+        outcome = describe(jobs, plan.run(at_once, ray, progress), facts)
+        outcome.seconds = time.perf_counter() - began
+        outcome.numbers["job_seconds"] = sum(record["seconds"] for record in plan.finished().values())
+        return outcome
+
+    finish(measured, Path(run) / "measure" if run is not None else folder, None, name, as_json)
+
+
+def text_plan(settings: list[str] | None, extra: list[str]) -> tuple[Any, Callable[..., Any]]:
+    """The configuration of a plan on text, small where the user says nothing, and how to prepare its data."""
+    from pellucid.cli.app import split_settings
+    from pellucid.config import load_config
+    from pellucid.data.build import prepare
+
+    path, overrides = split_settings(settings or [])
+    config = load_config(path, [*([] if path else extra), *overrides])
+    return config, lambda progress: prepare(config.data, progress=progress)
+
+
+@measure_app.command()
+def capacity(
+    parameters: Annotated[str, typer.Option(help="sizes of dense models, with commas")] = "38400",
+    loads: Annotated[str, typer.Option(help="random bits, as multiples of 3.6 a parameter")] = "1,2",
+    epochs: Annotated[int, typer.Option(min=1, help="times each sequence is seen; more come nearer to the plateau")] = 1000,
+    seeds: Annotated[int, typer.Option(min=1)] = 2,
+    compare: Annotated[str, typer.Option(help="also, at the smallest size: mixture, bf16, optimizers' names")] = "",
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    run: RunDir = None,
+    out: Out = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """How many bits the parameters hold: trains on random tokens, of which nothing can be learnt but themselves.
+
+    Example: pellucid measure capacity --parameters 38400,90000 --compare mixture,bf16,muon --jobs 2
+    """
+    from pellucid.measure.capacity import capacity_jobs, capacity_outcome
+
+    finish_plan(
+        lambda progress: (capacity_jobs(numbers(parameters, "--parameters", int), numbers(loads, "--loads", float), epochs=epochs,
+                                        seeds=seeds, compare=names(compare), progress=progress), None),
+        lambda jobs, results, facts: capacity_outcome(jobs, results), "capacity", out, run, jobs, ray, yes, as_json)  # fmt: skip
+
+
+@measure_app.command()
+def scaling(
+    settings: Config_ = None,
+    sizes: Annotated[str, typer.Option(help="the ladder: presets or hidden sizes, with commas")] = "16,32,48",
+    tokens: Annotated[str, typer.Option(help="amounts of text, with commas")] = "100000,200000,400000",
+    trial: Annotated[str, typer.Option(help="SIZE:TOKENS of the larger run that judges the law")] = "64:800000",
+    seed: Seed = 0,
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    run: RunDir = None,
+    out: Out = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """How loss falls with parameters and text: a law through a ladder of runs, tried on a larger one.
+
+    Example: pellucid measure scaling corpus.toml --sizes 32,64,96 --tokens 1000000,2000000,4000000 --trial 128:8000000
+    """
+    from pellucid.measure.scaling import scaling_jobs, scaling_outcome
+
+    config, prepared = text_plan(settings, ["model.preset=tiny", "data.tokenizer.vocab_size=512", "data.sequence_length=64",
+                                            "data.validation_fraction=0.005", "training.batch_size=16"])  # fmt: skip
+    size, _, amount = trial.partition(":")
+    largest = (size, numbers(amount, "--trial", int)[0])
+    finish_plan(
+        lambda progress: (scaling_jobs(config, prepared(progress), names(sizes), numbers(tokens, "--tokens", int), largest, seed,
+                                       progress), None),
+        lambda jobs, results, facts: scaling_outcome(results, seed=seed), "scaling", out, run, jobs, ray, yes, as_json)  # fmt: skip
+
+
+@measure_app.command()
+def robustness(
+    settings: Config_ = None,
+    amounts: Annotated[str, typer.Option(help="unique training tokens, with commas")] = "20000,80000",
+    tokens: Annotated[int, typer.Option(min=1, help="what each run trains on in all, seeing its text again and again")] = 320_000,
+    arms: Annotated[str, typer.Option(help="augmentations to try")] = "synonyms,back-translation,bpe-dropout",
+    versions: Annotated[int, typer.Option(min=1, help="augmented versions of each document, besides itself")] = 4,
+    seeds: Annotated[int, typer.Option(min=2, help="runs of each kind; two or more, for intervals")] = 3,
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    run: RunDir = None,
+    out: Out = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Does it generalise: repeated text, augmentation and narrow text against held-out loss, in paired runs.
+
+    Example: pellucid measure robustness corpus.toml --amounts 100000,400000 --tokens 2000000 --arms synonyms
+    """
+    from pellucid.measure.robustness import robustness_jobs, robustness_outcome
+
+    config, prepared = text_plan(settings, ["model.preset=tiny", "model.hidden_size=32", "model.num_attention_heads=2",
+                                            "data.tokenizer.vocab_size=512", "data.sequence_length=64"])  # fmt: skip
+    folder = plan_folder(out, "robustness")
+    finish_plan(
+        lambda progress: robustness_jobs(config, prepared(progress), folder, amounts=numbers(amounts, "--amounts", int), tokens=tokens,
+                                         arms=names(arms), seeds=seeds, versions=versions, progress=progress),
+        robustness_outcome, "robustness", out, run, jobs, ray, yes, as_json)  # fmt: skip
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str, option: str, kind: type) -> list:
+    """Positive numbers with commas between them."""
+    try:
+        found = [kind(part) for part in names(text)]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise UserError(f"{option} '{text}': not positive numbers with commas between them")
+    return found
 
 
 @measure_app.command()

@@ -40,12 +40,13 @@ def report(
 
     Example: pellucid report runs/demo -o demo.html
     """
+    from pellucid.measure.outcome import sections
     from pellucid.observe.web.report import write_report
     from pellucid.training.progress import Shown
 
     shown = Shown()
     try:
-        path = write_report(run_dir, output, progress=shown.stage)
+        path = write_report(run_dir, output, progress=shown.stage, sections=sections(run_dir))
     finally:
         shown.close()
     print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")

@@ -2,7 +2,8 @@
 
 A chart holds `title`, `x`, `y` (labels) and either `lines` (name, x, y, and low/high for a band or whiskers; `points`:
 marks instead of a line), or `heat` (values [rows][columns]) with `rows` and `columns` (names). `log_x`, `log_y`;
-`level`: [name, y], a dashed line. Colours: Okabe & Ito 2008, told apart by the colour-blind too.
+`level`: [name, y], a dashed line. A line without a name is not in the legend; `colour` is the number of the line whose
+colour it shares. Colours: Okabe & Ito 2008, told apart by the colour-blind too.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ def _lines(chart: dict[str, Any]) -> str:
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#777" stroke-dasharray="5 4"/>')
         parts.append(_text(WIDTH - RIGHT - 4, y - 5, chart["level"][0], anchor="end", fill="#555"))
     for number, line in enumerate(lines):
-        parts.append(_line(line, COLOURS[number % len(COLOURS)], place_x, place_y))
-    parts.append(_legend([line.get("name", "") for line in lines]))
+        parts.append(_line(line, COLOURS[line.get("colour", number) % len(COLOURS)], place_x, place_y))
+    points = [(place_x(x), place_y(y)) for line in lines for x, y in zip(line["x"], line["y"], strict=True)
+              if _finite(x) and _finite(y)]
+    parts.append(_legend([line.get("name", "") for line in lines], points))
     return "".join(parts)
 
 
@@ -80,21 +83,21 @@ def _grid(chart: dict[str, Any], place_x: Callable, ticks_x: list, place_y: Call
     return "".join(parts)
 
 
-def _legend(names: list[str]) -> str:
-    """Names in a row right of the title, or below each other inside the picture where they are many."""
+def _legend(names: list[str], points: list[tuple[float, float]]) -> str:
+    """Names below each other, in the corner where they hide the fewest points."""
     shown = [(number, name) for number, name in enumerate(names) if name]
-    if len(shown) < 2 and not any(len(name) for _, name in shown):
+    if not shown:
         return ""
-    parts, y = [], TOP + 14
-    widest = max(len(name) for _, name in shown) * 6.2 + 22
-    for number, name in shown:
-        x = WIDTH - RIGHT - widest
-        parts.append(f'<rect x="{x:.0f}" y="{y - 8}" width="12" height="8" fill="{COLOURS[number % len(COLOURS)]}"/>')
-        parts.append(_text(x + 17, y, name))
-        y += 15
-    back = (f'<rect x="{WIDTH - RIGHT - widest - 5:.0f}" y="{TOP + 1}" width="{widest + 5:.0f}" height="{y - TOP - 8}" '
-            'fill="#fff" opacity="0.75"/>')
-    return back + "".join(parts)
+    wide, high = max(len(name) for _, name in shown) * 6.2 + 22, 15 * len(shown) + 6
+    corners = [(x, y) for x in (WIDTH - RIGHT - wide - 4, LEFT + 4) for y in (TOP + 2, HEIGHT - BOTTOM - high - 2)]
+    hidden = lambda corner: sum(corner[0] - 6 <= x <= corner[0] + wide and corner[1] - 6 <= y <= corner[1] + high for x, y in points)
+    left, top = min(corners, key=hidden)
+    parts = [f'<rect x="{left:.0f}" y="{top}" width="{wide:.0f}" height="{high}" fill="#fff" opacity="0.75"/>']
+    for row, (number, name) in enumerate(shown):
+        y = top + 14 + 15 * row
+        parts.append(f'<rect x="{left + 4:.0f}" y="{y - 8}" width="12" height="8" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(_text(left + 21, y, name))
+    return "".join(parts)
 
 
 # ------------------------------------------------------------------------------------------- heat map

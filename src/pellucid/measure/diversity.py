@@ -61,7 +61,8 @@ def measure_diversity(
     say("Vendi score")
     numbers["vendi"] = vendi_of_samples(len(views), lambda rows: hashed_features([views[r] for r in rows]), seed)
     if embed is not None:
-        numbers["vendi_model"] = vendi_of_samples(len(views), lambda rows: embed([train.texts[r] for r in rows]), seed)
+        states: dict[int, np.ndarray] = {}
+        numbers["vendi_model"] = vendi_of_samples(len(views), lambda rows: _embedded(rows, train.texts, embed, states), seed)
     say("overlap")
     if held_out is not None and held_out.texts:
         numbers["overlap"] = contamination(views, held_out.texts, ngram, seed)
@@ -188,6 +189,14 @@ def vendi_of_samples(count: int, features: Callable[[np.ndarray], np.ndarray], s
     scores = np.array([vendi(features(random.choice(count, size, replace=False))) for _ in range(draws)])
     low, high = intervals.bounds(scores)
     return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "documents": size, "samples": draws}
+
+
+def _embedded(rows: np.ndarray, texts: Sequence[str], embed: Callable, known: dict[int, np.ndarray]) -> np.ndarray:
+    """The model's states of some texts; each text goes through the model once, however many samples hold it."""
+    new = [int(row) for row in rows if int(row) not in known]
+    if new:
+        known.update(zip(new, embed([texts[row] for row in new]), strict=True))
+    return np.stack([known[int(row)] for row in rows])
 
 
 def hashed_features(views: Sequence[TextView]) -> np.ndarray:

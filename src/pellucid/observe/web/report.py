@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pellucid.config import UserError
@@ -30,9 +30,11 @@ IMPORT = re.compile(r"""(\bfrom\s*|\bimport\s*)(["'])(\.{1,2}/[^"']+)\2""")
 
 def write_report(
     run_dir: str | Path, path: str | Path | None = None, budget: int = BUDGET,
-    progress: Callable[[str, int, int, str], None] = lambda *_: None,
+    progress: Callable[[str, int, int, str], None] = lambda *_: None, sections: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Write the file and return its path (default RUN_DIR/report.html). `progress(stage, done, total, detail)`.
+
+    sections: HTML fragments without script that follow the page (what `pellucid measure` found).
 
     Raises UserError for what is not a run, has no telemetry, or cannot be written.
     """
@@ -41,7 +43,7 @@ def write_report(
     if feed.problem:
         raise UserError(feed.problem)
     target = Path(path) if path is not None else feed.directory / "report.html"
-    head, tail = _page(feed.directory.resolve().name)
+    head, tail = _page(feed.directory.resolve().name, sections)
     packed = _pack(feed, budget - len(head.encode()) - len(tail.encode()), progress)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -110,7 +112,7 @@ def _grains(feed: Feed, question: str) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------- page
 
 
-def _page(name: str) -> tuple[str, str]:
+def _page(name: str, sections: Sequence[str]) -> tuple[str, str]:
     """The file before and after its numbers."""
     modules = {f"vendor/{file.name}": file for file in VENDOR.glob("*.mjs")}
     modules |= {f"page/{file.relative_to(PAGE).as_posix()}": file for file in PAGE.rglob("*.js")}
@@ -122,7 +124,7 @@ def _page(name: str) -> tuple[str, str]:
     head = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
             f'<title>{escaped} · Pellucid</title><link rel="icon" href="data:image/svg+xml;base64,{icon}"><style>{style}</style></head>'
-            f'<body><div id="app"><p class="boot">Unpacking the run …</p></div>'
+            f'<body><div id="app"><p class="boot">Unpacking the run …</p></div>{"".join(sections)}'
             f'<script type="importmap">{json.dumps({"imports": imports})}</script><script>window.__report__ = ')  # fmt: skip
     return head, ';</script><script type="module">import "page/app.js";</script></body></html>\n'
 

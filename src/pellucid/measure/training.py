@@ -1,0 +1,159 @@
+"""One training run as a job of a plan: settings in, losses out. The loop and the step are those of every run.
+
+Held-out losses come per document, so that runs can be compared document by document. Letters: G documents.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pellucid.config import Config, make_config
+from pellucid.data.dataset import IGNORE, Dataset, Split
+from pellucid.measure.random_tokens import RandomTokens
+from pellucid.model.grok import Grok1
+from pellucid.model.initialize import initialize
+from pellucid.model.size import parameter_counts
+from pellucid.observe.observer import SilentObserver
+from pellucid.run import choose_device, choose_precision
+from pellucid.training.evaluate import evaluate_batches, split_batches
+from pellucid.training.loop import Loop, budget_in_steps
+from pellucid.training.losses import linear_cross_entropy
+from pellucid.training.optimizers import build_optimizer
+from pellucid.training.progress import Quiet
+from pellucid.training.step import training_step
+
+TRAINING = "pellucid.measure.training:train_once"
+TRIAL_STEPS = 3  # by which the speed of a shape is estimated
+
+
+def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], None]) -> dict[str, Any]:
+    """settings: `config` (tables); `data`: a folder of prepared data, or the arguments of RandomTokens; `points`: how often
+    the losses are taken on the way, at even steps; `rows`: of training and held-out text, for these.
+
+    Returns losses in nats per token: `curve` (step, train, held_out), both at the end on all held-out text, and `documents`:
+    nats and tokens of each held-out document.
+    """
+    dataset = open_data(settings["data"])
+    config = fitted(settings["config"], dataset)
+    model, optimizer = build(config)
+    curve = _Curve(model, dataset, config, settings["points"], settings["rows"])
+    loop = Loop(config, model, optimizer, _Unheld(dataset), scratch, curve, _Told(tell))
+    curve.every = max(1, loop.max_steps // max(1, settings["points"]))
+    loop.resume()
+    if loop.run() is not None:
+        raise KeyboardInterrupt  # a signal: what was done is in scratch
+    result = {"steps": loop.max_steps, "tokens": loop.counters.tokens, "parameters": parameter_counts(config.model),
+              "train": curve.loss("train", settings["rows"])}
+    if isinstance(dataset, Dataset):
+        nats, tokens = document_losses(model, dataset.validation)
+        result["documents"] = {"nats": nats.tolist(), "tokens": tokens.tolist()}
+        result["held_out"] = float(nats.sum() / tokens.sum())
+    else:
+        result["held_out"] = curve.loss("validation", None)
+    last = {"step": loop.max_steps, "train": result["train"], "held_out": result["held_out"]}
+    return {**result, "curve": [*(point for point in curve.points if point["step"] < loop.max_steps), last]}
+
+
+def open_data(data: str | dict[str, int]) -> Any:
+    """A folder of prepared data, or random tokens."""
+    return RandomTokens(**data) if isinstance(data, dict) else Dataset(data, verify=False)
+
+
+def fitted(tables: dict[str, Any], dataset: Any) -> Config:
+    """The configuration with the vocabulary and special tokens of the data."""
+    tokenizer = dataset.tokenizer
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    return make_config({**tables, "model": {**tables["model"], "vocab_size": tokenizer.vocab_size, **ids}})
+
+
+def build(config: Config) -> tuple[Grok1, torch.optim.Optimizer]:
+    device = choose_device(config.training.device)
+    model = initialize(Grok1(config.model, device=device), config.training.seed)
+    model.compute_dtype, model.parity = choose_precision(config.training.precision, device)
+    return model, build_optimizer(model, config.optimizer)
+
+
+def estimate(tables: dict[str, Any], data: Any, known: dict[str, float]) -> float:
+    """Seconds of one run, from the time of a few steps of its very shape now; `known` remembers shapes already timed."""
+    dataset = open_data(data)
+    config = fitted(tables, dataset)
+    key = repr((config.model, config.training.batch_size, config.data.sequence_length, config.training.precision,
+                config.optimizer.name))  # fmt: skip
+    if key not in known:
+        model, optimizer = build(config)
+        batch = dataset.split("train", 0).batch(0, config.training.batch_size).to(model.embedding.weight.device)
+        times = []
+        for _ in range(TRIAL_STEPS):
+            began = time.perf_counter()
+            training_step(model, optimizer, [batch], config.training, 1e-3, SilentObserver())
+            times.append(time.perf_counter() - began)
+        known[key] = min(times)
+    steps = budget_in_steps(config, dataset.split("train", config.training.seed))
+    return known[key] * (steps + len(dataset.validation) / config.training.batch_size)
+
+
+@torch.no_grad()
+def document_losses(model: Grok1, split: Split, rows_at_once: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """(nats, predicted tokens) of each document of a split, float64 [G]."""
+    plan, G = split.plan, len(split.reader.starts)
+    nats, tokens = np.zeros(G), np.zeros(G)
+    for start in range(0, len(split), rows_at_once):
+        batch = split.rows(start, start + rows_at_once).to(model.embedding.weight.device)
+        hidden, _ = model.hidden_states(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)
+        targets = batch.targets_BT.flatten()
+        losses = linear_cross_entropy(hidden.flatten(0, 1), model.embedding.weight, targets,
+                                      multiplier=model.config.output_multiplier_scale).per_token_N
+        losses = losses[targets != IGNORE].double().cpu().numpy()
+        pieces = np.concatenate([np.arange(plan.row_first[r], plan.row_first[r + 1]) for r in batch.sample_ids_B.tolist()])
+        owner = np.repeat(plan.document[pieces], plan.length[pieces])  # pieces fill a row from its start, in order
+        nats += np.bincount(owner, weights=losses, minlength=G)
+        tokens += np.bincount(owner, minlength=G)
+    return nats, tokens
+
+
+class _Curve(SilentObserver):
+    """Takes held-out and training loss every so many steps."""
+
+    def __init__(self, model: Grok1, dataset: Any, config: Config, points: int, rows: int):
+        self.model, self.dataset, self.rows, self.wanted = model, dataset, rows, points
+        self.size, self.every = config.training.micro_batch_size, 1
+        self.points: list[dict[str, float | None]] = []
+
+    def end_step(self, step: int, result: Any) -> None:
+        if self.wanted and (step + 1) % self.every == 0:
+            losses = {name: self.loss(split, self.rows) for name, split in (("train", "train"), ("held_out", "validation"))}
+            self.points.append({"step": step + 1, **losses})
+
+    def loss(self, name: str, rows: int | None) -> float | None:
+        """On the first rows of a split in its fixed order; None: all of them."""
+        split = getattr(self.dataset, name)
+        if split is None or rows == 0:
+            return None
+        return evaluate_batches(self.model, split_batches(split, max(32, self.size), rows), self.dataset.tokenizer.byte_lengths).loss
+
+
+class _Unheld:
+    """The dataset without its held-out text: the loop is to train only, losses are taken here."""
+
+    def __init__(self, dataset: Any):
+        self.validation, self.split = None, dataset.split
+        self.tokenizer, self.fingerprint = dataset.tokenizer, dataset.fingerprint
+
+
+class _Told(Quiet):
+    """Passes the share of steps done."""
+
+    def __init__(self, tell: Callable[[float], None]):
+        self.tell = tell
+
+    def start(self, step: int, max_steps: int, epochs: float) -> None:
+        self.max_steps = max_steps
+
+    def step(self, step: int, result: Any, seconds: float, epoch: float) -> None:
+        self.tell((step + 1) / self.max_steps)
