@@ -1,6 +1,6 @@
 """Speed of the dashboard in headless Chromium: how soon it draws, how soon a new step is seen, how it bears a long run.
 
-    python bench/dashboard.py [--steps 100000] [--out bench/results/dashboard.json]
+    python bench/dashboard.py [--steps 100000] [--runs DIR] [--out bench/results/dashboard.json]
 
 Synthetic telemetry of a small mixture of experts: 266 tensors by 24 statistics, which is 6,384 series. Times are from the
 page's own clock and end when the canvas holds the pixels. Latency of a step: from the moment the optimizer would be done
@@ -45,9 +45,11 @@ def open_writer(folder: Path) -> Writer:
     writer = Writer(folder)
     roles = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "moe.router"]
     names = [f"layers.{layer}.{role}" for layer in range(LAYERS) for role in roles]
-    names += [f"layers.{layer}.moe.{kind}[{e}]" for layer in range(LAYERS) for kind in ("gate_up_proj", "down_proj") for e in range(EXPERTS)]
+    kinds = ("gate_up_proj", "down_proj")
+    names += [f"layers.{layer}.moe.{kind}[{e}]" for layer in range(LAYERS) for kind in kinds for e in range(EXPERTS)]
     names = sorted([*names, *(f"layers.{n % LAYERS}.norm_{n}" for n in range(TENSORS - len(names)))])[:TENSORS]
-    rows = [Row(name, int(name.split(".")[1]), None, name.split(".")[-1].split("[")[0], "[64, 64]", 4096, "float32") for name in names]
+    role = lambda name: name.split(".")[-1].split("[")[0]
+    rows = [Row(name, int(name.split(".")[1]), None, role(name), "[64, 64]", 4096, "float32") for name in names]
     writer.define("run", [Row("run")], RUN, row_is="run")
     writer.define("param", rows, STATS, row_is="tensor", dense_steps=2000, keep_every=10)
     router = [Row(f"layers.{layer}.experts.{e}", layer, e) for layer in range(LAYERS) for e in range(EXPERTS)]
@@ -109,7 +111,8 @@ def first_paint(browser, address: str) -> float:
     """Milliseconds from the navigation to the painted X-ray, with a cold cache."""
     context = browser.new_context(viewport={"width": 1440, "height": 900}, bypass_csp=True)
     page = context.new_page()
-    page.add_init_script(f"""const look = () => {{ if ({PAINTED}) window.__painted = performance.now(); else requestAnimationFrame(look); }};
+    page.add_init_script(f"""const look = () => {{
+        if ({PAINTED}) window.__painted = performance.now(); else requestAnimationFrame(look); }};
         requestAnimationFrame(look);""")
     page.goto(address)
     page.wait_for_function("window.__painted")
@@ -120,7 +123,8 @@ def first_paint(browser, address: str) -> float:
 
 def measured(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
-    return {"median": round(statistics.median(ordered), 1), "p95": round(ordered[int(0.95 * (len(ordered) - 1))], 1), "most": round(ordered[-1], 1)}
+    p95 = ordered[int(0.95 * (len(ordered) - 1))]
+    return {"median": round(statistics.median(ordered), 1), "p95": round(p95, 1), "most": round(ordered[-1], 1)}
 
 
 def look_at(browser, folder: Path, steps: int) -> dict:
@@ -132,13 +136,18 @@ def look_at(browser, folder: Path, steps: int) -> dict:
         page.wait_for_function(PAINTED)
         names = [stat.name for stat in STATS if stat.name != "update_ratio"]
         switch = [until_painted(page, f"location.hash = 'stat={name}'") for name in names]
-        scrub = [page.evaluate("""async (step) => { const slider = document.querySelector('.track input'), began = performance.now();
+        scrub = [page.evaluate("""async (step) => {
+            const slider = document.querySelector('.track input'), began = performance.now();
             slider.value = step; slider.dispatchEvent(new Event('input', {bubbles: true}));
-            await new Promise(requestAnimationFrame); await new Promise((r) => setTimeout(r)); return performance.now() - began; }""",
+            await new Promise(requestAnimationFrame);
+            await new Promise((r) => setTimeout(r));
+            return performance.now() - began; }""",
             int(steps * n / 40)) for n in range(40)]  # fmt: skip
-        zoom = [until_painted(page, f"location.hash = 'from={int(steps * n / 12)}&to={int(steps * n / 12) + 900}'") for n in range(1, 11)]
+        spans = [(int(steps * n / 12), int(steps * n / 12) + 900) for n in range(1, 11)]
+        zoom = [until_painted(page, f"location.hash = 'from={low}&to={high}'") for low, high in spans]
         page.context.close()
-    return {"first_paint_ms": measured(first), "another_statistic_ms": measured(switch), "all_24_statistics_ms": round(sum(switch) + first[0], 1),
+    return {"first_paint_ms": measured(first), "another_statistic_ms": measured(switch),
+            "all_24_statistics_ms": round(sum(switch) + first[0], 1),
             "scrub_ms": measured(scrub), "zoom_to_900_steps_ms": measured(zoom)}
 
 
@@ -161,9 +170,11 @@ def latency(browser, folder: Path, start: int) -> dict:
         page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
         page.goto(address)
         page.wait_for_selector(".field canvas[data-painted]")
-        page.evaluate("""() => { window.seen = {}; new MutationObserver(() => { const s = document.querySelector('.status').dataset.step;
-            window.seen[s] ??= Date.now() / 1000; }).observe(document.body, {subtree: true, attributes: true, childList: true}); }""")
-        process = subprocess.Popen([sys.executable, "-c", WRITE, str(folder), str(Path(__file__).parent), str(start)], stdout=subprocess.PIPE, text=True)
+        page.evaluate("""() => { window.seen = {};
+            const look = () => { window.seen[document.querySelector('.status').dataset.step] ??= Date.now() / 1000; };
+            new MutationObserver(look).observe(document.body, {subtree: true, attributes: true, childList: true}); }""")
+        command = [sys.executable, "-c", WRITE, str(folder), str(Path(__file__).parent), str(start)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         began = dict(json.loads(line) for line in process.stdout)
         process.wait()
         page.wait_for_timeout(1500)
@@ -173,26 +184,38 @@ def latency(browser, folder: Path, start: int) -> dict:
     return {**measured(found), "steps_written": len(began), "steps_seen": len(found)}
 
 
+def measure(short: Path, long: Path, steps: int) -> dict:
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as name:
+        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, Chromium {browser.version}",
+            "commit": commit.stdout.strip(), "load_average": os.getloadavg()[0], "series": TENSORS * len(STATS),
+            "writer_ms_per_step": round(write_run(Path(name) / "written", 300), 3),
+            "1000_steps": look_at(browser, short, 1000),
+            "step_to_page_ms": latency(browser, Path(name) / "written", 300),
+            f"{steps}_steps": look_at(browser, long, steps), "file_mb": round((long / "run.sqlite").stat().st_size / 1e6),
+        }
+        browser.close()
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=100_000, help="of the long run")
+    parser.add_argument("--runs", type=Path, help="folder with the two runs, kept for a second measurement")
+    parser.add_argument("--prepare", action="store_true", help="only write the runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
-        short, long = Path(name) / "short", Path(name) / "long"
-        result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, Chromium {browser.version}",
-            "series": TENSORS * len(STATS),
-            "writer_ms_per_step": round(write_run(short, 1000), 3),
-            "1000_steps": look_at(browser, short, 1000),
-            "step_to_page_ms": latency(browser, short, 1000),
-        }
-        write_run(long, options.steps)
-        result[f"{options.steps}_steps"] = look_at(browser, long, options.steps)
-        result["file_mb"] = round((long / "run.sqlite").stat().st_size / 1e6)
-        browser.close()
+    with tempfile.TemporaryDirectory() as name:
+        short, long = (options.runs or Path(name)) / "short", (options.runs or Path(name)) / "long"
+        for folder, steps in ((short, 1000), (long, options.steps)):
+            if not folder.exists():
+                write_run(folder, steps)
+        if options.prepare:
+            return
+        result = measure(short, long, options.steps)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -6,8 +6,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
+import pellucid
 from pellucid.observe.reader import Reader
+from pellucid.observe.trace import open_run
 
 VIEWS = ["xray", "network", "river", "experts", "learning", "verdicts", "tensor", "learn"]
 
@@ -235,3 +238,26 @@ def test_json_of_the_feed_never_hides_a_non_finite_number(feeds):
     from pellucid.observe.web.feed import _plain
 
     assert json.dumps(_plain([float("nan"), -math.inf, 1.5])) == '["nan", "-inf", 1.5]'
+
+
+def test_experts_show_the_tokens_their_newest_checkpoint_sends_them(open_page, address, runs):
+    """Counted a second time: every held-out token through the model of the run, routed by the plain rule."""
+    model, tokenizer = pellucid.load(runs[0])
+    _, dataset = open_run(runs[0])
+    batch = dataset.validation.rows(0, 64)
+    _, routings = model.hidden_states(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)
+    page = open_page(f"{address}#view=experts&layer=1&expert=2", wait=".preferred span")
+    shown = page.locator(".preferred span").first
+    text, times = shown.locator("code").inner_text(), int(shown.get_attribute("title").split(" ")[0].replace(",", ""))
+    chosen = routings[1].expert_index_Nk.view(*batch.tokens_BT.shape, -1)
+    counted = 0
+    for tokens, segments, experts in zip(batch.tokens_BT.tolist(), batch.segment_ids_BT.tolist(), chosen.tolist(), strict=True):
+        for token, segment, taken in zip(tokens, segments, experts, strict=True):
+            name = {tokenizer.eos_token_id: "<eos>"}.get(token) or tokenizer.token_bytes(token).decode("utf-8", "replace")
+            counted += segment > 0 and 2 in taken and name.replace("\n", "↵").replace("\t", "→") == text
+    assert counted == times > 0
+    rows = [torch.cat([p[e].flatten() for p in (model.layers[1].moe.gate_up_proj, model.layers[1].moe.down_proj)]) for e in range(4)]
+    cosines = {e: float(torch.cosine_similarity(rows[2].double(), rows[e].double(), dim=0)) for e in (0, 1, 3)}
+    nearest = max(cosines, key=cosines.get)
+    said = page.locator(".sibling").inner_text()
+    assert f"expert {nearest}" in said and f"{cosines[nearest]:+.3g}".replace("-", "−")[:5] in said

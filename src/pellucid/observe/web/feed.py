@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 import tomllib
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ from pellucid.observe.reader import Reader
 from pellucid.observe.rules import RULES
 from pellucid.observe.store import FAN, FILE_NAME, LEVELS, RECORDER, SCHEMA_VERSION, is_network
 from pellucid.observe.web.capsule import read_capsule
+from pellucid.observe.web.preferences import preferences
 from pellucid.observe.web.river import River
+from pellucid.training.checkpoint import saved_steps
 
 COLUMNS = 2048  # the most columns of a window
 READ_BYTES = 200e6  # the most read for one window; beyond it a coarser rollup is taken
@@ -42,6 +45,7 @@ class Feed:
         self.problem: str | None = None
         self._reader: Reader | None = None
         self._file: tuple[int, int] | None = None  # which file the reader has open
+        self._preferring, self._preferences = threading.Lock(), (None, {})
         self.open()
 
     def open(self) -> Reader | None:
@@ -213,6 +217,18 @@ class Feed:
         kept = rows[:: max(1, len(rows) // 12)][-12:] if rows else []
         return {"texts": self._texts(), "rows": [self.river.sample(row) for row in kept]}
 
+    def preferences(self) -> dict[str, Any]:
+        """Tokens and nearest sibling of each expert, from the newest checkpoint; read once for each."""
+        dataset = self.river.dataset
+        if dataset is None:
+            raise UserError(self.river.problem)
+        newest = max(saved_steps(self.directory / "checkpoints"), default=None)
+        with self._preferring:
+            if self._preferences[0] != newest or newest is None:
+                size = self.manifest.get("parameters", {}).get("total", 0)
+                self._preferences = newest, preferences(self.directory, dataset, self.river.token_text, size)
+        return self._preferences[1]
+
     def _texts(self) -> list[dict[str, Any]]:
         return self.reader.query("SELECT step, subject AS prompt, text FROM event WHERE rule = 'text_sample' ORDER BY id")
 
@@ -247,6 +263,8 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
             return _json(feed.samples())
         if path == "capsule":
             return _json(read_capsule(feed.directory, int(query["step"])))
+        if path == "preferences":
+            return _json(feed.preferences())
         if path == "river":
             return _json(feed.river.describe(feed.open()))
         if path == "document":

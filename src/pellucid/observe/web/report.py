@@ -79,7 +79,8 @@ def _pack(feed: Feed, room: int, progress: Callable[[str, int, int, str], None])
 def _questions(feed: Feed) -> Iterator[tuple[str, float]]:
     """(question, its weight when room is shared out): what the page asks while its views are opened."""
     facts = feed.describe()
-    yield from ((name, 0.1) for name in ("runs", "events?run=0", "rules?run=0", "river?run=0", "samples?run=0"))
+    yield from ((name, 0.1) for name in ("runs", "events?run=0", "rules?run=0", "river?run=0", "samples?run=0",
+                                            "preferences?run=0"))
     streams = sorted((name for name in facts["streams"] if name != "param"), key=lambda name: (name != "run", name))
     yield from ((f"window?run=0&stream={name}&stat=*", 2.0 if name == "run" else 1.0) for name in streams)
     yield from ((f"capsule?run=0&step={capsule['step']}", 0.5) for capsule in facts["capsules"][-4:])

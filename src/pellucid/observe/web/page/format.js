@@ -57,3 +57,6 @@ export function withUnit(value, unit) {
 }
 
 export const plural = (n, one, many = one + "s") => `${count(n)} ${n === 1 ? one : many}`;
+
+/** White space of a token, made to be seen. */
+export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "→");

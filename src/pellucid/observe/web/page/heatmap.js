@@ -157,7 +157,12 @@ export function Heatmap({ window, other = null, rows, stat = 0, part = "max", sc
 
 /** Names of rows where there is room; a bar in the colour of their role; names of groups in any case. */
 function Gutter({ rows, tops, rowHeight, width, selected, onPick }) {
-  const named = rowHeight >= 9;
+  const named = rowHeight >= 9, pick = useRef(onPick);
+  pick.current = onPick;
+  return useMemo(() => drawGutter({ rows, tops, rowHeight, width, selected, named, pick }), [rows, tops, rowHeight, width, selected]);
+}
+
+function drawGutter({ rows, tops, rowHeight, width, selected, named, pick }) {
   const groups = [];
   rows.forEach((row, r) => {
     const open = groups[groups.length - 1];
@@ -169,7 +174,7 @@ function Gutter({ rows, tops, rowHeight, width, selected, onPick }) {
       ${group.bottom - group.top >= 8 ? group.name : ""}</span>`)}
     ${rows.map((row, r) => html`<i style=${{ top: `${tops[r]}px`, height: `${Math.max(1, rowHeight - (rowHeight >= 9 ? 1 : 0))}px`, background: row.hue }}></i>`)}
     ${named && rows.map((row, r) => html`<b class=${row.label === selected ? "chosen" : ""} style=${{ top: `${tops[r] - (12 - rowHeight) / 2}px` }}
-      onClick=${() => onPick(row)}>${row.short ?? row.label}</b>`)}
+      onClick=${() => pick.current(row)}>${row.short ?? row.label}</b>`)}
   </div>`;
 }
 

@@ -1,10 +1,10 @@
 // View 4, the expert ledger: who gets the tokens, who learns from them, who moves without any. Layers by experts.
 import { Choice, Nothing, Panel, html, useMemo, useState } from "../ui.js";
-import { select, statIndex, statOf, useRun, useWindow } from "../state.js";
+import { select, statIndex, statOf, useAnswer, useRun, useWindow } from "../state.js";
 import { ROLES, colourAt, css, scaleOf } from "../colour.js";
 import { ColourBar, Heatmap } from "../heatmap.js";
 import { Lines } from "../line.js";
-import { count, number, percent, plural, withUnit } from "../format.js";
+import { count, number, percent, plural, visible, withUnit } from "../format.js";
 
 const SHOWN = [["load", "load"], ["per_token", "gradient per token"], ["ratio", "update / weight"], ["credit", "credit"], ["mean_gate", "mean gate"], ["ghost", "ghost"], ["idle_steps", "idle steps"]];
 const OWN = { // statistics formed here from recorded ones
@@ -48,7 +48,7 @@ export function Experts({ theme }) {
       </div>
     <//>
     <${Movie} run=${run} index=${index} shown=${shown} rows=${rows} router=${router} theme=${theme} step=${step} pick=${pick} layer=${layer} expert=${expert} />
-    <${Card} ledger=${ledger} rows=${rows} layer=${layer} expert=${expert} theme=${theme} />`;
+    <${Card} ledger=${ledger} rows=${rows} index=${index} layer=${layer} expert=${expert} theme=${theme} />`;
 }
 
 /** Rows of "param" that belong to an expert, by "layer.expert". */
@@ -127,7 +127,7 @@ function Movie({ run, index, shown, rows, router, theme, step, pick, layer, expe
       onPick=${(row, s) => { pick(row.row.layer, row.row.expert); select({ step: s }); }} gutter=${150} /><//>`;
 }
 
-function Card({ ledger, rows, layer, expert, theme }) {
+function Card({ ledger, rows, index, layer, expert, theme }) {
   const { run, router, step } = ledger, i = rows.findIndex((row) => row.layer === layer && row.expert === expert);
   const at = statIndex(run, "router", "load"), siblings = rows.map((row, j) => [row, j]).filter(([row]) => row.layer === layer);
   const series = useMemo(() => [...siblings.filter(([row]) => row.expert !== expert).map(([row, j]) => ({ label: `expert ${row.expert}`, quiet: true, hue: "#99999980", steps: Array.from(router.steps), values: router.series(j, at) })),
@@ -142,6 +142,17 @@ function Card({ ledger, rows, layer, expert, theme }) {
     <div><h3>At step ${step}</h3><dl>${facts.map(([stat, value]) => html`<dt title=${stat.meaning}>${stat.name.replaceAll("_", " ")}</dt><dd>${stat.unit === "tokens" ? count(value) : withUnit(value, stat.unit)}</dd>`)}
       <dt title=${OWN.ratio.meaning}>update / weight</dt><dd>${number(read(ledger, "ratio", i))}</dd><dt title=${OWN.credit.meaning}>credit</dt><dd>${number(read(ledger, "credit", i), { signed: true })}</dd></dl>
       <p class="links">${(ledger.slices.get(`${layer}.${expert}`) ?? []).map((r) => html`<a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "tensor", tensor: run.streams.param.rows[r].name }); }}>${run.streams.param.rows[r].name}</a>`)}</p></div></div>
-    <${Nothing}>Which tokens an expert prefers, and which sibling it resembles most, are not recorded by this run.<//>
+    <${Preference} run=${run} index=${index} layer=${layer} expert=${expert} />
   <//>`;
+}
+
+/** What the newest checkpoint sends to the expert, and which sibling has the weights most like its own. */
+function Preference({ run, index, layer, expert }) {
+  const { data, problem } = useAnswer(`preferences?run=${index}`, Math.floor((run.latest ?? 0) / Math.max(1, run.config?.checkpoint?.every_steps ?? 500)));
+  if (problem) return html`<${Nothing}>${problem}<//>`;
+  const own = data?.layers[run.streams.router.rows.findIndex((row) => row.layer === layer) < 0 ? 0 : [...new Set(run.streams.router.rows.map((row) => row.layer))].indexOf(layer)]?.[expert];
+  if (!own) return html`<p class="hint">Reading the newest checkpoint …</p>`;
+  return html`<h3>Tokens it prefers</h3><p class="hint">${count(data.tokens)} ${data.held_out ? "held-out" : "training"} tokens through the checkpoint of step ${count(data.step)}; × how much more often than tokens on the whole.</p>
+    <p class="preferred">${own.tokens.length ? own.tokens.map((token) => html`<span title=${`${plural(token.count, "time")}`}><code>${visible(token.text)}</code> × ${number(token.lift, { digits: 3 })}</span>`) : "none more than others"}</p>
+    <p class="sibling">Its weights are most like those of <button type="button" class="link" onClick=${() => select({ layer, expert: own.sibling })}>expert ${own.sibling}</button>, cosine ${number(own.cosine, { signed: true })}${own.cosine > 0.9 ? ": nearly the same expert twice" : own.cosine < 0.2 ? ": nothing alike" : ""}.</p>`;
 }

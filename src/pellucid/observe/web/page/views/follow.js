@@ -1,9 +1,8 @@
 // One document followed through the whole river: its file, every stage, its tokens, its rows, the steps that read it.
 import { Nothing, Panel, html, useState } from "../ui.js";
 import { select, useAnswer, useSelection } from "../state.js";
-import { count, number, plural } from "../format.js";
+import { count, plural, visible } from "../format.js";
 import { Difference } from "../diff.js";
-import { visible } from "./learning.js";
 
 const HUES = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7"];
 

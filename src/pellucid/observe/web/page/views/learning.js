@@ -4,7 +4,7 @@ import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
 import { RUNS } from "../colour.js";
 import { Lines } from "../line.js";
 import { isReport } from "../source.js";
-import { count, number, percent, plural } from "../format.js";
+import { count, number, percent, plural, visible } from "../format.js";
 
 const TRAIN = "#0072B2", HELD = "#D55E00";
 
@@ -120,8 +120,6 @@ export function Documents({ index, step }) {
         <ol class="worst">${data.tokens.map((token) => html`<li><span class="loss">${number(token.loss)}</span><span class="mono">…${visible(token.before.slice(-60))}<mark>${visible(token.target_text)}</mark></span></li>`)}</ol></div>
     </div><//>`;
 }
-
-export const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "→");
 
 /** Texts the model wrote, and kept rows whose tokens carry the colour of their loss. */
 function Samples({ index, step }) {

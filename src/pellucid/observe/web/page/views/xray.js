@@ -25,7 +25,7 @@ export function XRay({ theme, alarms }) {
   if (problem) return html`<${Nothing}>${problem}<//>`;
   if (!window) return html`<p class="boot">Reading the steps …</p>`;
   const log = stat.scale === "log", from = range.from ?? window.steps[0] ?? 0, to = range.to ?? run.latest;
-  const selected = chosen.tensor ?? null;
+  const selected = chosen.tensor ?? rows.find((row) => row.label === "all")?.label ?? rows[0]?.label ?? null;
   const describe = (row, at) => {
     const column = window.columnOf(at), value = column < 0 ? null : window.value(column, row.index, 0, part);
     const bad = column < 0 ? 0 : window.nonfinite(column, row.index);
