@@ -201,5 +201,5 @@ def _number(value: float, signed: bool = False, digits: int = 4) -> str:
         text = str(int(value))
     else:
         whole = len(str(int(size))) if size >= 1 else -math.floor(math.log10(size)) - 1
-        text = f"{value:.{digits - whole if size >= 1 else digits + whole}f}"
+        text = f"{value:.{max(0, digits - whole) if size >= 1 else digits + whole}f}"
     return ("+" if signed and value > 0 else "") + text.replace("-", "−")

@@ -96,15 +96,23 @@ class Feed:
         return reader
 
     def pulse(self) -> dict[str, Any]:
-        """What changes while a run trains: newest step and event, or the sentence why not. Costs two index look-ups."""
+        """What changes while a run trains: newest step and event, or the sentence why not. Costs two index look-ups.
+
+        `files` changes when the run ends or a step is explained: then `describe` has more to say.
+        """
+        files = [self.finished, len(list((self.directory / "capsules").glob("step-*.safetensors")))]
         try:
             if self.open() is None:
-                return {"step": None, "event": 0, "problem": self.problem}
+                return {"step": None, "event": 0, "files": files, "problem": self.problem}
             newest = self.reader.query("SELECT (SELECT max(step) FROM frame WHERE stream = 'run') AS step, "
                                        "(SELECT coalesce(max(id), 0) FROM event) AS event")[0]  # fmt: skip
         except (sqlite3.Error, UserError) as error:
-            return {"step": None, "event": 0, "problem": explain_error(self.directory, error)}
-        return {**newest, "problem": None}
+            return {"step": None, "event": 0, "files": files, "problem": explain_error(self.directory, error)}
+        return {**newest, "files": files, "problem": None}
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / "model" / "config.json").is_file()
 
     @cached_property
     def river(self) -> River:
@@ -127,7 +135,7 @@ class Feed:
     def describe(self) -> dict[str, Any]:
         """Everything that names the axes of a run: streams with rows and statistics, settings, provenance."""
         facts = {"name": self.directory.resolve().name, "config": self.config, "manifest": self.manifest}
-        facts["finished"] = (self.directory / "model" / "config.json").is_file()
+        facts["finished"] = self.finished
         facts["network"] = is_network(self.directory)
         if self.open() is None:
             return {**facts, "problem": self.problem, "streams": {}, "capsules": [], "latest": None}

@@ -16,7 +16,8 @@ export function number(value, { signed = false, digits = 4 } = {}) {
     const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
     return plus + minus(mantissa) + "e" + minus(exponent.replace("+", ""));
   }
-  return plus + minus(Number.isInteger(value) && size < 1e5 ? String(value) : value.toPrecision(digits));
+  const text = Number.isInteger(value) ? String(value) : value.toPrecision(digits);
+  return plus + minus(text.includes("e") ? String(Math.round(value)) : text);
 }
 
 /** Powers of ten for axes: 10⁻³. */

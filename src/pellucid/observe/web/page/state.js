@@ -75,16 +75,23 @@ export async function connect() {
   });
 }
 
-async function heard({ run: index, step, event, problem }) {
+const PACE = 200; // milliseconds between two pictures of a run that trains
+let drawn = 0, due = null;
+function soon() {
+  const rest = PACE - (performance.now() - drawn);
+  if (rest <= 0) { drawn = performance.now(); changed(); } else due ??= setTimeout(() => { due = null; drawn = performance.now(); changed(); }, rest);
+}
+
+async function heard({ run: index, step, event, problem, files }) {
   const run = runs[index];
   if (!run) return;
-  if ((run.latest === null && step !== null) || (step !== null && run.latest !== null && step < run.latest)) {
-    windows.clear(); // it has begun, or was resumed from an earlier step
-    runs = await ask("runs");
-  }
+  const more = run.files !== undefined && String(run.files) !== String(files); // it has ended, or a step was explained
+  const anew = step !== null && (run.latest === null || step < run.latest); // it has begun, or was resumed from an earlier step
+  if (anew) windows.clear();
+  if (anew || more) runs = await ask("runs");
   runs = runs.map((known, i) => (i === index
-    ? { ...known, latest: step ?? known.latest, event, problem, heard: step !== run.latest ? performance.now() : run.heard } : known));
-  changed();
+    ? { ...known, latest: step ?? known.latest, event, problem, files, heard: step !== run.latest ? performance.now() : run.heard } : known));
+  soon();
 }
 
 // -------------------------------------------------------------------------------------------------- answers

@@ -1,0 +1,53 @@
+"""The page's own modules, called in the browser with many inputs and compared with Python."""
+
+import random
+import struct
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def call(chromium, address):
+    """A function: `expression` of a module m of the page, for each of some inputs x."""
+    page = chromium.new_context().new_page()
+    page.goto(address)
+    run = "async ([name, inputs]) => {{ const m = await import(`/page/${{name}}.js`); return inputs.map((x) => {expression}); }}"
+    yield lambda name, expression, inputs: page.evaluate(run.format(expression=expression), [name, inputs])
+    page.context.close()
+
+
+def test_numbers_are_written_with_four_significant_digits_and_a_true_minus(call, number):
+    rng = random.Random(0)
+    values = [rng.uniform(-10, 10) * 10.0 ** rng.randint(-9, 9) for _ in range(400)] + [1.0, -3.0, 0.001, 99999.0, 1e5, 0.5]
+    assert call("format", "m.number(x)", values) == [number(value) for value in values]
+    assert call("format", "m.number(x)", ["nan", "inf", "-inf", None, 0]) == ["NaN", "∞", "−∞", "–", "0"]
+    assert call("format", "m.count(x, true)", [999, 4352568, -123456]) == ["999", "4.353 M", "−123.5 k"]
+
+
+def test_the_exact_value_is_the_shortest_decimal_of_that_float32(call):
+    rng = random.Random(1)
+    values = [struct.unpack("f", struct.pack("I", rng.getrandbits(31)))[0] for _ in range(300)]
+    values = [value for value in values if value == value and abs(value) < 3e38]
+    shown = call("format", "m.float32(x)", values)
+    as_float32 = lambda text: struct.pack("f", float(text.replace("−", "-")))
+    assert [as_float32(text) for text in shown] == [struct.pack("f", value) for value in values]
+
+
+def test_a_difference_holds_both_texts_whole(call):
+    rng = random.Random(2)
+    text = lambda: "".join(rng.choice(["cat ", "dog ", "\n", "  ", "naïve", "é", ".", "日本", "x1"]) for _ in range(rng.randint(0, 60)))
+    pairs = [[text(), text()] for _ in range(60)]
+    pairs += [[a, a.replace("cat", "cow")] for a, _ in pairs]
+    for (before, after), parts in zip(pairs, call("diff", "m.difference(x[0], x[1])", pairs), strict=True):
+        assert "".join(text for kind, text in parts if kind != "new") == before
+        assert "".join(text for kind, text in parts if kind != "gone") == after
+        if before == after:
+            assert all(kind == "same" for kind, _ in parts)
+
+
+def test_colours_span_the_fixed_domain_of_a_statistic(call):
+    stat = {"name": "update_ratio", "scale": "log", "low": 1e-6, "high": 1e-1}
+    at = call("colour", "m.scaleOf(x[0], 'light').at(x[1])", [[stat, 1e-6], [stat, 1e-1], [stat, 10**-3.5]])
+    assert at == pytest.approx([0, 1, 0.5])
+    load = {"name": "load", "low": 0, "high": 3}
+    assert call("colour", "m.scaleOf(x[0], 'dark').at(x[1])", [[load, 1], [load, 0.25], [load, 4]]) == pytest.approx([0.5, 0, 1])
