@@ -29,11 +29,13 @@ from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
 from pellucid.observe.observer import open_observer
+from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
 from pellucid.training.loop import Loop
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
 
+MOST_PLAYED_PARAMETERS = 50_000_000
 REPORTED_PACKAGES = ("torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "pyarrow", "pydantic")
 
 
@@ -130,7 +132,19 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
         save_huggingface(model, dataset.tokenizer, folder / "model", replace=True)
         summary.show_sample(progress, "after training", loop)
         summary.show_result(progress, loop)
+    _stage_plays(progress, loop)
     return run
+
+
+def _stage_plays(progress: Quiet, loop: Loop) -> None:
+    """Some steps in detail for the dashboard, where that is a matter of seconds. Never a reason for a run to fail."""
+    settings, task = loop.config.observe, loop.config.training.task
+    if not settings.enabled or task != "language_modeling" or parameter_counts(loop.config.model)["total"] > MOST_PLAYED_PARAMETERS:
+        return
+    try:
+        stage_last(loop.run_dir, settings.plays)
+    except Exception as error:
+        progress.say(f"no step could be played in detail: {error}")
 
 
 def _fit_vocabulary(config: Config, dataset: Dataset) -> None:

@@ -79,6 +79,7 @@ class ObserveConfig(Section):
 
     enabled: bool = True
     budget: float = Field(0.02, gt=0, le=1, description="share of step time that observation may take")
+    plays: int = Field(1, ge=0, description="steps replayed in detail after training, at the last checkpoints before its end")
 
 
 class CheckpointConfig(Section):

@@ -117,9 +117,10 @@ def explain(
     run_dir: str | Path, step: int, parameter: str | None = None, index: tuple[int, ...] | None = None, on_progress=None,
 ) -> Explanation:  # fmt: skip
     """Step number `step` (from 0) of a run. parameter: None takes the tensor with the largest gradient; index: None takes
-    its element that changed most. Writes a capsule of the step. Raises UserError for what cannot be explained."""
+    its element that changed most. Writes the step's capsule, and its play. Raises UserError for what cannot be explained."""
     replay = state_before(run_dir, step, on_progress)
     _check_name(replay, parameter)
+    _play(run_dir, replay)
     batches = replay.micro_batches()
     result, catcher, explanation = _explain(replay, batches, parameter, index)
     explanation.proofs.insert(0, _as_recorded(run_dir, step, catcher, result))
@@ -131,6 +132,14 @@ def explain(
         "tokens": torch.cat([b.tokens_BT for b in batches]), "targets": torch.cat([b.targets_BT for b in batches]),
     }, {"step": step, "parameter": catcher.name, "clip_factor": result.clip_factor, "settings": explanation.settings})  # fmt: skip
     return explanation
+
+
+def _play(run_dir: str | Path, replay: Replay) -> None:
+    """The same step for the dashboard's Network view, unless it is there, or predicts no tokens."""
+    from pellucid.observe import theatre  # which stands on this module
+
+    if replay.config.training.task == "language_modeling" and not theatre.theatre_path(run_dir, replay.step).is_file():
+        theatre.save_theatre(run_dir, theatre.stage(replay, run_dir=run_dir))
 
 
 def explain_text(

@@ -22,7 +22,7 @@ from pellucid.config import UserError
 from pellucid.observe.reader import Reader
 from pellucid.observe.rules import RULES
 from pellucid.observe.store import FAN, FILE_NAME, LEVELS, RECORDER, SCHEMA_VERSION, is_network
-from pellucid.observe.web.capsule import read_capsule
+from pellucid.observe.web.capsule import Plays, read_capsule
 from pellucid.observe.web.preferences import preferences
 from pellucid.observe.web.river import River
 from pellucid.training.checkpoint import saved_steps
@@ -117,6 +117,10 @@ class Feed:
     @cached_property
     def river(self) -> River:
         return River(self.directory, self.manifest)
+
+    @cached_property
+    def plays(self) -> Plays:
+        return Plays(self.directory)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -273,6 +277,10 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
             return _json(read_capsule(feed.directory, int(query["step"])))
         if path == "preferences":
             return _json(feed.preferences())
+        if path == "plays":
+            return _json(feed.plays.list(feed.pulse()["step"]))
+        if path == "play":
+            return _json(feed.plays.read(int(query["step"])))
         if path == "river":
             return _json(feed.river.describe(feed.open()))
         if path == "document":

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from pellucid.config import UserError
 from pellucid.observe.store import FAN, LEVELS
+from pellucid.observe.theatre import staged_steps
 from pellucid.observe.web.feed import Feed, answer
 from pellucid.observe.web.server import PAGE, VENDOR, check_assets
 
 BUDGET = 5_000_000  # bytes of the file
-STEPS, DOCUMENTS = 20, 8  # steps with their documents, documents with their journey
+STEPS, DOCUMENTS, PLAYS = 20, 8, 4  # steps with their documents, documents with their journey, steps played
 KINDS = ("weight", "gradient", "update")
 POLICY = "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data: blob:"
 IMPORT = re.compile(r"""(\bfrom\s*|\bimport\s*)(["'])(\.{1,2}/[^"']+)\2""")
@@ -84,6 +85,8 @@ def _questions(feed: Feed) -> Iterator[tuple[str, float]]:
     streams = sorted((name for name in facts["streams"] if name != "param"), key=lambda name: (name != "run", name))
     yield from ((f"window?run=0&stream={name}&stat=*", 2.0 if name == "run" else 1.0) for name in streams)
     yield from ((f"capsule?run=0&step={capsule['step']}", 0.5) for capsule in facts["capsules"][-4:])
+    yield "plays?run=0", 0.1
+    yield from ((f"play?run=0&step={step}", 0.5) for step in staged_steps(feed.directory)[-PLAYS:])
     param = facts["streams"].get("param", {"stats": [], "rows": []})
     for stat in param["stats"]:
         yield f"window?run=0&stream=param&stat={stat['name']}", 1.5 if stat["name"] == "update_ratio" else 1.0

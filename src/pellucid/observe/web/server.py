@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pellucid.config import UserError
 from pellucid.observe.store import FILE_NAME, is_network
-from pellucid.observe.web.feed import Feed, answer
+from pellucid.observe.web.feed import Feed, _number, answer
 
 PAGE = Path(__file__).parent / "page"
 VENDOR = Path(__file__).parent / "vendor"
@@ -129,12 +129,26 @@ def make_app(feeds: Sequence[Feed], stopping: Callable[[], bool] = lambda: False
             return JSONResponse({"problem": str(error)}, status_code=404, headers=HEADERS)
         return Response(body, media_type=kind, headers=HEADERS)
 
+    async def stage(request: Request) -> Response:
+        """Have a step played. The header tells our page from another site's form, which cannot send it."""
+        try:
+            if "x-pellucid" not in request.headers:
+                raise UserError("only the dashboard's own page may ask for that")
+            query = dict(request.query_params)
+            feed, step = feeds[_number(query, "run", len(feeds))], query.get("step", "")
+            if not step.isdigit():
+                raise UserError(f"step={step}: give the number of a step")
+            making = await run_in_threadpool(lambda: feed.plays.make(int(step), feed.pulse()["step"]))
+        except UserError as error:
+            return JSONResponse({"problem": str(error)}, status_code=400, headers=HEADERS)
+        return JSONResponse(making, headers=HEADERS)
+
     async def tell(request: Request) -> Response:
         gone = request.is_disconnected
         stream = pulses(feeds, gone, stopping, run_in_threadpool)
         return StreamingResponse(stream, media_type="text/event-stream", headers={**HEADERS, "X-Accel-Buffering": "no"})
 
-    routes = [Route("/", page), Route("/events", tell), Route("/api/{path}", ask),
+    routes = [Route("/", page), Route("/events", tell), Route("/api/stage", stage, methods=["POST"]), Route("/api/{path}", ask),
               Mount("/page", Assets(directory=PAGE)),
               Mount("/vendor", Assets(directory=VENDOR, check_dir=False))]  # fmt: skip
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # against DNS rebinding

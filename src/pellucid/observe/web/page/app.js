@@ -5,7 +5,9 @@ import { isReport } from "./source.js";
 import { count } from "./format.js";
 import { Timeline } from "./timeline.js";
 import { Experts } from "./views/experts.js";
+import { Learn } from "./views/learn.js";
 import { Learning } from "./views/learning.js";
+import { Network } from "./views/network.js";
 import { River } from "./views/river.js";
 import { Tensor } from "./views/tensor.js";
 import { Verdicts } from "./views/verdicts.js";
@@ -13,11 +15,13 @@ import { XRay } from "./views/xray.js";
 
 const VIEWS = [ // in reading order; an entry's key is its name in the URL and its shape in SHAPES
   ["xray", "X-ray", XRay],
+  ["network", "Network", Network],
   ["river", "Data river", River],
   ["experts", "Experts", Experts],
   ["learning", "Learning", Learning],
   ["verdicts", "Verdicts", Verdicts],
   ["tensor", "Tensor", Tensor],
+  ["learn", "Learn", Learn],
 ];
 
 function useTheme() {

@@ -2,6 +2,7 @@
 
 const packed = window.__report__ ?? null; // {path: base64 of gzip}
 export const isReport = packed !== null;
+export const holds = (path) => packed === null || path in packed;
 
 async function bytesOf(path) {
   if (!packed) {

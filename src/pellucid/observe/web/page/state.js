@@ -18,9 +18,9 @@ function useChanges(read) {
 
 // ------------------------------------------------------------------------------------------------ selection
 
-const NUMBERS = new Set(["run", "compare", "step", "layer", "expert", "from", "to", "document"]);
+const NUMBERS = new Set(["run", "compare", "step", "layer", "expert", "from", "to", "document", "phase", "token", "edge"]);
 const DEFAULTS = { view: "xray", run: 0, compare: null, step: null, layer: null, expert: null, tensor: null,
-  stat: "update_ratio", from: null, to: null, stage: null, document: null };
+  stat: "update_ratio", from: null, to: null, stage: null, document: null, phase: null, token: null, edge: null };
 let selection = { ...DEFAULTS, ...read() };
 
 function read() {

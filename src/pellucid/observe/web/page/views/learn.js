@@ -1,0 +1,136 @@
+// View 8, the ideas of both pictures, told with this run's own numbers. The long form is docs/learn; the formulas and the
+// sources here are the same. What a run has not recorded is said in general words, never with made-up numbers.
+import { Panel, html } from "../ui.js";
+import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
+import { holds } from "../source.js";
+import { Spark } from "../line.js";
+import { bytes, count, number, percent } from "../format.js";
+import { Mark, derivation, fansOf, pair, percents, place, proofsOf, quoted, updateFormula, visible } from "../play.js";
+
+const SOURCES = [
+  ["Rumelhart, Hinton & Williams 1986", "Learning representations by back-propagating errors", "https://doi.org/10.1038/323533a0"],
+  ["Kingma & Ba 2014", "Adam: a method for stochastic optimization", "https://arxiv.org/abs/1412.6980"],
+  ["Vaswani et al. 2017", "Attention is all you need", "https://arxiv.org/abs/1706.03762"],
+  ["Collobert et al. 2011", "Natural language processing (almost) from scratch", "https://jmlr.org/papers/v12/collobert11a.html"],
+  ["Halevy, Norvig & Pereira 2009", "The unreasonable effectiveness of data", "https://doi.org/10.1109/MIS.2009.36"],
+  ["Goodfellow, Bengio & Courville 2016", "Deep Learning", "https://www.deeplearningbook.org"],
+  ["xAI 2024", "Open release of Grok-1", "https://github.com/xai-org/grok-1"],
+];
+const cite = (...numbers) => html`<p class="source">${numbers.map((n, i) => html`${i ? " · " : "Source: "}<a href=${SOURCES[n][2]} rel="noopener noreferrer" target="_blank">${SOURCES[n][0]}</a>`)}</p>`;
+const go = (view, patch = {}) => (event) => { event.preventDefault(); select({ view, ...patch }); };
+const see = (view, words, patch) => html`<a href=${`#view=${view}`} onClick=${go(view, patch)}>${words}</a>`;
+const n = (value, options) => html`<b title=${String(value)} data-value=${value}>${number(value, options)}</b>`;
+const p = (value, digits = 1) => html`<b data-value=${value}>${percent(value, digits)}</b>`;
+
+/** A card: one idea, its formula, and what it is in this run. */
+function Idea({ id, title, formula, children, sources }) {
+  return html`<section class="panel idea" aria-labelledby=${id}><h2 id=${id}>${title}</h2><div class="formula">${formula}</div>${children}${cite(...sources)}</section>`;
+}
+
+export function Learn() {
+  const { run, index, step } = useRun();
+  const plays = (useAnswer(`plays?run=${index}`, 0).data?.steps ?? []).filter((s) => holds(`play?run=${index}&step=${s}`));
+  const nearest = plays.length ? plays.reduce((a, b) => (Math.abs(b - step) <= Math.abs(a - step) ? b : a)) : null;
+  const play = useAnswer(nearest === null ? null : `play?run=${index}&step=${nearest}`).data;
+  const river = useAnswer(`river?run=${index}`, 0).data;
+  const main = useWindow(index, "run", "*").window, held = useWindow(index, "evaluation", "*").window, router = useWindow(index, "router", "*").window;
+  const series = (window, stream, stat) => (window?.columns ? window.series(0, statIndex(run, stream, stat)) : []);
+  const losses = series(main, "run", "loss"), heldLosses = series(held, "evaluation", "loss"), now = main?.columns ? main.columnOf(step) : -1;
+  const value = (stat) => (now < 0 ? null : main.value(now, 0, statIndex(run, "run", stat)));
+  const facts = { run, index, step, play, river, losses, heldLosses, held, router, now, value };
+  return html`
+    <${Panel} id="learn-title" wide question="What is happening here, and why does it work?"
+      answer="Two pictures: a network that predicts the next token and is adjusted by its errors, and the river of text that teaches it. Each idea with this run's own numbers.">
+      <p class="learn-way"><b>Picture 1.</b> tokens → layers of attention and experts → predicted token → loss → backward → update, again and again. <b>Picture 2.</b> source → normalise → filter → augment → tokenise → pack → train.</p><//>
+    <div class="ideas"><${Forward} ...${facts} /><${Attention} ...${facts} /><${Experts} ...${facts} /><${Loss} ...${facts} /><${Backward} ...${facts} /><${Update} ...${facts} /><${Data} ...${facts} /><${Generalise} ...${facts} /></div>
+    <${Panel} id="sources-title" wide question="Where does this come from?" answer="The papers and the book behind the two pictures.">
+      <ul class="sources">${SOURCES.map(([who, title, url]) => html`<li><b>${who}</b> <a href=${url} rel="noopener noreferrer" target="_blank">${title}</a></li>`)}</ul><//>`;
+}
+
+const unplayed = html`<p class="hint">${see("network", "Play a step in the Network view")} and this card shows it with real numbers.</p>`;
+
+function Forward({ run, play }) {
+  const model = run.config?.model ?? {}, total = run.manifest?.parameters?.total;
+  const token = play?.tokens.at(-1), output = play?.outputs.at(-1), first = output?.choices[0];
+  return html`<${Idea} id="idea-forward" title="Tokens in, a prediction out" sources=${[2, 3, 6]}
+    formula=${html`h = √D · E[token]<br/>h = h + norm(attention(norm(h)))<br/>h = h + norm(moe(norm(h)))`}>
+    <p>A token is a number that stands for a piece of text; this run knows ${count(model.vocab_size)} of them. Each picks its row of ${count(model.hidden_size)} numbers from a table, and ${count(model.num_hidden_layers)} layers read those numbers and add to them${total ? html`, with ${count(total)} weights in all` : ""}. Grok-1 has the same shape, with 64 layers and 314 billion weights. There are no biases anywhere.</p>
+    ${play ? html`<p>In step ${count(play.step)} it read ${play.tokens.slice(-8).map((t) => html`<span class="piece">${visible(t.text)}</span>`)} and thought ${quoted(first.text)} most likely, with ${p(first.p, 2)}. What came was ${quoted(token.target_text)}, to which it gave ${p(output.p, 2)}.</p>` : unplayed}<//>`;
+}
+
+function Attention({ play }) {
+  let best = null;
+  play?.layers.forEach((layer, l) => layer.attention.weights.forEach((head, h) => head.at(-1).forEach((weight, s) => {
+    if (s < play.tokens.length - 1 && weight > (best?.weight ?? 0)) best = { l, h, s, weight }; // itself left out
+  })));
+  return html`<${Idea} id="idea-attention" title="Attention: read what came before" sources=${[2]}
+    formula=${html`logit = 30 · tanh(q·k / √d / 30)<br/>weight = softmax(logit)<br/>output = Σ weight · v`}>
+    <p>Every token asks a question (q) and offers a key (k) and a value (v). Where question and key fit, the value is read. Several heads ask different questions at once. Nobody reads a later token, or another document.</p>
+    ${best ? html`<p>In step ${count(play.step)}, ${quoted(play.tokens.at(-1).text)} read ${quoted(play.tokens[best.s].text)} most: head ${best.h} of layer ${best.l} gave it ${p(best.weight)} of its attention. ${see("network", "Look at all heads", { layer: best.l, step: play.step })}.</p>` : unplayed}<//>`;
+}
+
+function Experts({ run, play, router, step }) {
+  const rows = run.streams.router?.rows ?? [], at = router?.columns ? router.columnOf(step) : -1, load = statIndex(run, "router", "load");
+  const loads = at < 0 ? [] : rows.map((row, i) => ({ row, load: router.value(at, i, load) })).filter((x) => x.load !== null);
+  const most = loads.reduce((a, b) => (b.load > (a?.load ?? -1) ? b : a), null), least = loads.reduce((a, b) => (b.load < (a?.load ?? Infinity) ? b : a), null);
+  const own = play?.layers.at(-1).router, chosen = own?.chosen.at(-1), probs = own?.probs.at(-1);
+  const model = run.config?.model ?? {};
+  return html`<${Idea} id="idea-experts" title="Experts: many specialists, few at work" sources=${[6]}
+    formula=${html`p = softmax(x Wᵀ) over ${count(model.num_experts)} experts, the best ${count(model.num_experts_per_tok)} serve<br/>y = Σ p · down(gelu(gate(x)) · up(x))`}>
+    <p>Each layer holds ${count(model.num_experts)} small networks, and a router that sends every token to ${count(model.num_experts_per_tok)} of them. So the model can know more without every token paying for all of it. A balance loss keeps all of them in use.</p>
+    ${most && html`<p>At step ${count(step)}, expert ${most.row.expert} of layer ${most.row.layer} carried ${n(most.load, { digits: 3 })} times its fair share, expert ${least.row.expert} of layer ${least.row.layer} ${n(least.load, { digits: 3 })} times. ${see("experts", "See the ledger")}.</p>`}
+    ${play ? html`<p>For ${quoted(play.tokens.at(-1).text)} the last layer's router chose ${chosen.map((e, i) => html`${i ? " and " : ""}expert ${e} (${p(probs[e])})`)}.</p>` : ""}<//>`;
+}
+
+function Loss({ run, play, losses, now, step, value }) {
+  const vocabulary = run.config?.model?.vocab_size, output = play?.outputs.at(-1), loss = value("loss");
+  return html`<${Idea} id="idea-loss" title="Loss: how wrong was it?" sources=${[5]}
+    formula=${html`loss = −ln p(the token that came)${output ? html`<br/>−ln ${n(output.p)} = ${n(output.loss)}` : ""}`}>
+    <p>The loss is the surprise. A model that knows nothing spreads its bets evenly over ${count(vocabulary)} tokens: ln ${count(vocabulary)} = ${n(Math.log(vocabulary))}. This run began at ${n(losses[0] ?? null)}${loss !== null ? html` and stands at ${n(loss)} at step ${count(step)}: as if it hesitated between ${n(Math.exp(loss), { digits: 3 })} tokens` : ""}.</p>
+    <p class="spark-line"><${Spark} values=${losses.slice(0, now + 1)} hue="#0072B2" width=${220} height=${36} label="loss of every step so far" /> ${see("learning", "the whole curve")}</p><//>`;
+}
+
+const example = (play) => {
+  const fans = play ? fansOf(play, play.layers.length - 1, play.tokens.length - 1) : [], fan = fans.find((f) => f.key === "expert0");
+  return fan ? { fan, term: fan.fan.terms[0] } : null;
+};
+
+function Backward({ play }) {
+  const chosen = example(play), edge = chosen && play.edges[chosen.term.edge], share = chosen && chosen.fan.fan.slope * chosen.term.a;
+  const proofs = edge ? proofsOf(edge).slice(0, 2).filter(([, holds]) => holds !== null) : [];
+  return html`<${Idea} id="idea-backward" title="Backward: who was responsible?" sources=${[0]}
+    formula=${html`∂loss/∂x = ∂loss/∂y · ∂y/∂x<br/>∂loss/∂logit_j = p_j − [j is the target]`}>
+    <p>Change a weight a little and the loss changes a little; the ratio is its gradient. Back-propagation finds the gradients of all weights in one sweep from right to left, by the chain rule. A weight's share is <em>how wrong its output was</em> times <em>how active its input was</em>.</p>
+    ${edge ? html`<p>The weight <span class="mono">${place(edge)}</span> in step ${count(play.step)}: ${n(chosen.fan.fan.slope)} · ${n(chosen.term.a)} = ${n(share)} from this token, ${n(edge.gradient - share)} from the ${count(play.step_result.tokens - 1)} others, together ${n(edge.gradient)}.</p>
+      ${proofs.length ? html`<ul class="proofs">${proofs.map(([claim, holds, detail]) => html`<li class=${holds ? "holds" : "fails"}><${Mark} holds=${holds} /><span>${claim}<small>${detail}</small></span></li>`)}</ul>` : ""}` : unplayed}<//>`;
+}
+
+function Update({ run, play }) {
+  const chosen = example(play), edge = chosen && play.edges[chosen.term.edge], rule = edge ? play.optimizer[edge.tensor].rule : run.config?.optimizer?.name;
+  const [before, after] = edge ? pair(edge.before, edge.after) : [], output = play?.outputs.at(-1), adam = rule === "adam" || rule === "adamw";
+  const terms = edge ? derivation(play, chosen).filter(([, formula]) => formula === "Δw") : [];
+  return html`<${Idea} id="idea-update" title="Update: what is adjusted, and by how much" sources=${[1]}
+    formula=${adam ? html`m ← β₁ m + (1−β₁) g<br/>v ← β₂ v + (1−β₂) g²<br/>w ← w − η m̂ / (√v̂ + ε)` : html`w ← w − η · step of ${rule ?? "the optimizer"}`}>
+    <p>Each weight takes a small step against its gradient. Adam keeps what the gradient usually is (m) and how large it usually is (v): weights whose gradients agree move, those whose gradients cancel hardly do. This run uses ${rule}.</p>
+    ${edge ? html`<p>The same weight went from ${n(edge.before)} to <b data-value=${edge.after}>${after}</b> (${terms.map(([what, , value], i) => html`${i ? ", " : ""}${what.replace(/:.*/, "")} ${n(value, { signed: true })}`)}).</p><div class="formula">${updateFormula(play, edge, n)}</div>
+      <p>With all weights moved, ${quoted(play.tokens.at(-1).target_text)} went from ${percents(output.p, output.p_after)[0]} to ${percents(output.p, output.p_after)[1]}. ${see("network", "Play it", { step: play.step, phase: 5 })}.</p>` : unplayed}<//>`;
+}
+
+function Data({ run, river, value, step }) {
+  const stages = (river?.stages ?? []).filter((s) => s.documents_in !== undefined && s.documents_out !== undefined), train = river?.splits?.train;
+  const rows = train?.packing?.rows, batch = run.config?.training?.batch_size;
+  return html`<${Idea} id="idea-data" title="Data: what text becomes before it teaches" sources=${[4, 3]}
+    formula="source → normalize → (filter, deduplicate, augment) → tokenize → pack → loader">
+    <p>Simple models with much text beat clever ones with little; so nothing of the text may disappear unseen.</p>
+    ${stages.length ? html`<table class="stages"><thead><tr><th scope="col" class="left">stage</th><th scope="col">documents in</th><th scope="col">out</th></tr></thead><tbody>${stages.map((s) => html`<tr><th scope="row" class="left">${s.name}</th><td data-value=${s.documents_in}>${count(s.documents_in)}</td><td data-value=${s.documents_out}>${count(s.documents_out)}</td></tr>`)}</tbody></table>` : html`<p class="hint">${river?.problem ?? "This run's stages are not recorded."}</p>`}
+    ${train ? html`<p>${bytes(train.text_bytes)} of text became ${count(train.tokens)} tokens in ${count(train.documents)} documents${rows ? html`, packed into ${count(rows)} rows with ${p(train.packing.utilization, 2)} of their places filled; ${batch} rows a step make ${n((batch * (step + 1)) / rows, { digits: 3 })} epochs so far` : ""}. ${see("river", "Follow a document")}.</p>` : ""}<//>`;
+}
+
+function Generalise({ losses, heldLosses, held, now, step }) {
+  const at = held?.columns ? held.columnOf(step) : -1, recent = losses.slice(Math.max(0, now - 31), now + 1).filter((v) => Number.isFinite(v));
+  const train = recent.length ? recent.reduce((a, b) => a + b, 0) / recent.length : null, out = at < 0 ? null : heldLosses[at];
+  return html`<${Idea} id="idea-generalise" title="Learning or memorising?" sources=${[5]}
+    formula=${html`gap = held-out loss − training loss${out !== null && train !== null ? html` = ${n(out)} − ${n(train)} = ${n(out - train, { signed: true })}` : ""}`}>
+    <p>A model can find what holds for the language, or remember these very sentences. On text it never saw, only the first helps. So a part of the documents is held out and measured again and again.</p>
+    ${out !== null ? html`<p>After step ${count(held.steps[at])} the held-out loss was ${n(out)}; at the first measure it was ${n(heldLosses[0])}. The mean training loss of the last ${count(recent.length)} steps is ${n(train)}. ${out - train > 0.5 ? "The gap is wide: it remembers more than it understands." : "The two go together: what it learns holds for new text."}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
+}
