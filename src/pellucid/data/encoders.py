@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,16 +28,16 @@ CHARACTERS = "  \n\n\t\r0123aeinst'´ÄßœЖ你の한\u0301\u200d\u2028\u2581\u
 
 @dataclass
 class Encoder:
-    """Encodes batches of texts: by `batch`, but by `reference` where `leave` finds something in a text."""
+    """Encodes batches of texts: by `batch`, but by `reference` where a text holds one of the strings in `leave`."""
 
     name: str
     batch: Batch
     reference: Batch
-    leave: re.Pattern[str] | None = None
+    leave: Sequence[str] = ()
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """uint32 ids of each text."""
-        left = [n for n, text in enumerate(texts) if self.leave.search(text)] if self.leave else []
+        left = [n for n, text in enumerate(texts) if any(mark in text for mark in self.leave)]
         if not left:
             return self.batch(texts)
         apart = dict(zip(left, self.reference([texts[n] for n in left]), strict=True))
@@ -124,15 +123,14 @@ def _gigatoken_sentencepiece(engine: Engine, reference: Batch) -> Encoder | None
     if converted is None:
         return None
     content, leave = converted
-    return Encoder("gigatoken", _gigatoken(content), reference, re.compile(leave) if leave else None)
+    return Encoder("gigatoken", _gigatoken(content), reference, leave)
 
 
 def _kitoken(engine: Engine, reference: Batch) -> Encoder:
     import kitoken
 
     backend = kitoken.Kitoken.from_sentencepiece(engine.content)
-    leave = re.compile("|".join(re.escape(name) for name in reserved_names(engine.content)))
-    return Encoder("kitoken", lambda texts: as_arrays(backend.encode_all(texts)), reference, leave)
+    return Encoder("kitoken", lambda texts: as_arrays(backend.encode_all(texts)), reference, reserved_names(engine.content))
 
 
 def _byte_level(content: bytes) -> bytes | None:

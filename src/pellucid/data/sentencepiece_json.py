@@ -11,6 +11,7 @@ Format: sentencepiece_model.proto of github.com/google/sentencepiece (wire forma
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -52,8 +53,8 @@ def sentencepiece_to_json(model: bytes, added: dict[int, str] | None = None) -> 
     return result
 
 
-def sentencepiece_without_split(model: bytes) -> tuple[bytes, str] | None:
-    """The same as a tokenizer.json without a pre-tokenizer, and a pattern of the texts it is not good for.
+def sentencepiece_without_split(model: bytes) -> tuple[bytes, list[str]] | None:
+    """The same as a tokenizer.json without a pre-tokenizer, and strings that mark the texts it is not good for.
 
     For a library that splits by no pattern of ours. Runs of one character ("\\n" to ten of them) become merges that
     come before all others, which is exact up to the longest run; a text with a longer one, or with another
@@ -72,9 +73,10 @@ def sentencepiece_without_split(model: bytes) -> tuple[bytes, str] | None:
     document["model"]["ignore_merges"] = False
     document["model"]["merges"] = [[name * n, name * (total - n)] for name, most in runs.items()
                                    for total in range(2, most + 1) for n in range(1, total)] + document["model"]["merges"]
-    others = [re.escape(name) for name in symbols if name[0] not in runs or len(set(name)) > 1]
-    longer = [f"{re.escape(name)}{{{most + 1}}}" for name, most in runs.items() if most > 1]
-    return json.dumps(document, ensure_ascii=False).encode(), "|".join(others + longer)
+    others = [name for name in symbols if name[0] not in runs or len(set(name)) > 1]
+    shared = os.path.commonprefix(others)  # noqa: RUF071  of characters, as it is: "<|" is one search for all of them
+    others = [shared] if len(shared) > 1 else others
+    return json.dumps(document, ensure_ascii=False).encode(), [*others, *(name * (n + 1) for name, n in runs.items() if n > 1)]
 
 
 def reserved_names(model: bytes) -> list[str]:
