@@ -2,9 +2,9 @@
 
 In fp32 torch asks Intel's MKL, which on AMD processors leaves AVX-512 unused: there oneDNN runs 1.1 to 1.4 times as
 fast, except for the weight's gradient; on processors without AVX-512 MKL is the faster. In bf16 torch asks oneDNN, which
-needs a processor with AVX-512; elsewhere torch multiplies number by number (8 GFLOP/s a core, 1 for an input's
-gradient, against 70). There the factors are widened to fp32, where a product of two bf16 numbers is exact, and the
-result is rounded once: the same definition, operands in bf16 and sums in fp32.
+needs a processor with AVX-512; elsewhere torch multiplies number by number (8 to 10 GFLOP/s a core, 1 for an input's
+gradient, against 42 to 70). There the factors are widened to fp32, where a product of two bf16 numbers is exact, and
+the result is rounded once: the same definition, operands in bf16 and sums in fp32.
 """
 
 from __future__ import annotations
