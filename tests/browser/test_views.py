@@ -133,6 +133,9 @@ def test_learning_shows_losses_documents_and_texts(open_page, address, reader, n
     recorded = reader.document_losses(step)
     cells = page.locator("[aria-label='documents of the step'] tbody tr td:nth-child(4)").all_inner_texts()
     assert cells[: len(recorded)] == [number(document["loss"]) for document in recorded]
+    written = [event["step"] for event in reader.events() if event["rule"] == "text_sample"]
+    assert written[0] == 0 and len(written) >= 2  # before training and after
+    page.wait_for_selector("h3:has-text('after step 0')")
     held = reader.series("held-out", "loss", stream="evaluation")
     assert f"Held-out: {number(float(held[1][-1]))}" in page.locator("#loss-title + .answer").inner_text()
     page.locator("figure button", has_text="table").first.click()

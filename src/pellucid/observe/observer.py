@@ -288,6 +288,7 @@ class Observer(SilentObserver):
         self.writer.write(record)
 
     def text_sample(self, step: int, prompt: str, text: str) -> None:
+        self._start(step)
         event = {"rule": "text_sample", "severity": "note", "subject": prompt, "text": text}
         self.writer.write(Record(max(step - 1, 0), events=[event]))
 

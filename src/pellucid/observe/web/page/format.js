@@ -29,7 +29,7 @@ export function count(value, short = false) {
   if (!short || Math.abs(value) < 1e5) return Math.round(value).toLocaleString("en-US").replace("-", "−");
   for (const unit of ["k", "M", "G", "T", "P"]) {
     value /= 1000;
-    if (Math.abs(value) < 1000 || unit === "P") return `${value.toPrecision(4)} ${unit}`;
+    if (Math.abs(value) < 1000 || unit === "P") return `${minus(value.toPrecision(4))} ${unit}`;
   }
 }
 
