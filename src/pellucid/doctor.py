@@ -12,7 +12,7 @@ from pellucid.config import TokenizerConfig
 from pellucid.data.bpe_training import PROBE, gigabpe_problem
 from pellucid.data.encoders import choose_encoder
 from pellucid.data.tokenizer_training import train_tokenizer
-from pellucid.model.kernels import native
+from pellucid.model.kernels import gpu, native
 from pellucid.run import REPORTED_PACKAGES, choose_device, choose_precision, has_fast_bf16, installed_version
 
 
@@ -32,13 +32,10 @@ def examine() -> dict[str, str]:
         "device": f"{device} (training.device = 'auto')",
         "bf16": "fast on this device" if bf16 else "slow or absent on this device: fp32 is used",
         "precision": f"{'bf16, fp32 master weights' if dtype == torch.bfloat16 else 'fp32'} (training.precision = 'auto')",
-        "cpu kernels": native.status(),
-        "attention": "chunked plain attention with capped logits; the whole mask for decoding and rows that begin with pads",
-        "experts": _experts(device),
+        **(_on_gpu(device) if device.type == "cuda" else {"kernels": native.status(), "experts": _experts(device)}),
         "tokenizer.model": _encoder("sentencepiece"),
         "tokenizer.json": _encoder("bpe"),
         "bpe training": "gigabpe" if gigabpe_problem() is None else f"tokenizers (gigabpe: {gigabpe_problem()})",
-        "loss": "linear cross-entropy in chunks of tokens, its gradient computed in the forward pass",
     }
     return facts
 
@@ -57,7 +54,16 @@ def _memory() -> str:
         return "unknown"
 
 
+def _on_gpu(device: torch.device) -> dict[str, str]:
+    """Which kernel serves each part of the model, and what the plain ones are."""
+    plain = {"attention": "chunks of queries, capped logits", "experts": _experts(device), "routing": "softmax and stable sort",
+             "norm": "fp32 operations", "loss": "chunks of tokens, gradient in the forward pass"}  # fmt: skip
+    return {name: f"{line}" + (f": {plain[name]}" if line.startswith("plain") else "") for name, line in gpu.status().items()}
+
+
 def _experts(device: torch.device) -> str:
+    if device.type == "cpu" and native.status().startswith("compiled"):
+        return "one product per expert on its own tokens, GeGLU and gate by a compiled kernel"
     if device.type not in ("cpu", "cuda"):
         return f"one product per expert in a loop: grouped_mm is not used on {device.type}"
     only = "bf16" if device.type == "cuda" else "fp32 and bf16"

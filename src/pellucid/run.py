@@ -107,6 +107,7 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     if origin is not None:
         fill(model, origin)
     model.compute_dtype, model.parity = choose_precision(config.training.precision, device)
+    model.recompute = config.training.recompute
     optimizer = build_optimizer(model, config.optimizer)
     if not resume:
         write_run_files(folder, config, dataset)

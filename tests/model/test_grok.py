@@ -215,3 +215,24 @@ def test_a_seed_means_the_same_weights():
     a, b, c = (initialize(Grok1(small()), seed=s) for s in (3, 3, 4))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.embedding.weight, c.embedding.weight)
+
+
+@pytest.mark.parametrize("recompute", ["attention", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_changes_no_bit_and_keeps_less(recompute, dtype):
+    config = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_experts=4)
+    tokens = torch.randint(3, 64, (2, 48), generator=torch.Generator().manual_seed(0))
+    gradients, kept = [], []
+    for choice in ("none", recompute):
+        model = initialize(Grok1(config))
+        model.compute_dtype, model.recompute = dtype, choice
+        sizes: dict[int, int] = {}
+        keep = lambda x, sizes=sizes: (sizes.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()), x)[1]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hidden, routings = model.hidden_states(tokens)
+        (hidden.float().square().sum() + sum(routing.probs_NE.square().sum() for routing in routings)).backward()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept.append(sum(size for at, size in sizes.items() if at not in weights))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0]

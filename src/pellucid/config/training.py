@@ -35,6 +35,8 @@ class TrainingConfig(Section):
     balance_bias_rate: float = Field(0.0, ge=0, description="DeepSeek-V3's bias step; 0 = exact Grok-1 routing")
     evaluate_every: int = Field(200, ge=0, description="steps between held-out evaluations; 0: only at the end")
     evaluate_rows: int = Field(64, ge=1, description="held-out rows per evaluation while training; the last takes all")
+    recompute: Literal["none", "attention", "all"] = Field(
+        "none", description="what the backward pass computes anew to save memory: norms and attention, or whole layers")
     max_nonfinite_steps: int = Field(5, ge=1, description="non-finite steps in a row (each skipped) before stopping")
 
     @model_validator(mode="after")

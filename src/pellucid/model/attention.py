@@ -7,6 +7,7 @@ Letters: B batch, T queries, S keys, D hidden_size, H query heads, K key/value h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from pellucid.config import ModelConfig
 from pellucid.model.cache import KVCache
-from pellucid.model.kernels import capped
+from pellucid.model.kernels import capped, gpu
 from pellucid.model.kernels.rotary import rotate
 from pellucid.model.layers import Linear
 
@@ -110,8 +111,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         settings = {"multiplier": c.attn_output_multiplier, "cap": c.max_attn_value}
-        if visibility.mask_BTS is None and not parity and capped.fits(q_BKTGd, k, v, c.max_attn_value):
-            out_BKTGd = capped.fused_capped_attention(q_BKTGd, k, v, *visibility.documents, **settings)
+        fused = None if visibility.mask_BTS is not None or parity else _fused(q_BKTGd, k, v, c.max_attn_value)
+        if fused is not None:
+            out_BKTGd = fused(q_BKTGd, k, v, *visibility.documents, **settings)
             return self.o_proj(out_BKTGd.transpose(1, 2).reshape(B, T, K * G * d))
         q_BKGTd, settings["exact"] = q_BKTGd.transpose(2, 3), parity
         if visibility.mask_BTS is not None:
@@ -119,3 +121,12 @@ class Attention(nn.Module):
         else:
             out = chunked_capped_attention(q_BKGTd, k, v, visibility, **settings)
         return self.o_proj(out.permute(0, 3, 1, 2, 4).reshape(B, T, K * G * d))
+
+
+def _fused(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cap: float) -> Callable[..., Tensor] | None:
+    """A kernel that does what `chunked_capped_attention` does, if one serves these tensors."""
+    if cap <= capped.LARGEST_CAP and gpu.fits("attention", q_BKTGd, k_BKTd, v_BKTd):
+        from pellucid.model.kernels.gpu.attention import capped_attention as kernel
+
+        return kernel
+    return capped.fused_capped_attention if capped.fits(q_BKTGd, k_BKTd, v_BKTd, cap) else None

@@ -11,12 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pellucid.config import ModelConfig
 from pellucid.model.attention import Attention, Visibility
 from pellucid.model.cache import KVCache
 from pellucid.model.layers import Linear, RMSNorm, rotary_phases
 from pellucid.model.moe import MoE, Routing
+
+CHECKPOINT = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a layer is random
 
 
 class Layer(nn.Module):
@@ -32,11 +35,21 @@ class Layer(nn.Module):
         self.moe = MoE(config, device, dtype)
         self.post_moe_norm = norm()
 
-    def forward(self, hidden_BTD: Tensor, rotary, visibility, cache, layer: int, parity: bool) -> tuple[Tensor, Routing]:
-        attended = self.attention(self.pre_attn_norm(hidden_BTD), rotary, visibility, cache, layer, parity)
-        hidden_BTD = hidden_BTD + self.post_attn_norm(attended)
+    def forward(self, hidden_BTD: Tensor, rotary, visibility, cache, layer: int, parity: bool, recompute: str = "none",
+                ) -> tuple[Tensor, Routing]:  # fmt: skip
+        """recompute: what the backward pass computes anew instead of keeping it (see Grok1.recompute)."""
+        if recompute == "all":
+            return checkpoint(self, hidden_BTD, rotary, visibility, cache, layer, parity, **CHECKPOINT)
+        if recompute == "attention":
+            hidden_BTD = checkpoint(self.attend, hidden_BTD, rotary, visibility, cache, layer, parity, **CHECKPOINT)
+        else:
+            hidden_BTD = self.attend(hidden_BTD, rotary, visibility, cache, layer, parity)
         mixed, routing = self.moe(self.pre_moe_norm(hidden_BTD), parity)
-        return hidden_BTD + self.post_moe_norm(mixed), routing
+        return self.post_moe_norm(mixed, residual=hidden_BTD), routing
+
+    def attend(self, hidden_BTD: Tensor, rotary, visibility, cache, layer: int, parity: bool) -> Tensor:
+        attended = self.attention(self.pre_attn_norm(hidden_BTD), rotary, visibility, cache, layer, parity)
+        return self.post_attn_norm(attended, residual=hidden_BTD)
 
 
 class Embedding(nn.Module):
@@ -54,13 +67,16 @@ class Grok1(nn.Module):
     """A model of the Grok-1 architecture. Parameters are uninitialised: load them, or call `initialize`.
 
     `compute_dtype` (float32 or bfloat16) is the dtype of products and of the residual stream; parameters may be fp32
-    masters. `parity` follows every cast of the official bf16 run, at some cost in speed.
+    masters. `parity` follows every cast of the official bf16 run, at some cost in speed. `recompute` trades time for memory
+    in training (Chen et al. 2016, arXiv 1604.06174), bit for bit: "attention" keeps the experts' products and computes norms
+    and attention anew in the backward pass (under a tenth of the forward work at Grok-1's shape), "all" whole layers.
     """
 
     def __init__(self, config: ModelConfig, device=None, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
         self.compute_dtype = dtype
+        self.recompute = "none"  # "attention" | "all"
         self.parity = dtype == torch.bfloat16  # weights held in bf16 serve; training keeps fp32 masters and chooses itself
         self.embedding = Embedding(config, device, dtype)
         self.layers = nn.ModuleList(Layer(config, device, dtype) for _ in range(config.num_hidden_layers))
@@ -103,9 +119,10 @@ class Grok1(nn.Module):
         visibility = visible_keys(tokens_BT, segment_ids, cache, c.pad_token_id)
         hidden = self.embedding(tokens_BT, self.compute_dtype)
         hidden = hidden * _rounded(c.embedding_multiplier_scale, hidden.dtype)
+        recompute = self.recompute if torch.is_grad_enabled() and cache is None else "none"
         routings = []
         for index, layer in enumerate(self.layers):
-            hidden, routing = layer(hidden, rotary, visibility, cache, index, self.parity)
+            hidden, routing = layer(hidden, rotary, visibility, cache, index, self.parity, recompute)
             routings.append(routing)
         if cache is not None:
             cache.advance(tokens_BT.shape[1])

@@ -25,7 +25,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * weight, computed in fp32 and cast back (Zhang & Sennrich 2019).
+    """x * rsqrt(mean(x^2) + eps) * weight, computed in fp32 and cast back (Zhang & Sennrich 2019); plus `residual`.
 
     `weight` is the scale itself, not 1 + scale; there is no offset. It stays fp32 in every precision.
     """
@@ -35,8 +35,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 def rotary_phases(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

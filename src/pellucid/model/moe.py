@@ -7,6 +7,7 @@ computes once, on its own tokens only. Letters: N = B*T tokens, D hidden, E expe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pellucid.config import ModelConfig
-from pellucid.model.kernels import experts
+from pellucid.model.kernels import experts, gpu
 from pellucid.model.kernels.grouped import grouped_linear
 from pellucid.model.kernels.products import linear
 
@@ -60,6 +61,10 @@ class MoE(nn.Module):
 
     def route(self, x_ND: Tensor) -> Routing:
         logits = self.router(x_ND)
+        if gpu.fits("routing", logits):
+            from pellucid.model.kernels.gpu.routing import route
+
+            return Routing(logits, *route(logits, self.balance_bias, self.experts_per_token))
         probs = torch.softmax(logits, dim=-1)
         # A stable sort, because topk promises no order among equals and the official rule is: lower index first.
         ranking = torch.sort(probs + self.balance_bias, dim=-1, descending=True, stable=True).indices
@@ -69,12 +74,11 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, parity: bool = False) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.route(x_ND)
+        fused = None if parity else _fused(x_ND, self.gate_up_proj, self.down_proj)
         if len(x_ND) == 1 and not parity and not torch.is_grad_enabled():
             mixed = self.mix_one(x_ND, routing)
-        elif not parity and experts.fits(x_ND, self.gate_up_proj, self.down_proj):
-            mixed = experts.fused_experts(
-                x_ND, routing.gate_Nk, routing.expert_index_Nk, self.gate_up_proj, self.down_proj
-            )
+        elif fused is not None:
+            mixed = fused(x_ND, routing.gate_Nk, routing.expert_index_Nk, self.gate_up_proj, self.down_proj)
         else:
             mixed = self.mix_plain(x_ND, routing, parity)
         return mixed.view_as(x_BTD), routing
@@ -104,3 +108,12 @@ class MoE(nn.Module):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         per_choice = outputs.index_select(0, back).view(-1, k, x_ND.shape[-1])
         return (per_choice.float() * routing.gate_Nk.unsqueeze(-1)).sum(dim=1).to(x_ND.dtype)
+
+
+def _fused(x_ND: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Callable[..., Tensor] | None:
+    """A kernel that does what `MoE.mix_plain` does, if one serves these tensors."""
+    if gpu.fits("experts", x_ND, gate_up_proj, down_proj):
+        from pellucid.model.kernels.gpu.experts import experts as kernel
+
+        return kernel
+    return experts.fused_experts if experts.fits(x_ND, gate_up_proj, down_proj) else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pellucid.model.kernels import native
+from pellucid.model.kernels import gpu, native
 from pellucid.model.kernels.products import product, transposed_product
 
 IGNORE = -100
@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_N), chunk_size):
             rows = slice(start, start + chunk_size)
             products, targets = product(hidden_ND[rows], table_VD), targets_N[rows]
-            chunk_loss = fused_rows if native.fits(products, targets) else plain_rows
+            chunk_loss = _rows_of(products, targets)
             per_token_N[rows], normalizer, slope = chunk_loss(
                 products, targets, multiplier, z_loss_weight, ignore_index, want_hidden or want_embedding
             )
@@ -112,6 +112,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden = hidden.mul_(grad_total) if hidden is not None else None
         embedding = embedding.mul_(grad_total).to(ctx.embedding_dtype) if embedding is not None else None
         return hidden, embedding, None, None, None, None, None, None
+
+
+def _rows_of(products_NV: Tensor, targets_N: Tensor):
+    """The fastest of the functions that do what `plain_rows` does."""
+    if gpu.fits("loss", products_NV, targets_N):
+        from pellucid.model.kernels.gpu.loss import loss_rows
+
+        return loss_rows
+    return fused_rows if native.fits(products_NV, targets_N) else plain_rows
 
 
 def plain_rows(products_NV, targets_N, multiplier, z_loss_weight, ignore_index, want_slope):

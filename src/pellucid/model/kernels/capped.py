@@ -54,7 +54,8 @@ class _CappedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_BKTGd):
         B, K, T, G, d = grad_BKTGd.shape
-        q, k, v, grad = (x.contiguous().view(B * K, -1, d) for x in (*ctx.saved_tensors, grad_BKTGd))
+        saved = ctx.saved_tensors  # once: recomputation gives them only once
+        q, k, v, grad = (x.contiguous().view(B * K, -1, d) for x in (*saved, grad_BKTGd))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for number, total in enumerate(ctx.totals):
             start = number * ctx.chunk_size
@@ -67,5 +68,5 @@ class _CappedAttention(torch.autograd.Function):
             grad_q[:, queries] = batched_product(slope, k[:, :stop])
             grad_k[:, :stop] += batched_product(slope.mT, q[:, queries])
             grad_v[:, :stop] += batched_product(weights.mT, grad[:, queries])
-        shapes = (q_k_v.shape for q_k_v in ctx.saved_tensors)
+        shapes = (x.shape for x in saved)
         return *(g.view(s) for g, s in zip((grad_q, grad_k, grad_v), shapes, strict=True)), *[None] * 5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pellucid.model.kernels import native
+from pellucid.model.kernels import gpu, native
 
 BLOCKS = 64  # of rows, whose sums for the weight's gradient are added in order, whatever the number of threads
 
@@ -21,12 +21,18 @@ def rms_norm_plain(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (normed * weight_D).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As `rms_norm_plain`, by the fastest way that this device has."""
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """As `rms_norm_plain`, plus `residual` if there is one, by the fastest way that this device has."""
+    if weight_D.dtype == torch.float32 and gpu.fits("norm", x, weight_D):
+        from pellucid.model.kernels.gpu.norm import rms_norm as triton_rms_norm
+
+        return triton_rms_norm(x, weight_D, eps, residual)
     if weight_D.dtype == torch.float32 and native.fits(x, weight_D):
         # A function of autograd costs more than the norm of one token, so without gradients there is none.
-        return _RMSNorm.apply(x, weight_D, eps) if torch.is_grad_enabled() else _fused(x, weight_D, eps)[1]
-    return rms_norm_plain(x, weight_D, eps)
+        normed = _RMSNorm.apply(x, weight_D, eps) if torch.is_grad_enabled() else _fused(x, weight_D, eps)[1]
+    else:
+        normed = rms_norm_plain(x, weight_D, eps)
+    return normed if residual is None else residual + normed
 
 
 def _fused(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,63 @@
+"""Run by test_compile.py without the interpreter: compiles every kernel for a GPU target, here without a GPU.
+
+    python compile_kernels.py cuda 90      prints one line a kernel: shared memory, what its loops became
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pellucid.model.kernels.gpu import attention, experts, loss, norm, routing
+
+ATTENTION = {"G": 6, "d": 128, "BLOCK_D": 128, "WIDE": False, "HARDWARE": True, "multiplier": "fp32", "cap": "fp32"}
+FLOATS = {"q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v", "x", "y", "weight", "gate_up", "inner", "down", "rows",
+          "grad_gate_up", "residual", "products", "left", "right", "grad_x"}  # fmt: skip
+FP32 = {"sums", "delta", "factor", "grad_factor", "scale", "nats", "normalizer", "logits", "bias", "probs", "gate"}
+INT64 = {"index", "first_E", "tokens_E", "targets", "row"}
+CASES = [
+    (attention._forward, {**ATTENTION, **attention.FORWARD}),
+    (attention._backward_q, {**ATTENTION, **attention.BACKWARD}),
+    (attention._backward_kv, {**ATTENTION, **attention.BACKWARD}),
+    (experts._up, {"TILE": routing.TILE, "WIDE": False, "HARDWARE": True, **experts.UP}),
+    (experts._product, {"TILE": routing.TILE, "WIDE": False, **experts.DOWN}),
+    (experts._back, {"TILE": routing.TILE, "WIDE": False, "HARDWARE": True, **experts.BACK}),
+    (experts._weight_gradient, {"GATHER_LEFT": False, "GATHER_RIGHT": True, "WIDE": False, "out": "*fp32", **experts.WEIGHT}),
+    (experts._gather_sum, {"k": 2, "BLOCK": 1024, "index": "*i64"}),
+    (routing._choose, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
+    (routing._count, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
+    (routing._place, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
+    (norm._forward, {"RESIDUAL": True, "BLOCK_D": 8192, "weight": "*fp32", "eps": "fp32"}),
+    (norm._backward, {"BLOCK_D": 8192, "weight": "*fp32"}),
+    (loss._rows, {"SLOPE": True, "BLOCK": 4096, "multiplier": "fp32", "z_weight": "fp32", "ignore": "i32"}),
+]
+
+
+def kind(name: str, given: dict) -> str:
+    if isinstance(given.get(name), str):
+        return given[name]
+    pointer = {**dict.fromkeys(FLOATS, "*bf16"), **dict.fromkeys(FP32, "*fp32"), **dict.fromkeys(INT64, "*i64")}
+    others = {"key_document", "query_document", "first_key", "last_query", "token", "expert_of_tile", "counts", "before"}
+    return pointer.get(name, "*i32" if name in others else "i32")
+
+
+def main(backend: str, arch: str) -> None:
+    target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+    for kernel, given in CASES:
+        options = {key: given[key] for key in ("num_warps", "num_stages") if key in given}
+        constants = {name: given[name] for name in kernel.arg_names if name in given and not isinstance(given[name], str)}
+        if backend != "cuda" and "HARDWARE" in constants:
+            constants["HARDWARE"] = False
+        signature = {name: "constexpr" if name in constants else kind(name, given) for name in kernel.arg_names}
+        sizes = ("D", "F", "O", "I", "stride_o")
+        aligned = [n for n, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in sizes]
+        attributes = {(n,): [["tt.divisibility", 16]] for n in aligned}  # as at run time, where sizes are multiples of 16
+        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+        code = compiled.asm["ttgir"]
+        print(f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}: {compiled.metadata.shared} bytes shared, "
+              f"{code.count('warp_group_dot ')} wgmma, {code.count('async_copy_global')} async copies")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

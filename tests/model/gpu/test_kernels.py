@@ -1,0 +1,190 @@
+"""Each Triton kernel against float64 on fresh random inputs, forward and backward: odd sizes, nobody, one token, all to one."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pellucid.model.kernels import gpu
+from pellucid.training.losses import plain_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+LARGE = lambda *values: pytest.param(*values, marks=pytest.mark.gpu)
+EPS = {torch.float32: 2**-18, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # sums of hundreds of products; e^30 costs 30 ulp
+TANH = 2**-10 if DEVICE == "cuda" else 0.0  # what the hardware's tanh may add
+
+
+def both(function, reference, tensors, grad_like=None):
+    """Outputs and gradients of the kernel and of the float64 reference, for the same random incoming gradient."""
+    ours = [t.detach().clone().requires_grad_() for t in tensors]
+    theirs = [t.detach().double().requires_grad_() for t in tensors]
+    y, expected = function(*ours), reference(*theirs)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad.double())
+    return (y, *(t.grad for t in ours)), (expected, *(t.grad for t in theirs))
+
+
+def assert_close(ours, expected, bound):
+    for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        assert torch.isfinite(a).all()
+        error = (a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)
+        assert error < bound, (number, float(error))
+
+
+def plain_attention(q, k, v, key_document, query_document, multiplier, cap):
+    T = q.shape[2]
+    logits = cap * torch.tanh(torch.einsum("bktgd,bksd->bkgts", q, k) * multiplier / cap)
+    visible = torch.ones(T, T, device=q.device).tril().bool() & (query_document[:, :, None] == key_document[:, None])
+    weights = logits.exp() * visible[:, None, None]
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    return torch.einsum("bkgts,bksd->bktgd", weights, v)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "scale"), [
+    ((2, 2, 70, 3, 16), torch.float32, 6.0),  # logits deep in the cap; blocks cut documents and heads
+    ((1, 1, 33, 1, 24), torch.float32, 1.0),
+    ((1, 2, 1, 6, 32), torch.float32, 1.0),
+    ((1, 1, 45, 2, 32), torch.bfloat16, 1.0),
+    ((1, 1, 40, 2, 32), torch.float16, 1.0),
+    LARGE((2, 2, 2048, 6, 128), torch.bfloat16, 1.0),
+    LARGE((1, 1, 8192, 6, 128), torch.bfloat16, 1.0),
+    LARGE((1, 3, 1000, 4, 64), torch.float32, 2.0),
+])  # fmt: skip
+def test_attention(shape, dtype, scale):
+    from pellucid.model.kernels.gpu.attention import capped_attention
+
+    torch.manual_seed(0)
+    B, K, T, G, d = shape
+    q, k, v = (torch.randn(s, dtype=dtype, device=DEVICE) for s in ((B, K, T, G, d), (B, K, T, d), (B, K, T, d)))
+    query_document = (torch.rand(B, T, device=DEVICE) < 0.1).cumsum(1).int()
+    key_document = query_document.masked_fill(torch.rand(B, T, device=DEVICE) < 0.05, -1)  # pads in the text
+    settings = {"multiplier": d**-0.5, "cap": 30.0}
+    results = both(lambda *x: capped_attention(*x, key_document, query_document, **settings),
+                   lambda *x: plain_attention(*x, key_document, query_document, **settings), (q * scale, k * scale, v))  # fmt: skip
+    if T == 1:  # softmax over one key has no gradient for q and k: rounding is all there is
+        assert_close(results[0][:1] + results[0][3:], results[1][:1] + results[1][3:], EPS[dtype] + TANH)
+        assert results[0][1].abs().max() < 1e-5 and results[0][2].abs().max() < 1e-5
+    else:
+        assert_close(*results, EPS[dtype] * (4 if dtype != torch.float32 else 1) + TANH)
+
+
+def test_attention_with_documents_out_of_order():
+    from pellucid.model.kernels.gpu.attention import capped_attention
+
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 1, 50, 2, 16, device=DEVICE), *torch.randn(2, 1, 1, 50, 16, device=DEVICE)
+    document = torch.tensor([[3] * 20 + [1] * 15 + [3] * 15], dtype=torch.int32, device=DEVICE)
+    ours = capped_attention(q, k, v, document, document, multiplier=1.0, cap=30.0)
+    expected = plain_attention(q.double(), k.double(), v.double(), document, document, 1.0, 30.0)
+    assert_close([ours], [expected], EPS[torch.float32] + TANH)
+
+
+def test_a_query_that_may_read_nothing_gives_zeros():
+    from pellucid.model.kernels.gpu.attention import capped_attention
+
+    q, k, v = torch.randn(1, 1, 4, 1, 16, device=DEVICE), *torch.randn(2, 1, 1, 4, 16, device=DEVICE)
+    documents = torch.tensor([[-1, -1, 0, 0]], dtype=torch.int32, device=DEVICE), torch.zeros(1, 4, dtype=torch.int32, device=DEVICE)
+    out = capped_attention(q, k, v, *documents, multiplier=1.0, cap=30.0)
+    assert (out[0, 0, :2] == 0).all() and (out[0, 0, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("N", [1, 64, 200])
+@pytest.mark.parametrize(("E", "k"), [(8, 2), (5, 3), (2, 2)])
+def test_routing(N, E, k):
+    from pellucid.model.kernels.gpu.routing import route, sort_by_expert
+
+    torch.manual_seed(N)
+    logits, bias = torch.randn(N, E, device=DEVICE) * 3, torch.randn(E, device=DEVICE) / 10
+    logits[0], bias[0] = 1.0, bias[1]  # equals: the lower index comes first
+    chosen = route(logits, bias, k)[1]
+    expected = torch.sort(logits.softmax(-1) + bias, dim=-1, descending=True, stable=True).indices[:, :k]
+    assert (chosen == expected).all()
+    weight, other = torch.randn(N, E, device=DEVICE), torch.randn(N, k, device=DEVICE)
+
+    def reference(x):
+        p = x.softmax(-1)
+        return torch.cat([p * weight, p.gather(1, chosen) * other], 1)
+
+    def ours(x):
+        p, _, gate = route(x, bias, k)
+        return torch.cat([p * weight, gate * other], 1)
+
+    assert_close(*both(ours, reference, (logits,)), 1e-5)
+    order = sort_by_expert(chosen, E)
+    assert order.tokens_E.tolist() == chosen.flatten().bincount(minlength=E).tolist()
+    at = torch.cat([torch.arange(int(f), int(f + n)) for f, n in zip(order.first_E, order.tokens_E, strict=True)]).to(DEVICE)
+    stable = torch.sort(chosen.flatten(), stable=True).indices
+    assert (order.token_M[at] == stable // k).all() and int((order.token_M >= 0).sum()) == N * k
+    assert (order.row_Nk.flatten()[stable] == at).all()
+
+
+def plain_experts(x, gate, index, gate_up_proj, down_proj):
+    y = torch.zeros_like(x)
+    for e, (gate_up, down) in enumerate(zip(gate_up_proj, down_proj, strict=True)):
+        opened, up = (x @ gate_up.T).chunk(2, -1)
+        y = y + (gate * (index == e)).sum(1, keepdim=True) * ((F.gelu(opened, approximate="tanh") * up) @ down.T)
+    return y
+
+
+@pytest.mark.parametrize(("N", "D", "width", "E", "k", "dtype", "to_one"), [
+    (70, 24, 40, 8, 2, torch.float32, False),
+    (1, 24, 40, 8, 2, torch.float32, False),  # six experts without a token
+    (33, 48, 36, 4, 3, torch.float32, True),
+    (50, 32, 32, 8, 2, torch.bfloat16, False),
+    LARGE(4096, 1536, 8192, 8, 2, torch.bfloat16, False),
+    LARGE(1000, 512, 1024, 8, 2, torch.bfloat16, True),
+    LARGE(777, 256, 680, 8, 2, torch.float32, False),
+])  # fmt: skip
+def test_experts(N, D, width, E, k, dtype, to_one):
+    from pellucid.model.kernels.gpu.experts import experts
+
+    torch.manual_seed(0)
+    scores = torch.randn(N, E, device=DEVICE)
+    if to_one:
+        scores[:, 1] += 100.0
+    gate, index = scores.softmax(-1).topk(k)
+    x = torch.randn(N, D, dtype=dtype, device=DEVICE)
+    weights = torch.randn(E, 2 * width, D, device=DEVICE) / D**0.5, torch.randn(E, D, width, device=DEVICE) / width**0.5
+    ours, expected = both(lambda x, gate, up, down: experts(x, gate, index, up, down),
+                          lambda x, gate, up, down: plain_experts(x, gate, index, up, down), (x, gate, *weights))  # fmt: skip
+    assert_close(ours, expected, EPS[dtype] * 2 + TANH)
+    idle = index.flatten().bincount(minlength=E) == 0
+    assert (ours[3][idle] == 0).all() and (ours[4][idle] == 0).all()
+    assert ours[3].dtype == torch.float32  # the master's gradient is summed in fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 40), (1, 1, 17), LARGE((4, 2048, 6144))[0] if DEVICE == "cuda" else (300, 1, 64)])
+def test_norm_with_and_without_residual(shape, dtype):
+    from pellucid.model.kernels.gpu.norm import rms_norm
+
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(shape, dtype=dtype, device=DEVICE), torch.randn(shape, dtype=dtype, device=DEVICE), None
+    weight = torch.rand(shape[-1], device=DEVICE) + 0.5
+    plain = lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * w
+    assert_close(*both(lambda x, w: rms_norm(x, w, 1e-5), plain, (x, weight)), EPS[dtype])
+    assert_close(*both(lambda x, w, r: rms_norm(x, w, 1e-5, r), lambda x, w, r: r + plain(x, w), (x, weight, residual)), EPS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 600), (1, 7), LARGE((64, 131072))[0] if DEVICE == "cuda" else (3, 1000)])
+@pytest.mark.parametrize("want_slope", [True, False])
+def test_loss_rows(shape, dtype, want_slope):
+    from pellucid.model.kernels.gpu.loss import loss_rows
+
+    torch.manual_seed(0)
+    products = (torch.randn(shape, device=DEVICE) * 4).to(dtype)
+    targets = torch.randint(0, shape[1], shape[:1], device=DEVICE)
+    targets[0] = -100
+    expected = plain_rows(products.double(), targets, 0.577, 1e-3, -100, want_slope)
+    ours = loss_rows(products.clone(), targets, 0.577, 1e-3, -100, want_slope)
+    for a, b in zip(ours[: 2 + want_slope], expected, strict=False):
+        assert (a.double() - b).abs().max() <= (EPS[dtype] if a.dtype == dtype else 2**-18) * b.abs().max().clamp_min(1)
+    assert ours[2] is None or (ours[2][0] == 0).all()
+
+
+def test_every_kernel_is_said_not_to_be_proven(monkeypatch):
+    monkeypatch.delenv("PELLUCID_KERNELS")
+    assert not any(gpu.chosen(name) for name in gpu.KERNELS if name not in gpu.PROVEN)
+    assert all("has not run on a card yet" in gpu.status()[name] for name in gpu.KERNELS if name not in gpu.PROVEN)
