@@ -8,8 +8,7 @@ Letters: B batch, T queries, S keys, D hidden_size, H query heads, K key/value h
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +33,12 @@ class Visibility:
     key_valid_BT: Tensor
     segment_ids_BT: Tensor | None = None
     mask_BTS: Tensor | None = None
+    documents: tuple[Tensor, Tensor] = field(init=False)  # of each key (-1: a pad) and of each query, int32 [B, T]
 
-    @cached_property
-    def documents(self) -> tuple[Tensor, Tensor]:
-        """Document of each key (-1: a pad) and of each query, int32 [B, T]."""
+    def __post_init__(self) -> None:
         valid = self.key_valid_BT
         own = torch.zeros_like(valid, dtype=torch.int32) if self.segment_ids_BT is None else self.segment_ids_BT.int()
-        return own.masked_fill(~valid, -1), own
+        self.documents = own.masked_fill(~valid, -1), own
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """Mask [B, stop-start, stop] of queries start..stop over the keys 0..stop."""

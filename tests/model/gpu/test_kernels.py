@@ -42,7 +42,7 @@ def plain_attention(q, k, v, key_document, query_document, multiplier, cap):
 
 
 @pytest.mark.parametrize(("shape", "dtype", "scale"), [
-    ((2, 2, 70, 3, 16), torch.float32, 6.0),  # logits deep in the cap; blocks cut documents and heads
+    ((1, 2, 70, 3, 16), torch.float32, 6.0),  # logits deep in the cap; blocks cut documents and heads
     ((1, 1, 33, 1, 24), torch.float32, 1.0),
     ((1, 2, 1, 6, 32), torch.float32, 1.0),
     ((1, 1, 45, 2, 32), torch.bfloat16, 1.0),
@@ -155,7 +155,7 @@ def test_experts(N, D, width, E, k, dtype, to_one):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 5, 40), (1, 1, 17), LARGE((4, 2048, 6144))[0] if DEVICE == "cuda" else (300, 1, 64)])
+@pytest.mark.parametrize("shape", [(3, 5, 40), (1, 1, 17), LARGE((4, 2048, 6144))[0] if DEVICE == "cuda" else (20, 1, 64)])
 def test_norm_with_and_without_residual(shape, dtype):
     from pellucid.model.kernels.gpu.norm import rms_norm
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pellucid.model.kernels.gpu.launch import tile
+from pellucid.model.kernels.gpu.launch import INTERPRETED, tile
 
-BLOCKS = 256  # programs of the backward pass; each sums the weight's gradient over its rows, in order
+BLOCKS = 8 if INTERPRETED else 256  # programs of the backward pass; each sums the weight's gradient over its rows, in order
 
 
 @triton.jit
