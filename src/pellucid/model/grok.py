@@ -45,11 +45,11 @@ class Layer(nn.Module):
         else:
             hidden_BTD = self.attend(hidden_BTD, rotary, visibility, cache, layer, parity)
         mixed, routing = self.moe(self.pre_moe_norm(hidden_BTD), parity)
-        return self.post_moe_norm(mixed, residual=hidden_BTD), routing
+        return self.post_moe_norm.onto(hidden_BTD, mixed), routing
 
     def attend(self, hidden_BTD: Tensor, rotary, visibility, cache, layer: int, parity: bool) -> Tensor:
         attended = self.attention(self.pre_attn_norm(hidden_BTD), rotary, visibility, cache, layer, parity)
-        return self.post_attn_norm(attended, residual=hidden_BTD)
+        return self.post_attn_norm.onto(hidden_BTD, attended)
 
 
 class Embedding(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pellucid.model.kernels.norm import rms_norm
+from pellucid.model.kernels.norm import fits_gpu, on_gpu, rms_norm
 from pellucid.model.kernels.products import linear
 
 
@@ -25,7 +25,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * weight, computed in fp32 and cast back (Zhang & Sennrich 2019); plus `residual`.
+    """x * rsqrt(mean(x^2) + eps) * weight, computed in fp32 and cast back (Zhang & Sennrich 2019).
 
     `weight` is the scale itself, not 1 + scale; there is no offset. It stays fp32 in every precision.
     """
@@ -35,8 +35,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=torch.float32))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, residual)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def onto(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + norm(x): one kernel where there is one for both."""
+        if fits_gpu(x, self.weight):
+            return on_gpu(x, self.weight, self.eps, residual)
+        return residual + self(x)
 
 
 def rotary_phases(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

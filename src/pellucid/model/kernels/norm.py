@@ -21,18 +21,25 @@ def rms_norm_plain(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (normed * weight_D).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """As `rms_norm_plain`, plus `residual` if there is one, by the fastest way that this device has."""
-    if weight_D.dtype == torch.float32 and gpu.fits("norm", x, weight_D):
-        from pellucid.model.kernels.gpu.norm import rms_norm as triton_rms_norm
-
-        return triton_rms_norm(x, weight_D, eps, residual)
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """As `rms_norm_plain`, by the fastest way that this device has."""
+    if fits_gpu(x, weight_D):
+        return on_gpu(x, weight_D, eps)
     if weight_D.dtype == torch.float32 and native.fits(x, weight_D):
         # A function of autograd costs more than the norm of one token, so without gradients there is none.
-        normed = _RMSNorm.apply(x, weight_D, eps) if torch.is_grad_enabled() else _fused(x, weight_D, eps)[1]
-    else:
-        normed = rms_norm_plain(x, weight_D, eps)
-    return normed if residual is None else residual + normed
+        return _RMSNorm.apply(x, weight_D, eps) if torch.is_grad_enabled() else _fused(x, weight_D, eps)[1]
+    return rms_norm_plain(x, weight_D, eps)
+
+
+def fits_gpu(x: Tensor, weight_D: Tensor) -> bool:
+    return weight_D.dtype == torch.float32 and gpu.fits("norm", x, weight_D)
+
+
+def on_gpu(x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """residual + rms_norm(x) in one GPU kernel."""
+    from pellucid.model.kernels.gpu.norm import rms_norm as kernel
+
+    return kernel(x, weight_D, eps, residual)
 
 
 def _fused(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
