@@ -274,7 +274,8 @@ def test_full_disk_while_a_checkpoint_is_written_costs_nothing_but_that_checkpoi
     assert ended.stderr.count("\n") == 1 and "the disk is full" in ended.stderr, ended.stderr
     assert sorted(os.listdir(here / "run")) == ["checkpoints", "config.toml", "manifest.json"]
     assert os.listdir(here / "run" / "checkpoints") == []
-    assert command("train", "--run-dir", "run", "--resume")[0] == 0
+    code, _, errors = command("train", "--run-dir", "run", "--resume")
+    assert code == 0, errors
     assert (here / "run" / "model" / "model.safetensors").is_file()
 
 
