@@ -36,7 +36,7 @@ def test_every_idea_has_this_runs_numbers(page, play, runs, feeds):
     output = play["outputs"][-1]
     assert shown(page, "idea-forward")[-1] == output["p"]
     assert shown(page, "idea-loss")[:2] == [output["p"], output["loss"]]
-    assert shown(page, "idea-loss")[2:5] == [pytest.approx(math.log(259)), losses[0], losses[STEP]]
+    assert shown(page, "idea-loss")[2:5] == [pytest.approx(math.log(play["shape"]["vocab_size"])), losses[0], losses[STEP]]
     assert {float(loads.max()), float(loads.min())} <= set(shown(page, "idea-experts"))
     fan = play["layers"][-1]["fans"][str(len(play["tokens"]) - 1)]["experts"][0]
     edge, term = play["edges"][fan["terms"][0]["edge"]], fan["terms"][0]
