@@ -35,7 +35,8 @@ class River:
         try:
             dataset = Dataset(recorded, verify=False)
         except UserError as error:
-            self.problem = f"The prepared data is not on this machine: {error}."
+            why = "cannot be read" if Path(recorded).is_dir() else "is not on this machine"
+            self.problem = f"The prepared data {why}: {error}."
             return None
         if dataset.fingerprint != self._manifest["data"].get("fingerprint"):
             self.problem = f"{recorded} holds other data now than what this run was trained on, so no text is shown."
