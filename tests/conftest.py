@@ -31,6 +31,7 @@ def tiny_settings(folder: Path, **training) -> dict:
         "optimizer": {"name": "muon", "learning_rate": 3e-3},
         "schedule": {"warmup_steps": 2},
         "checkpoint": {"every_steps": 3},
+        "observe": {"plays": 0},
     }  # fmt: skip
 
 
