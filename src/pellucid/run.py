@@ -28,6 +28,7 @@ from pellucid.exchange.load import find_tokenizer_folder, load, open_source
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
+from pellucid.observe.export import check_tools, export
 from pellucid.observe.observer import open_observer
 from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
@@ -88,9 +89,13 @@ def train(
         config = make_config(config)
     elif not isinstance(config, Config):
         config = load_config(config)
+    check_tools(config.observe.export)
     shown = Shown() if progress else Quiet()
     try:
-        return _train(config.model_copy(deep=True), folder, resume, shown)
+        run = _train(config.model_copy(deep=True), folder, resume, shown)
+        for tool in config.observe.export:
+            shown.say(f"exported: {export(folder, tool)}")
+        return run
     finally:
         shown.close()
 

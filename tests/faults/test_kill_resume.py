@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from pellucid.observe.reader import Reader
 from pellucid.run import Run
 from pellucid.training.checkpoint import saved_steps
 
@@ -58,6 +59,21 @@ def wait_for(condition, seconds=60):
         time.sleep(0.005)
 
 
+def losses(folder):
+    with Reader(folder) as run:
+        steps, values = run.series("run", "loss", stream="run")
+    return dict(zip(steps.tolist(), values.tolist(), strict=True))
+
+
+def check_telemetry(folder, saved):
+    """Whole, without gaps, and at most the last step short: `saved` steps were done for certain."""
+    if not saved or not (folder / "run.sqlite").exists():
+        return
+    with Reader(folder) as run:
+        assert run.query("PRAGMA integrity_check")[0]["integrity_check"] == "ok"
+    assert list(losses(folder)) == list(range(len(losses(folder)))) and len(losses(folder)) >= saved - 1
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_run_killed_at_random_moments_ends_with_the_very_same_weights(
     precision, process, tiny_tables, tmp_path, final_state
@@ -84,9 +100,11 @@ def test_run_killed_at_random_moments_ends_with_the_very_same_weights(
             worker.join()
             kills += 1
             stops.append(max(saved_steps(folder / "checkpoints"), default=None))
+            check_telemetry(folder, stops[-1])
             continue
         assert worker.exitcode == 0
         assert final_state(folder) == expected, f"after kills at {stops}"
+        assert losses(folder) == losses(tmp_path / "unbroken"), f"telemetry after kills at {stops}"
         finished, number = finished + 1, number + 1
     assert not list(tmp_path.glob("run-*/checkpoints/*.saving")), "a later save cleans what a kill left"
 

@@ -3,12 +3,15 @@
 import json
 import math
 import os
+import struct
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+import pellucid
 from pellucid.config import UserError
-from pellucid.observe.export import EXPORTERS, export, scalars
+from pellucid.observe.export import EXPORTERS, TOOLS, export, scalars
 from pellucid.observe.reader import Reader
 
 REQUIRED = os.environ.get("PELLUCID_REQUIRE_ALL") == "1"
@@ -58,17 +61,30 @@ def test_mlflow_reads_back_every_scalar(run_dir, tmp_path, expected):
         assert history == {step: value for (n, step), value in expected.items() if n == name}
 
 
+def log_records(data: bytes):
+    """Records of a LevelDB log (what a .wandb file is): blocks of 32 KiB, each piece with checksum, length and kind."""
+    at, pieces = 7, b""  # after the file's own header
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack_from("<LHB", data, at)
+        pieces += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield pieces
+            pieces = b""
+
+
 def test_wandb_offline_file_reads_back_every_step(run_dir, tmp_path, expected):
     needs("wandb")
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     folder = export(run_dir, "wandb", tmp_path / "wb")
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(path))
     found: dict[int, float] = {}
-    while (data := store.scan_data()) is not None:
+    for data in log_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
@@ -90,6 +106,23 @@ def test_parquet_holds_everything_with_nulls_where_nothing_was_measured(run_dir,
         np.testing.assert_array_equal(table["update_norm"].to_numpy(), frames[:, :, column].reshape(-1))
         assert table["cos_previous"].null_count > 0
         assert {p.stem for p in folder.glob("*.parquet")} >= set(run.streams())
+
+
+def test_one_setting_exports_when_training_ends(tiny_tables, tmp_path):
+    tables = tiny_tables(max_steps=3) | {"observe": {"export": ["parquet"]}}
+    folder = pellucid.train(tables, run_dir=tmp_path / "run").directory
+    with Reader(folder) as run:
+        _, losses = run.series("run", "loss", stream="run")
+    assert pq.read_table(folder / "export" / "parquet" / "run.parquet")["loss"].to_pylist() == losses.tolist()
+
+
+def test_a_tool_that_is_missing_is_told_before_training_with_how_to_install_it(tiny_tables, tmp_path, monkeypatch):
+    monkeypatch.setitem(TOOLS, "wandb", ("a_package_nobody_has", "wandb"))
+    with pytest.raises(UserError, match=r"'wandb' is not installed; pip install wandb$"):
+        pellucid.train(tiny_tables() | {"observe": {"export": ["wandb"]}}, run_dir=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="export needs what observation records"):
+        pellucid.train(tiny_tables() | {"observe": {"export": ["wandb"], "enabled": False}}, run_dir=tmp_path / "run")
 
 
 def test_an_unknown_tool_is_one_sentence_and_a_failed_export_leaves_nothing(run_dir, tmp_path, monkeypatch):

@@ -1,11 +1,10 @@
 """run.sqlite keeps what it is given: through kills, zooming out, thinning, resuming and slow disks."""
 
-import os
-import signal
+import multiprocessing
+import random
 import sqlite3
 import struct
-import subprocess
-import sys
+import threading
 import time
 
 import numpy as np
@@ -140,41 +139,53 @@ def test_resuming_deletes_what_came_after_the_checkpoint(tmp_path):
         Writer(tmp_path).define("param", ROWS[:1], STATS, row_is="tensor")
 
 
-KILLED = """
-import sys, numpy as np
-from pellucid.observe.store import Writer, Record, Row, Stat
-writer = Writer(sys.argv[1])
-writer.define("param", [Row(str(i)) for i in range(266)], [Stat(str(i)) for i in range(24)], row_is="tensor")
-for step in range(10**9):
-    writer.write(Record(step, {"param": np.full((266, 24), step, np.float32)}, events=[{"rule": "r", "text": "t"}]))
-    print(step, flush=True)
-"""
+def write_until_killed(folder, start, announced):
+    """Steps from `start` on; each is announced when the writer has taken it."""
+    writer = Writer(folder, resume_step=start - 1)
+    writer.define("param", [Row(str(i)) for i in range(266)], [Stat(str(i)) for i in range(24)], row_is="tensor")
+    for step in range(start, 10**9):
+        writer.write(Record(step, {"param": np.full((266, 24), step, np.float32)}, events=[{"rule": "r", "text": "t"}]))
+        announced.send(step)
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.21, 0.4])
-def test_killing_the_trainer_loses_at_most_the_last_step(tmp_path, delay):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
-    announced = int(([line for line in process.communicate()[0].splitlines() if line] or ["0"])[-1])
-    with Reader(tmp_path) as run:
-        assert run._all("PRAGMA integrity_check")[0][0] == "ok"
-        steps, frames = run.frames("param")
-        assert steps.tolist() == list(range(len(steps))) and steps[-1] >= announced - 1
-        assert (frames == steps[:, None, None]).all() and len(run.events()) == len(steps)
-    writer = Writer(tmp_path, resume_step=0)
-    writer.close()
+def test_thirty_kills_at_random_moments_lose_at_most_the_last_step_each_and_never_harm_the_file(tmp_path):
+    rng, context = random.Random(3), multiprocessing.get_context("fork")
+    start = 0
+    for _ in range(30):
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=write_until_killed, args=(tmp_path, start, there))
+        process.start()
+        there.close()
+        last = here.recv()
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        try:
+            while True:
+                last = here.recv()
+        except EOFError:
+            pass
+        with Reader(tmp_path) as run:
+            assert run._all("PRAGMA integrity_check")[0][0] == "ok"
+            steps, frames = run.frames("param")
+            assert steps.tolist() == list(range(len(steps))) and len(steps) >= last
+            assert (frames == steps[:, None, None]).all() and len(run.events()) == len(steps)
+            buckets, parts = run.rollup("param", 1)
+            assert (parts[:, 0, 0, 0] == buckets * store.FAN).all(), "every rollup begins at its first step"
+            assert parts[:, 4, 0, 0].sum() == len(steps), "and together they cover each step once"
+        start = max(0, len(steps) - rng.randrange(3))
 
 
 def test_network_file_systems_get_a_rollback_journal_and_batched_commits(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_mounts", lambda: [("/", "ext4"), (str(tmp_path), "nfs4")])
     assert store.is_network(tmp_path) and not store.is_network(tmp_path.parent)
+    slow = threading.Event()
+    monkeypatch.setattr(store.time, "sleep", lambda seconds: slow.wait(60))  # the second in which commits are gathered
     writer = open_writer(tmp_path)
-    started = time.perf_counter()
     for s in range(50):
-        writer.write(Record(s, {"param": frame(s)}))
-    assert time.perf_counter() - started < 0.5, "the training thread must not wait for the network"
+        writer.write(Record(s, {"param": frame(s)}))  # returns though nothing is in the file yet
+    assert Reader(tmp_path).latest_step("param") is None, "the training thread does not wait for the network"
+    slow.set()
     writer.close()
     with Reader(tmp_path) as run:
         assert run.latest_step("param") == 49 and run.meta["journal"] == "delete"
@@ -220,18 +231,3 @@ def test_plain_sql_decodes_every_kind_of_float(tmp_path):
         else:
             kind = "missing" if pattern == store.MISSING_BITS else str(expected).replace("inf", "+inf").replace("-+", "-")
             assert value is None and state == kind
-
-
-def test_writing_a_large_frame_costs_the_training_thread_under_a_millisecond(tmp_path):
-    """266 tensors x 24 statistics a step, as in the research benchmark; the median, because the machine is shared."""
-    writer = Writer(tmp_path)
-    writer.define("param", [Row(str(i)) for i in range(266)], [Stat(str(i)) for i in range(24)], row_is="tensor")
-    costs = []
-    for step in range(200):
-        data = np.full((266, 24), step, np.float32)
-        started = time.perf_counter()
-        writer.write(Record(step, {"param": data}))
-        costs.append(time.perf_counter() - started)
-        time.sleep(0.002)
-    writer.close()
-    assert sorted(costs)[100] < 1e-3

@@ -82,6 +82,14 @@ class ObserveConfig(Section):
     enabled: bool = True
     budget: float = Field(0.02, gt=0, le=1, description="share of step time that observation may take")
     plays: int = Field(1, ge=0, description="steps replayed in detail after training, at the last checkpoints before its end")
+    export: list[Literal["tensorboard", "wandb", "mlflow", "parquet"]] = Field(
+        default_factory=list, description="written to RUN/export/ for these tools when training ends")
+
+    @model_validator(mode="after")
+    def _recorded_before_exported(self) -> ObserveConfig:
+        if self.export and not self.enabled:
+            raise ValueError("export needs what observation records: set enabled = true, or leave export out")
+        return self
 
 
 class CheckpointConfig(Section):

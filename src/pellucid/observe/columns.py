@@ -137,6 +137,7 @@ RUN = (
     Stat("exact_row", low=0, high=1e4, meaning="`param` row whose update was measured over all elements; null if none."),
     Stat("beta1", low=0, high=1, meaning="Of the first group that has one; null if none has."),
     Stat("beta2", low=0, high=1, meaning="Of the first group that has one; null if none has."),
+    Stat("checkpoint_seconds", "s", scale="log", low=1e-5, high=1e2, meaning="Of between_seconds: writing checkpoints."),
 )
 
 INDEX = {

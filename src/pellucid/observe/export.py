@@ -8,8 +8,9 @@ everything, one file per stream, so that DuckDB, pandas and polars read it. Not 
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SCALARS = {  # stream -> statistics for trackers; None: all of them
     "layer": None,
     "param": ("weight_norm", "gradient_norm", "update_norm", "update_ratio", "adam_rms", "cos_descent", "credit"),
 }
+TOOLS = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
 Scalars = Iterator[tuple[int, float, dict[str, float]]]  # step, time, name -> value
 
 
@@ -49,6 +51,12 @@ def export(run_dir: str | Path, kind: str, destination: str | Path | None = None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def check_tools(kinds: Iterable[str]) -> None:
+    """Raises UserError for a tool that is not installed: better before hours of training than after."""
+    for module, package in (TOOLS[kind] for kind in kinds if kind in TOOLS):
+        _needs(module, package)
 
 
 def scalars(run: Reader) -> Scalars:
@@ -74,7 +82,7 @@ def scalars(run: Reader) -> Scalars:
 
 
 def _tensorboard(run: Reader, folder: Path, name: str) -> None:
-    writer = _needs("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+    writer = _needs(*TOOLS["tensorboard"]).SummaryWriter(str(folder))
     for step, time, values in scalars(run):
         for key, value in values.items():
             writer.add_scalar(key, value, step, walltime=time)
@@ -84,7 +92,7 @@ def _tensorboard(run: Reader, folder: Path, name: str) -> None:
 
 
 def _wandb(run: Reader, folder: Path, name: str) -> None:
-    wandb = _needs("wandb", "wandb")
+    wandb = _needs(*TOOLS["wandb"])
     settings = wandb.Settings(x_disable_stats=True, x_disable_meta=True, console="off", silent=True)
     with wandb.init(mode="offline", dir=str(folder), project="pellucid", name=name, config=run.meta.get("config"),
                     settings=settings, reinit="finish_previous") as session:  # fmt: skip
@@ -93,7 +101,8 @@ def _wandb(run: Reader, folder: Path, name: str) -> None:
 
 
 def _mlflow(run: Reader, folder: Path, name: str) -> None:
-    mlflow = _needs("mlflow", "mlflow-skinny")
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions refuse a folder without it
+    mlflow = _needs(*TOOLS["mlflow"])
     entities = importlib.import_module("mlflow.entities")
     client = mlflow.MlflowClient(tracking_uri=(folder / "mlruns").as_uri())
     record = client.create_run(client.create_experiment("pellucid"), run_name=name)

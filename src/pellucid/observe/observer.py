@@ -1,7 +1,7 @@
 """What the training loop tells, and the observer that writes it down: probes -> one transfer -> writer's thread.
 
 The loop calls, for each step: begin_step, then per micro-batch micro_batch and after_backward, then before_update,
-after_update and end_step; now and then evaluation and text_sample; after a resume, resume. Probes leave their results
+after_update and end_step; now and then evaluation, saved and text_sample; after a resume, resume. Probes leave their results
 on the device; end_step packs them into one tensor and one asynchronous copy; dividing, judging (rules) and writing
 happen on the writer's thread.
 """
@@ -53,6 +53,7 @@ class SilentObserver:
     def after_update(self, result) -> None: ...
     def end_step(self, step: int, result) -> None: ...
     def evaluation(self, step: int, result) -> None: ...
+    def saved(self, seconds: float) -> None: ...
     def text_sample(self, step: int, prompt: str, text: str) -> None: ...
     def resume(self, step: int) -> None: ...
     def close(self) -> None: ...
@@ -86,7 +87,7 @@ class Observer(SilentObserver):
         self._started: int | None = None  # first step of this session
         self._next_exact = 0
         self._count_nonfinite = False  # of weights, once a norm says there are some
-        self._ended = time.perf_counter()
+        self._ended, self._saved = time.perf_counter(), 0.0
         self.writer = Writer(run_dir, meta=self._meta(dataset))
         self._define(shape)
         if dataset is not None:
@@ -151,7 +152,7 @@ class Observer(SilentObserver):
     def begin_step(self, step: int) -> None:
         self._start(step)
         self.began = time.perf_counter()
-        self.between = self.began - self._ended
+        self.between, self.saving, self._saved = self.began - self._ended, self._saved, 0.0
         self._packed: dict[str, Tensor] = {}
         self._facts: dict | None = None
         self._micro = 0
@@ -228,7 +229,7 @@ class Observer(SilentObserver):
             "mfu": result.tokens * self.flops / seconds / self.peak if self.peak else None,
             "between_seconds": self.between, "host_memory": host_memory(), "device_memory": device_memory(self.device),
             "observe_seconds": self.budget.spent - self.spent_before, "observe_share": self.budget.used_share,
-            "beta1": beta1, "beta2": beta2, "predictions": result.predictions,
+            "beta1": beta1, "beta2": beta2, "predictions": result.predictions, "checkpoint_seconds": self.saving,
         }  # fmt: skip
 
     # -------------------------------------------------------------------------- on the writer's thread
@@ -286,6 +287,10 @@ class Observer(SilentObserver):
         record = Record(max(step - 1, 0), {"evaluation": np.array(frame, dtype=np.float32)})
         record.events += self.watch.judge(record)
         self.writer.write(record)
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint was written between two steps."""
+        self._saved += seconds
 
     def text_sample(self, step: int, prompt: str, text: str) -> None:
         self._start(step)

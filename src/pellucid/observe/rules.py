@@ -39,6 +39,8 @@ LIMITS = {
     "starved": 0.3,
     "repeated": 0.2,
     "context_steps": 200,
+    "settling_steps": 100,  # routers begin uneven; their balance is judged later
+    "frames": 3,  # of `param` in a row: one may be chance, and they may be 16 steps apart
 }
 
 
@@ -215,18 +217,18 @@ def stale_moments(h: History) -> Iterator[Finding]:
 @rule("learning_rate_high", "alarm", cause="weights change by percents at every step",
       remedy="divide optimizer.learning_rate by 3 to 10", source="Karpathy, makemore part 3 (1e-3 rule); arXiv 2305.17212")
 def learning_rate_high(h: History) -> Iterator[Finding]:
-    ratios = h.table("param", "update_ratio", 5)
-    if "param" in h.fresh and len(ratios) == 5 and (ratios[:, -1] > LIMITS["ratio_high"]).all():
+    ratios = h.table("param", "update_ratio", LIMITS["frames"])
+    if "param" in h.fresh and len(ratios) == LIMITS["frames"] and (ratios[:, -1] > LIMITS["ratio_high"]).all():
         yield Finding("run", ratios[-1, -1], LIMITS["ratio_high"], f"update/weight ratio {ratios[-1, -1]:.3g}, 1e-3 is usual")
 
 
 @rule("learning_rate_low", "warning", cause="the learning rate is so small that nothing is learnt",
       remedy="raise optimizer.learning_rate", source="Karpathy, makemore part 3; SageMaker Debugger WeightUpdateRatio")
 def learning_rate_low(h: History) -> Iterator[Finding]:
-    ratios = h.table("param", "update_ratio", 20)[:, -1:]
+    ratios = h.table("param", "update_ratio", LIMITS["frames"])[:, -1:]
     past_warmup = h.step > h.run.warmup_steps + 20
-    if "param" in h.fresh and past_warmup and len(ratios) == 20 and (ratios < LIMITS["ratio_low"]).all():
-        yield Finding("run", ratios[-1, 0], LIMITS["ratio_low"], f"update/weight ratio {ratios[-1, 0]:.3g} for 20 frames")
+    if "param" in h.fresh and past_warmup and len(ratios) == LIMITS["frames"] and (ratios < LIMITS["ratio_low"]).all():
+        yield Finding("run", ratios[-1, 0], LIMITS["ratio_low"], f"update/weight ratio {ratios[-1, 0]:.3g}, 1e-3 is usual")
 
 
 @rule("frozen_tensor", "alarm", cause="it has a gradient and does not move: not in the optimizer, or overwritten",
@@ -261,8 +263,8 @@ def ghost_update(h: History) -> Iterator[Finding]:
       remedy="keep fp32 master weights (training.precision = \"bf16\" does), or raise the learning rate",
       source="IEEE formats: bf16 keeps 8 bits; a change below 2^-9 of a weight is lost")
 def swallowed_updates(h: History) -> Iterator[Finding]:
-    unmoved, rates = h.table("param", "unmoved", 5)[:, -1], h.scalars("learning_rate", 5)
-    if "param" in h.fresh and len(unmoved) == 5 and (unmoved > LIMITS["unmoved"]).all() and (rates > 0).all():
+    unmoved, rates = h.table("param", "unmoved", LIMITS["frames"])[:, -1], h.scalars("learning_rate", 5)
+    if "param" in h.fresh and len(unmoved) == LIMITS["frames"] and (unmoved > LIMITS["unmoved"]).all() and (rates > 0).all():
         yield Finding("run", unmoved[-1], LIMITS["unmoved"], f"{unmoved[-1]:.0%} of the weights with a gradient did not move")
 
 
@@ -284,7 +286,8 @@ def dead_expert(h: History) -> Iterator[Finding]:
       remedy="raise training.balance_loss_weight or balance_bias_rate", source="Wang et al. 2024, arXiv 2408.15664")
 def overloaded_expert(h: History) -> Iterator[Finding]:
     load = h.table("router", "load", 50)
-    if len(load) == 50 and h.run.experts > h.run.experts_per_token:
+    settled = h.step >= LIMITS["settling_steps"]
+    if settled and len(load) == 50 and h.run.experts > h.run.experts_per_token:
         mean = load.mean(0)
         limit = min(LIMITS["overload"], 0.9 * h.run.experts / h.run.experts_per_token)
         for i in np.flatnonzero(mean > limit)[:5]:

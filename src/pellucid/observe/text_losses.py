@@ -55,7 +55,7 @@ class TextLossProbe:
         B, T = batch.tokens_BT.shape
         losses_BT, real_BT = per_token_N.detach().float().view(B, T), real_N.view(B, T)
         both = torch.stack([losses_BT, real_BT.float()])  # loss sum and token count of whatever is summed
-        bucket = (batch.positions_BT.float() + 1).log2().floor().long().clamp_(0, self.buckets - 1).view(-1)
+        bucket = torch.frexp(batch.positions_BT.float()).exponent.long().clamp_(0, self.buckets - 1).view(-1)
         self._sum("position", both.view(2, -1), bucket, self.buckets)
         self._sum("source", both.sum(-1), batch.source_ids_B.clamp(0, len(self.sources) - 1), len(self.sources))
         segment = batch.segment_ids_BT.long().clamp(0, SEGMENTS - 1)

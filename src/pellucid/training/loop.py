@@ -111,12 +111,14 @@ class Loop:
 
     def save(self, best: bool = False) -> Path:
         """A checkpoint of this moment."""
+        began = time.perf_counter()
         tensors, facts = optimizer_state(self.optimizer)
         settings = decisive_settings(self.config, self.dataset)
         state = {"counters": vars(self.counters), "optimizer": facts, "settings": settings, "loader": self.loader.state()}
         folders = {"model": dict(self.model.state_dict()), "optimizer": tensors}
         folder = checkpoint.save(self.checkpoints, self.counters.step, folders, state, best=best)
         checkpoint.retain(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best, self._warn)
+        self.observer.saved(time.perf_counter() - began)
         return folder
 
     def _warn(self, path: Path, reason: str) -> None:
