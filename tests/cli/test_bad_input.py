@@ -240,7 +240,8 @@ def test_other_arguments_that_cannot_be(tiny_run, here, refused, command):
     assert "float8" in refused("generate", tiny_run.directory, "--dtype", "float8")
     assert "smal" in refused("plan", "smal")
     assert "none" in refused("data", "inspect", "none")
-    for arguments in (["generate"], ["evaluate", "x"], ["trains"], ["generate", "x", "--temperature", "-1"]):
+    assert "give either --data FILE or --harness TASK" in refused("evaluate", tiny_run.directory)
+    for arguments in (["generate"], ["evaluate"], ["trains"], ["generate", "x", "--temperature", "-1"]):
         code, _, errors = command(*arguments)
         assert code == 2 and "Usage:" in errors and "Traceback" not in errors
 
