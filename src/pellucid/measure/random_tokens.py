@@ -31,7 +31,7 @@ class RandomTokens:
         self.tokenizer = SimpleNamespace(
             vocab_size=vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=1, fingerprint=self.fingerprint,
             byte_lengths=np.ones(vocab_size))  # fmt: skip
-        self.rows_per_epoch = count
+        self.rows_per_epoch, self.mixture = count, ()
         self.bits = count * length * math.log2(vocab_size - RESERVED)  # entropy of all of it
 
     @property
@@ -52,9 +52,11 @@ class RandomTokens:
         return step * batch_size / self.count
 
     def batch(self, step: int, batch_size: int) -> Batch:
-        """Every sequence once in each epoch, in a new order."""
-        sample = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs, within = np.divmod(sample, self.count)
+        return self.samples(step * batch_size, (step + 1) * batch_size, batch_size)
+
+    def samples(self, start: int, stop: int, batch_size: int) -> Batch:
+        """Every sequence once in each epoch, in a new order; samples counted over the whole run."""
+        epochs, within = np.divmod(np.arange(start, stop), self.count)
         return self._assemble(permute(within, self.count, (self.seed << 32) + epochs))
 
     def rows(self, start: int, stop: int) -> Batch:
