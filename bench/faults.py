@@ -358,7 +358,7 @@ def train_with(fault: Fault, tables: dict, run_dir: Path) -> list[dict]:
     torch.set_num_threads(1)
     planted = type("Planted", (PlantedLoop,), {"fault": fault})
     with contextlib.ExitStack() as stack:
-        for module, name, value in ((runs, "Loop", planted), (runs, "_show_sample", lambda *_: None),
+        for module, name, value in ((runs, "Loop", planted), (runs.summary, "show_sample", lambda *_: None),
                                     (runs, "save_huggingface", lambda *_, **__: None),
                                     (steps, "forward", steps.forward), (steps, "frozen_idle_experts", steps.frozen_idle_experts)):
             stack.enter_context(_replaced(module, name, value))  # and what a fault replaces is put back

@@ -76,7 +76,7 @@ def save(
     temporary = root / f"{name}.saving"
     with _disk_errors(root, step, needed):
         root.mkdir(parents=True, exist_ok=True)
-        _clean(root)
+        clean(root)
         if needed > shutil.disk_usage(root).free:
             raise OSError(errno.ENOSPC, "No space left on device")
         try:
@@ -179,8 +179,8 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _clean(root: Path) -> None:
-    """Remove what a killed process left."""
+def clean(root: Path) -> None:
+    """Remove what a killed process left; whatever can be loaded stays."""
     for path in root.glob("step-*"):
         if path.name.endswith((".saving", ".deleting")):
             shutil.rmtree(path)

@@ -133,6 +133,7 @@ class Loop:
 
         Raises UserError when all are damaged, or when they belong to another run.
         """
+        checkpoint.clean(self.checkpoints)
         if not checkpoint.saved_steps(self.checkpoints):
             self.progress.say("nothing was saved yet: starting from step 0")
             return

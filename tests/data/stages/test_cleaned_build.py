@@ -67,7 +67,7 @@ def test_every_stage_counts_what_it_drops_and_shows_samples(tmp_path):
         assert before["documents_out"] == after["documents_in"] and before["bytes_out"] == after["bytes_in"]
         assert after["documents_in"] - after["documents_out"] == sum(after["dropped"].values())
     assert any("jane@example.org" in s["before"] and "<email>" in s["after"] for s in stages["normalize"]["samples"])
-    assert "1 exact duplicate, 1 near-duplicate" in describe(dataset.manifest)
+    assert "1 exact duplicate, 1 near-duplicate" in describe(dataset.manifest, {}).plain
     splits = dataset.manifest["splits"]
     assert splits["train"]["documents"] + splits["validation"]["documents"] == 41 == len(kept(dataset))
 
