@@ -125,6 +125,8 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
                 raise UserError(f"{folder}: cannot resume, its data has changed since ({run.manifest['data']['directory']})")
             observer.resume(loop.counters.step)
             note_changes(run, config, loop.counters.step)
+            if loop.counters.step < loop.max_steps:
+                shutil.rmtree(folder / "model", ignore_errors=True)  # it is no longer the end of this run
         progress.say(summary.describe(loop, folder))
         if origin is not None:
             loop.save()  # where it began, so that the run can be continued and explained without the origin

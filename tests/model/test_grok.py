@@ -209,6 +209,8 @@ def test_stop_string_ends_the_text_before_it_and_pieces_join_to_the_whole():
     mark = whole[12:15]
     cut = "".join(generate(model, Letters(), "HELLO", max_new_tokens=60, temperature=0.8, seed=3, stop=[mark]))
     assert cut == whole[: whole.index(mark)]
+    first = "".join(generate(model, Letters(), "HELLO", max_new_tokens=60, temperature=0.8, seed=3, stop=[mark, whole[5:7]]))
+    assert first == whole[: min(whole.index(mark), whole.index(whole[5:7]))], "the one that comes first ends it"
 
 
 def test_a_seed_means_the_same_weights():

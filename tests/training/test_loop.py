@@ -333,6 +333,22 @@ def test_finished_run_resumes_to_itself(tiny_run, tmp_path, recorded, final_stat
     assert final_state(tmp_path / "run") == final_state(tiny_run.directory)
 
 
+def test_a_finished_run_that_goes_on_has_no_model_until_it_ends_again(tiny_run, tiny_tables, tmp_path, recorded):
+    shutil.copytree(tiny_run.directory, tmp_path / "run")
+    run, _ = recorded(tiny_tables(max_steps=20), tmp_path / "run", resume=True, signal_at=14)
+    assert run.stopped_by and not (run.directory / "model").exists(), "the one of 12 steps would be taken for the run's"
+    recorded(None, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_damaged_last_checkpoint_is_written_again(tiny_run, tmp_path, recorded, final_state):
+    shutil.copytree(tiny_run.directory, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-12" / "model.safetensors").write_bytes(b"")
+    recorded(None, tmp_path / "run", resume=True)
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / "step-12")
+    assert final_state(tmp_path / "run") == final_state(tiny_run.directory)
+
+
 def test_signal_during_the_last_step_saves_and_resuming_only_finishes(
     tiny_tables, tmp_path, recorded, tiny_run, final_state
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,6 +95,10 @@ def text_plan(settings: list[str] | None, extra: list[str]) -> tuple[Any, Callab
 
     path, overrides = split_settings(settings or [])
     config = load_config(path, [*([] if path else extra), *overrides])
+    if config.model.init_from is not None or config.training.task != "language_modeling":
+        raise UserError("this measurement trains language models from scratch: leave model.init_from and training.task out")
+    if config.data.validation_fraction == 0 and not config.data.validation:
+        raise UserError("data.validation_fraction = 0: this measurement needs held-out text")
     return config, lambda progress: prepare(config.data, progress=progress)
 
 
@@ -193,7 +198,7 @@ def numbers(text: str, option: str, kind: type) -> list:
         found = [kind(part) for part in names(text)]
     except ValueError:
         found = []
-    if not found or min(found) <= 0:
+    if not found or not all(0 < number < math.inf for number in found):
         raise UserError(f"{option} '{text}': not positive numbers with commas between them")
     return found
 

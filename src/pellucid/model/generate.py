@@ -96,10 +96,10 @@ def generate(
     ):
         ids = [*ids, token]
         text = tokenizer.decode(ids if prompt else ids[1:])[len(before) :]
-        for mark in stop:
-            if mark in text:
-                yield text[len(shown) : text.index(mark)]
-                return
+        ends = [text.index(mark) for mark in stop if mark in text]
+        if ends:
+            yield text[len(shown) : min(ends)]
+            return
         safe = len(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # an unfinished character waits for its last byte
         safe -= max((n for mark in stop for n in range(1, len(mark)) if text[:safe].endswith(mark[:n])), default=0)
         if safe > len(shown):

@@ -69,8 +69,11 @@ def state_before(run_dir: str | Path, step: int | None, on_progress=None) -> Rep
     config, dataset, split = training_split(folder)
     _same_threads(folder)
     saved = checkpoint.saved_steps(folder / "checkpoints")
+    end = budget_in_steps(config, split)
     if step is None:
         step = max(saved, default=0)
+    elif step >= end:
+        raise UserError(f"{folder}: there is no step {step}: the run has the steps 0 to {end - 1}")
     start = max((s for s in saved if s <= step), default=0)
     if not 0 <= step - start <= MOST_REPLAYED:
         spans = ", ".join(f"{s} to {s + MOST_REPLAYED}" for s in sorted({0, *saved}))
@@ -86,7 +89,7 @@ def state_before(run_dir: str | Path, step: int | None, on_progress=None) -> Rep
         found = checkpoint.load(saved[start])
         model.load_state_dict(found.tensors["model"])
         load_optimizer_state(optimizer, found.tensors["optimizer"], found.state["optimizer"])
-    replay = Replay(config, dataset, split, model, optimizer, budget_in_steps(config, split), start)
+    replay = Replay(config, dataset, split, model, optimizer, end, start)
     while replay.step < step:
         replay.advance()
         if on_progress:

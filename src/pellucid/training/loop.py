@@ -51,6 +51,7 @@ class Loop:
         self.loader = Loader(self.train_split, config.training.batch_size)  # makes the next batches while a step computes
         self.max_steps = budget_in_steps(config, self.train_split)
         self.counters = Counters()
+        self.saved_step: int | None = None  # of the newest checkpoint known to be whole
         self.final: Any = None  # on all held-out rows, at the end of the budget
         self.device = model.embedding.weight.device
 
@@ -72,7 +73,7 @@ class Loop:
                 self._after_step()
             if stop.signal_name is None:
                 self.final = self.evaluate(rows=None)
-            if not checkpoint.exists(self.checkpoints, counters.step):
+            if self.saved_step != counters.step:
                 self.save()
         self.progress.close()
         return stop.signal_name
@@ -117,6 +118,7 @@ class Loop:
         state = {"counters": vars(self.counters), "optimizer": facts, "settings": settings, "loader": self.loader.state()}
         folders = {"model": dict(self.model.state_dict()), "optimizer": tensors}
         folder = checkpoint.save(self.checkpoints, self.counters.step, folders, state, best=best)
+        self.saved_step = self.counters.step
         checkpoint.retain(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best, self._warn)
         self.observer.saved(time.perf_counter() - began)
         return folder
@@ -147,6 +149,7 @@ class Loop:
         self.model.load_state_dict(saved.tensors["model"])
         load_optimizer_state(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
         self.counters = Counters(**saved.state["counters"])
+        self.saved_step = self.counters.step
 
     def _after_step(self) -> None:
         """What is due every so many steps."""
