@@ -1,6 +1,6 @@
 """How good the rules are: faults.py's planted faults and healthy runs, and the confusion table in docs/diagnosis.md.
 
-    python bench/diagnosis.py --calibrate       # the seeds and shapes that thresholds were set on
+    python bench/diagnosis.py --calibrate       # one small run of each fault and six healthy ones, to look at
     python bench/diagnosis.py                   # unseen seeds, shapes and texts -> results/diagnosis.json, docs/diagnosis.md
     python bench/diagnosis.py --table           # the page again, from the results
 """

@@ -117,21 +117,27 @@ export function Heatmap({ window, other = null, rows, stat = 0, part = "max", sc
     else onPick?.(at.row, at.step);
     setDrag(null);
   };
+  const selectedIndex = rows.findIndex((row) => row.label === selected);
+  const at = useRef({ pressed: -Infinity });  // keys may come faster than the page is drawn with what they chose
+  if (performance.now() - at.current.pressed > 300) {
+    at.current = { row: Math.max(0, selectedIndex), step: step ?? to, pressed: -Infinity };
+  }
   const key = (event) => {
-    const now = Math.max(0, rows.findIndex((row) => row.label === selected));
-    const columnNow = Math.max(0, window.columnOf(step ?? to));
+    at.current.pressed = performance.now();
+    const column = Math.max(0, window.columnOf(at.current.step));
     const sideways = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20 }[event.key];
     const upDown = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-    if (sideways || event.key === "Home" || event.key === "End") {
-      const column = event.key === "Home" ? 0 : event.key === "End" ? window.columns - 1
-        : Math.max(0, Math.min(window.columns - 1, columnNow + sideways));
-      onPick?.(rows[now], window.steps[column]);
-    } else if (upDown) onPick?.(rows[Math.max(0, Math.min(rows.length - 1, now + upDown))], step ?? to);
-    else if (event.key === "Enter") onOpen?.(rows[now], step ?? to);
-    else return;
+    if (event.key === "Enter") onOpen?.(rows[at.current.row], at.current.step);
+    else if (sideways || event.key === "Home" || event.key === "End") {
+      const next = event.key === "Home" ? 0 : event.key === "End" ? window.columns - 1 : column + sideways;
+      at.current.step = window.steps[Math.max(0, Math.min(window.columns - 1, next))];
+      onPick?.(rows[at.current.row], at.current.step);
+    } else if (upDown) {
+      at.current.row = Math.max(0, Math.min(rows.length - 1, at.current.row + upDown));
+      onPick?.(rows[at.current.row], at.current.step);
+    } else return;
     event.preventDefault();
   };
-  const selectedIndex = rows.findIndex((row) => row.label === selected);
   const spoken = selectedIndex >= 0 && describe ? describe(rows[selectedIndex], step) : "";
   return html`<div class="heatmap" ref=${box} style=${{ height: `${height + 22}px` }}>
     <${Gutter} rows=${rows} tops=${tops} rowHeight=${rowHeight} width=${gutter} selected=${selected}
