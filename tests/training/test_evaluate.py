@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pellucid.config import UserError
+from pellucid.config import NormalizeConfig, UserError
 from pellucid.measure.files import evaluate_files
 from pellucid.training.evaluate import Evaluation, evaluate_batches, split_batches
 
@@ -85,6 +85,12 @@ def test_files_of_many_windows_are_the_same_in_pieces(loaded, tmp_path):
     (tmp_path / "a.txt").write_text(text)
     stream = [tokenizer.eos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id]
     result = evaluate_files(model, tokenizer, str(tmp_path / "a.txt"), context=16)
+    plain = evaluate_files(model, tokenizer, str(tmp_path / "a.txt"), context=16, normalization=NormalizeConfig(unicode="none"))
+    assert plain == result, "here normalising changes nothing"
+    (tmp_path / "b.txt").write_text((tmp_path / "a.txt").read_text().upper())
+    lower = evaluate_files(model, tokenizer, str(tmp_path / "b.txt"), context=16, normalization=NormalizeConfig(lowercase=True))
+    assert lower.text_bytes == evaluate_files(model, tokenizer, str(tmp_path / "b.txt"), context=16).text_bytes
+    assert lower.loss != evaluate_files(model, tokenizer, str(tmp_path / "b.txt"), context=16).loss
     assert result.nats == pytest.approx(direct_nats(model, stream, 16), rel=1e-6)
 
 

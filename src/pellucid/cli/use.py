@@ -114,7 +114,8 @@ def evaluate(
         print(json.dumps(found) if as_json else _measures(found))
         return
     try:
-        result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage)
+        result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage,
+                                normalization=settings and settings.normalize)  # fmt: skip
     finally:
         shown.close()
     if as_json:

@@ -55,7 +55,9 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
     Raises UserError; then the target does not exist, and what was finished is kept only where it is worth it.
     """
     progress = progress or (lambda stage, done, total, detail="": None)
-    if config.prepared is not None and directory is None:
+    if config.prepared is not None:
+        if directory is not None:
+            raise UserError(f"data.prepared = '{config.prepared}': that folder is prepared already; leave data.prepared out to build")
         return _as_it_is(config)
     labels = (config.label_fields, config.label_type)
     files = list_files(config.sources, labels=labels)

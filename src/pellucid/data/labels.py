@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -111,6 +112,6 @@ def _classes(train: list[str], held_out: list[str]) -> dict[str, Any]:
         shown = ", ".join(f"'{name}' ({count})" for name, count in unseen.most_common(SHOWN))
         raise UserError(f"data.label_field: classes that only held-out documents have, so none could be learnt: {shown}; "
                         "correct them, give more documents of them, or change data.validation_fraction")
-    whole = all(name.lstrip("-").isdigit() for name in counts)
+    whole = all(re.fullmatch(r"-?[0-9]+", name) for name in counts)
     names = sorted(counts, key=int if whole else None)
     return {"names": names, "counts": [counts[name] for name in names]}

@@ -45,6 +45,7 @@ class Loader:
                 self._start()
             batch = self._ready.get()
             if isinstance(batch, BaseException):
+                self.close()
                 raise batch
         self.next_sample += self.batch_size
         return batch

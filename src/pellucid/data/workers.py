@@ -110,7 +110,7 @@ def _serve(todo: queue.SimpleQueue, said: queue.Queue, setup: Setup, stop: threa
 
 class _Worker:
     def __init__(self, setup: Setup):
-        self.process = subprocess.Popen([sys.executable, "-m", "pellucid.data.worker"], stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([sys.executable, "-P", "-m", "pellucid.data.worker"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env={**ONE_THREAD, **os.environ})
         send(self.process.stdin, setup)
 

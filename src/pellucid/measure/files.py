@@ -25,15 +25,18 @@ DEFAULT_CONTEXT = 1024  # where neither the caller nor the model's training says
 
 def evaluate_files(
     model: Grok1, tokenizer: Any, path: str, text_field: str = "text", context: int | None = None,
-    progress: Callable[[str, int, int | None], None] | None = None,
+    progress: Callable[[str, int, int | None], None] | None = None, normalization: NormalizeConfig | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Loss over all documents of `path` (anything data.sources accepts). Raises UserError when nothing is there."""
+    """Loss over all documents of `path` (anything data.sources accepts), normalised as the model's training text was.
+
+    normalization: None takes the defaults. Raises UserError when nothing is there.
+    """
     context = context or min(DEFAULT_CONTEXT, model.config.max_position_embeddings)
     files = list_files([SourceConfig(path=path, text_field=text_field)], "--data")
     total, done = sum(file.size for file in files), 0
     result = Evaluation()
     for file in files:
-        for text in _texts(file):
+        for text in _texts(file, normalization or NormalizeConfig()):
             batches = _windows(tokenizer, text, context)
             result += evaluate_batches(model, batches, tokenizer.byte_lengths)
             done += len(text.encode())
@@ -44,12 +47,11 @@ def evaluate_files(
     return result
 
 
-def _texts(file: Any) -> Iterator[str]:
-    config = NormalizeConfig()
+def _texts(file: Any, normalization: NormalizeConfig) -> Iterator[str]:
     for document in read_documents(file):
         if isinstance(document, Unreadable):
             raise UserError(document.message)
-        yield normalize(document.text, config)
+        yield normalize(document.text, normalization)
 
 
 def _windows(tokenizer: Any, text: str, T: int) -> Iterator[Batch]:

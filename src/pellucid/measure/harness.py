@@ -154,7 +154,7 @@ def log_likelihoods(
 def _generated(model: Grok1, tokenizer: Any, prompt: str, wanted: dict[str, Any], context: int) -> str:
     """What the model says after `prompt`, by the harness's settings."""
     until = wanted.get("until") or []
-    most = min(int(wanted.get("max_gen_toks", NEW_TOKENS)), context - 1)
+    most = min(int(wanted.get("max_gen_toks", NEW_TOKENS)), context // 2)  # the question keeps at least half of the row
     ids = tokenizer.encode(prompt)
     if len(ids) > context - most:
         prompt = tokenizer.decode(ids[-(context - most) :])

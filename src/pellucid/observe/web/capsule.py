@@ -103,7 +103,7 @@ class Plays:
                 raise UserError(f"step {self.making['step']} is being made; ask again when it is ready")
             if not self.making or "problem" in self.making:
                 self.making = {"step": step, "phase": "opening the run", "done": 0, "total": 1}
-                command = [sys.executable, "-m", "pellucid.observe.theatre", str(self.run_dir), str(step)]
+                command = [sys.executable, "-P", "-m", "pellucid.observe.theatre", str(self.run_dir), str(step)]
                 process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                 threading.Thread(target=self._follow, args=(process, step), daemon=True).start()
         return self.making

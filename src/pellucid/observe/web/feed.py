@@ -71,12 +71,17 @@ class Feed:
         except UserError as error:  # half-written: the next look may find it whole
             self.problem = str(error)
             return None
-        version = reader.meta.get("schema_version")
+        try:
+            version, latest = reader.meta.get("schema_version"), reader.latest_step()
+        except sqlite3.DatabaseError as error:
+            reader.close()
+            self.problem = f"{self.directory}: the telemetry file is damaged ({error})"
+            return None
         if version is not None and version > SCHEMA_VERSION:
             reader.close()
             raise UserError(f"{self.directory}: its telemetry has schema {version}, this Pellucid reads up to "
                             f"{SCHEMA_VERSION}; install a newer Pellucid to watch it")  # fmt: skip
-        if reader.latest_step() is None:
+        if latest is None:
             reader.close()
             self.problem = f"{self.directory}: no step is recorded yet; this page begins with the first one"
             return None
@@ -303,7 +308,7 @@ def explain_error(directory: Path, error: Exception) -> str:
 
 def _number(query: dict[str, str], name: str, size: int) -> int:
     text = query.get(name, "0")
-    if not text.isdigit() or int(text) >= size:
+    if not text.isdecimal() or int(text) >= size:
         raise UserError(f"{name}={text}: there are {size} runs, counted from 0")
     return int(text)
 

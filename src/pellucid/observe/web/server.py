@@ -89,7 +89,7 @@ def newest_runs() -> list[Path]:
 
 def bind(port: int) -> tuple[socket.socket, int | None]:
     """(a listening socket on the first free port, the first one that was taken)."""
-    for candidate in range(port, port + PORTS):
+    for candidate in range(port, min(port + PORTS, 1 << 16)):
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -136,7 +136,7 @@ def make_app(feeds: Sequence[Feed], stopping: Callable[[], bool] = lambda: False
                 raise UserError("only the dashboard's own page may ask for that")
             query = dict(request.query_params)
             feed, step = feeds[_number(query, "run", len(feeds))], query.get("step", "")
-            if not step.isdigit():
+            if not step.isdecimal():
                 raise UserError(f"step={step}: give the number of a step")
             making = await run_in_threadpool(lambda: feed.plays.make(int(step), feed.pulse()["step"]))
         except UserError as error:
