@@ -82,7 +82,7 @@ def show_result(progress: Quiet, loop: Loop) -> None:
         progress.say(_labels_result(loop) if dataset.labels else _text_result(loop))
     use = f"pellucid generate {folder} --prompt 'def '" if not dataset.labels else f"pellucid predict {folder} --data FILE"
     example = "README.md" if not dataset.labels else "FILE"
-    progress.say(f"the run is in {folder}. Next:\n  {use}\n  pellucid evaluate {folder} --data {example}")
+    progress.say(f"the run is in {folder}. Next:\n  {use}\n  pellucid evaluate {folder} --data {example}\n  pellucid watch {folder}")
 
 
 def _text_result(loop: Loop) -> str:
