@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from pellucid.model.kernels import gpu
+from pellucid.model.kernels import gpu, native
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -19,3 +19,5 @@ def triton_serves(monkeypatch):
     monkeypatch.setenv("PELLUCID_KERNELS", "triton")
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield
+    native._load.cache_clear()  # what it found under these settings is not what other tests should find
