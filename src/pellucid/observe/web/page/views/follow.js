@@ -9,11 +9,12 @@ const HUES = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7"];
 export function Follow({ run, index, step }) {
   const chosen = useSelection(), at = chosen.document ?? 0;
   const { data, problem } = useAnswer(`document?run=${index}&split=train&index=${at}`, 0, true);
-  const go = (n) => select({ document: Math.max(0, data ? Math.min(data.documents - 1, n) : n) });
+  const [typed, type] = useState(null); // not yet entered: a picture drawn meanwhile must not put the old number back
+  const go = (n) => { type(null); select({ document: Math.max(0, data ? Math.min(data.documents - 1, n) : n) }); };
   const question = "What happened to one document?";
   const pager = html`<div class="pager">
       <button type="button" onClick=${() => go(at - 1)} aria-label="previous document" disabled=${at === 0}>←</button>
-      <label>document <input type="number" min="0" max=${data?.documents - 1} value=${at} onChange=${(e) => go(Number(e.target.value) || 0)} /></label>${data && ` of ${count(data.documents)}`}
+      <label>document <input type="number" min="0" max=${data?.documents - 1} value=${typed ?? at} onInput=${(e) => type(e.target.value)} onChange=${(e) => go(Number(e.target.value) || 0)} /></label>${data && ` of ${count(data.documents)}`}
       <button type="button" onClick=${() => go(at + 1)} aria-label="next document" disabled=${data && at >= data.documents - 1}>→</button></div>`;
   if (problem) return html`<${Panel} id="follow-title" wide question=${question} aside=${pager}><${Nothing}>${problem}<//><//>`;
   if (!data) return html`<${Panel} id="follow-title" wide question=${question}><p class="boot">Reading it again from its file …</p><//>`;
