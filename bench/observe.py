@@ -31,6 +31,7 @@ from pellucid.data.build import prepare
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.observe.observer import SilentObserver, open_observer
+from pellucid.training.device import choose_precision
 from pellucid.training.loop import Loop
 from pellucid.training.optimizers import build_optimizer
 
@@ -47,7 +48,7 @@ def make_loop(options, folder: Path, observed: bool) -> Loop:
     dataset = prepare(config.data)
     runs._fit_vocabulary(config, dataset)
     model = initialize(Grok1(config.model), 0)
-    model.compute_dtype, model.parity = runs.choose_precision("fp32", torch.device("cpu"))
+    model.compute_dtype, model.parity = choose_precision("fp32", torch.device("cpu"))
     optimizer = build_optimizer(model, config.optimizer)
     run_dir = folder / ("on" if observed else "off")
     observer = open_observer(run_dir, model, optimizer, config, dataset) if observed else SilentObserver()

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 import pellucid
 from pellucid.config import UserError, load_config
-from pellucid.run import Run, choose_device, choose_precision, next_run_dir, resolve_precision, run_name, train
+from pellucid.run import Run, next_run_dir, run_name, train
 from pellucid.training.checkpoint import saved_steps
+from pellucid.training.device import choose_device, choose_precision, resolve_precision
 
 
 def test_run_directory_holds_what_the_design_says(tiny_run):

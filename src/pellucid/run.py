@@ -30,8 +30,10 @@ from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
 from pellucid.observe.export import check_tools, export
 from pellucid.observe.observer import open_observer
+from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
+from pellucid.training.device import choose_device, choose_precision, keep_threads, resolve_precision
 from pellucid.training.loop import Loop
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
@@ -56,6 +58,11 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run('{self.directory}')"
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads of the CPU its newest steps were computed on."""
+        return self.manifest.get("machine", {}).get("threads")
 
     def load(self, **options: Any) -> tuple[Grok1, Any]:
         """(model, tokenizer) of the finished run, or of its newest checkpoint; options as for `pellucid.load`."""
@@ -117,6 +124,8 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     if not resume:
         write_run_files(folder, config, dataset)
     run = Run(folder)
+    if resume and device.type == "cpu" and (note := keep_threads(run.threads)):
+        progress.say(note)
     with open_observer(folder, model, optimizer, config, dataset) as observer:
         loop = Loop(config, model, optimizer, dataset, folder, observer, progress)
         if resume:
@@ -124,6 +133,7 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
             if run.manifest["data"]["fingerprint"] != dataset.fingerprint:
                 raise UserError(f"{folder}: cannot resume, its data has changed since ({run.manifest['data']['directory']})")
             observer.resume(loop.counters.step)
+            forget_capsules(folder, loop.counters.step)
             note_changes(run, config, loop.counters.step)
             if loop.counters.step < loop.max_steps:
                 shutil.rmtree(folder / "model", ignore_errors=True)  # it is no longer the end of this run
@@ -211,37 +221,6 @@ def _fit_labels(config: Config, dataset: Dataset) -> None:
         raise UserError(f"training.class_weights: there is no class '{min(unknown)}'{nearest(min(unknown), labels['names'])}")
 
 
-def choose_device(name: str) -> torch.device:
-    """'auto' takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device this machine lacks."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"training.device = '{name}': not usable on this machine ({reason})") from None
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """'auto' becomes bf16 where the processor is fast at it, else fp32."""
-    return name if name != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
-
-
-def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, bool]:
-    """(dtype of products, whether every official cast is followed)."""
-    name = resolve_precision(name, device)
-    return (torch.float32 if name == "fp32" else torch.bfloat16), name == "parity"
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-
-
 def installed_version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -293,12 +272,20 @@ def write_run_files(folder: Path, config: Config, dataset: Dataset) -> None:
 
 
 def note_changes(run: Run, config: Config, step: int) -> None:
-    """A run continued with other settings (a longer budget, say): config.toml takes them, the manifest tells when."""
+    """A run continued with other settings (a longer budget, say): config.toml takes them, the manifest tells when.
+
+    An entry of `changes` keeps, beside the words, the configuration and the threads of the steps before `step`, so that
+    those can be replayed. Steps that an earlier entry was about and that are done again belong to the new settings.
+    """
     before, after = (resolved_config(c).model_dump(mode="json") for c in (run.config, config))
-    changes = diff_settings(before, after)
-    if changes:
-        run.manifest.setdefault("changes", []).append({"step": step, "settings": changes})
+    threads, now = run.threads, torch.get_num_threads()
+    differences = diff_settings({**before, "threads": threads}, {**after, "threads": now})
+    changes = [{**change, "step": min(change["step"], step)} for change in run.manifest.get("changes", [])]
+    if differences:
+        changes.append({"step": step, "settings": differences, "before": before, "threads": threads})
+    if changes != run.manifest.get("changes", []):
         run.config = config
+        run.manifest["changes"], run.manifest["machine"]["threads"] = changes, now
         _replace(run.directory / "manifest.json", json.dumps(run.manifest, indent=1) + "\n")
         _replace(run.directory / "config.toml", resolved_config(config).to_toml())
 

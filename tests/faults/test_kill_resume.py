@@ -120,6 +120,7 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_does(number, tiny_tables, 
     command = [sys.executable, "-c", "from pellucid.cli import main; main()", "train"]
     child = subprocess.Popen(
         [*command, "tiny.toml", "--run-dir", str(folder)], cwd=tmp_path, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     wait_for(lambda: len(saved_steps(folder / "checkpoints")) > 0 or child.poll() is not None)

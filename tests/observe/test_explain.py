@@ -81,7 +81,7 @@ def test_mistakes_are_one_sentence(run_dir):
         explain(run_dir, 3, "layers.0.router.weight")
     with pytest.raises(UserError, match=r"has the shape \[4, 32\]"):
         explain(run_dir, 3, "layers.0.moe.router.weight", (9, 9))
-    with pytest.raises(UserError, match="there is no step 100000: the run has the steps 0 to 59"):
+    with pytest.raises(UserError, match="there is no step 100000: the run has done the steps 0 to 59"):
         explain(run_dir, 100000)
     with pytest.raises(UserError, match="give between"):
         explain_text(run_dir, "")

@@ -20,7 +20,7 @@ from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
 from pellucid.observe.observer import SilentObserver
-from pellucid.run import choose_device, choose_precision
+from pellucid.training.device import choose_device, choose_precision
 from pellucid.training.evaluate import evaluate_batches, split_batches
 from pellucid.training.loop import Loop, budget_in_steps
 from pellucid.training.losses import linear_cross_entropy

@@ -15,15 +15,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pellucid.config import Config, UserError
+from pellucid.config import Config, UserError, make_config
 from pellucid.data.dataset import Dataset, Split
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.observe.observer import SilentObserver
+from pellucid.observe.reader import Reader
 from pellucid.observe.trace import training_split
 from pellucid.training import checkpoint
+from pellucid.training.device import choose_device, choose_precision
 from pellucid.training.loop import budget_in_steps
-from pellucid.training.optimizers import build_optimizer, load_optimizer_state
+from pellucid.training.optimizers import build_optimizer, load_optimizer_state, optimizer_state
 from pellucid.training.schedules import learning_rate_factor
 from pellucid.training.step import StepResult, training_step
 
@@ -67,13 +69,13 @@ def state_before(run_dir: str | Path, step: int | None, on_progress=None) -> Rep
     """
     folder = Path(run_dir)
     config, dataset, split = training_split(folder)
-    _same_threads(folder)
     saved = checkpoint.saved_steps(folder / "checkpoints")
-    end = budget_in_steps(config, split)
+    done = max(_recorded(folder), max(saved, default=0))
     if step is None:
         step = max(saved, default=0)
-    elif step >= end:
-        raise UserError(f"{folder}: there is no step {step}: the run has the steps 0 to {end - 1}")
+    elif step >= done:
+        steps = f"the steps 0 to {done - 1}" if done else "no step yet"
+        raise UserError(f"{folder}: there is no step {step}: the run has done {steps}")
     start = max((s for s in saved if s <= step), default=0)
     if not 0 <= step - start <= MOST_REPLAYED:
         spans = ", ".join(f"{s} to {s + MOST_REPLAYED}" for s in sorted({0, *saved}))
@@ -81,36 +83,68 @@ def state_before(run_dir: str | Path, step: int | None, on_progress=None) -> Rep
     if start not in saved and config.model.init_from is not None:
         raise UserError(f"{folder}: step {step} cannot be replayed: this run began from {config.model.init_from}, and its "
                         f"checkpoint of step 0 is gone; steps that can be: from {min(saved, default='none')} on")  # fmt: skip
-    model = initialize(Grok1(config.model, device=_device(config)), config.training.seed)
-    model.compute_dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
-    model.parity = config.training.precision == "parity"
-    optimizer = build_optimizer(model, config.optimizer)
+    began, _ = settings_of_step(folder, config, start)
+    device = choose_device(began.training.device)
+    model = initialize(Grok1(began.model, device=device), began.training.seed)
+    model.compute_dtype, model.parity = choose_precision(began.training.precision, device)
+    replay = Replay(began, dataset, split, model, build_optimizer(model, began.optimizer), 0, start)
     if start in saved:
         found = checkpoint.load(saved[start])
         model.load_state_dict(found.tensors["model"])
-        load_optimizer_state(optimizer, found.tensors["optimizer"], found.state["optimizer"])
-    replay = Replay(config, dataset, split, model, optimizer, end, start)
+        load_optimizer_state(replay.optimizer, found.tensors["optimizer"], found.state["optimizer"])
+    _adopt_settings(replay, folder, config)
     while replay.step < step:
         replay.advance()
+        _adopt_settings(replay, folder, config)
         if on_progress:
             on_progress(replay.step - start, step - start)
     return replay
 
 
-def _same_threads(folder: Path) -> None:
-    """Sums depend, in their last bits, on how many threads share them."""
-    threads = json.loads((folder / "manifest.json").read_bytes()).get("machine", {}).get("threads")
-    if isinstance(threads, int) and threads > 0:
+def _adopt_settings(replay: Replay, folder: Path, newest: Config) -> None:
+    """Go on with the settings of the step that comes next, as a resumed run does."""
+    config, threads = settings_of_step(folder, newest, replay.step)
+    if threads is not None:
         torch.set_num_threads(threads)
+    if config.optimizer != replay.config.optimizer:
+        state = optimizer_state(replay.optimizer)
+        replay.optimizer = build_optimizer(replay.model, config.optimizer)
+        load_optimizer_state(replay.optimizer, *state)
+    replay.config, replay.max_steps = config, budget_in_steps(config, replay.split)
+    replay.model.recompute = config.training.recompute
 
 
-def _device(config: Config) -> str:
-    wanted = config.training.device
-    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def settings_of_step(folder: Path, newest: Config, step: int) -> tuple[Config, int | None]:
+    """Configuration and number of threads that `step` was done with: resumes may have changed them since.
+
+    newest: the run's configuration now.
+    """
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for change in manifest.get("changes", []):
+        if step < change["step"] and "before" in change:
+            return make_config(change["before"]), change["threads"]
+    return newest, manifest.get("machine", {}).get("threads")
+
+
+def _recorded(folder: Path) -> int:
+    """How many steps the telemetry knows."""
+    if not (folder / "run.sqlite").is_file():
+        return 0
+    with Reader(folder) as reader:
+        latest = reader.latest_step()
+    return 0 if latest is None else latest + 1
 
 
 def capsule_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "capsules" / f"step-{step}.safetensors"
+
+
+def forget_capsules(run_dir: str | Path, step: int) -> None:
+    """Remove capsules and plays of step number `step` and later: a resumed run does these steps again."""
+    for path in (Path(run_dir) / "capsules").glob("step-*.*"):
+        number = path.name.removeprefix("step-").partition(".")[0]
+        if number.isdigit() and int(number) >= step:
+            path.unlink(missing_ok=True)
 
 
 def save_capsule(run_dir: str | Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:

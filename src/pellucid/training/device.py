@@ -1,0 +1,56 @@
+"""Where a run computes, in which number format, and on how many threads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pellucid.config import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"training.device = '{name}': not usable on this machine ({reason})") from None
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """'auto' becomes bf16 where the processor is fast at it, else fp32."""
+    return name if name != "auto" else "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, bool]:
+    """(dtype of products, whether every official cast is followed)."""
+    name = resolve_precision(name, device)
+    return (torch.float32 if name == "fp32" else torch.bfloat16), name == "parity"
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def keep_threads(recorded: int | None) -> str | None:
+    """Compute on as many threads as a run began with: float sums depend, in their last bits, on how many share them.
+
+    A number the user set (OMP_NUM_THREADS), or one this machine has no processors for, stands. Returns a sentence where
+    something had to be said.
+    """
+    now = torch.get_num_threads()
+    if recorded is None or recorded == now:
+        return None
+    if "OMP_NUM_THREADS" in os.environ or recorded > (os.cpu_count() or 1):
+        return (f"this run computed on {recorded} threads so far and goes on with {now}: sums will round differently in "
+                "their last bits")  # fmt: skip
+    torch.set_num_threads(recorded)
+    return f"computing on {recorded} threads as before, for the very same sums (OMP_NUM_THREADS={now} would change that)"
