@@ -119,6 +119,16 @@ def test_routing(N, E, k):
     assert (order.row_Nk.flatten()[stable] == at).all()
 
 
+def test_a_token_that_is_not_a_number_chooses_experts_that_exist():
+    from pellucid.model.kernels.gpu.routing import route, sort_by_expert
+
+    logits = torch.randn(9, 6, device=DEVICE)
+    logits[4, 2] = float("nan")
+    probs, chosen, gate = route(logits, torch.zeros(6, device=DEVICE), 2)
+    assert chosen[4].tolist() == [0, 1] and gate[4].isnan().all() and probs[4].isnan().all()
+    assert int((sort_by_expert(chosen, 6).token_M >= 0).sum()) == 18 and not gate[5].isnan().any()
+
+
 def plain_experts(x, gate, index, gate_up_proj, down_proj):
     y = torch.zeros_like(x)
     for e, (gate_up, down) in enumerate(zip(gate_up_proj, down_proj, strict=True)):

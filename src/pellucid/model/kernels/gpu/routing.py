@@ -43,6 +43,7 @@ def _choose(logits, bias, probs, index, gate, N, E: tl.constexpr, k: tl.constexp
     p = scores / tl.sum(scores, 1)[:, None]
     tl.store(probs + at, p, mask=inside)
     left = tl.where(experts[None, :] < E, p + tl.load(bias + experts, mask=experts < E, other=0.0)[None, :], -1e38)
+    left = tl.where(left == left, left, 1e38)  # NaN counts as the greatest, as in torch.topk: it must choose experts that exist
     for choice in tl.static_range(k):
         chosen = tl.min(tl.where(left == tl.max(left, 1)[:, None], experts[None, :], BLOCK_E - 1), 1)
         hit = experts[None, :] == chosen[:, None]
