@@ -79,6 +79,7 @@ class Observer(SilentObserver):
         sources = [source.path for source in config.data.sources]
         self.text = TextLossProbe(config.data.sequence_length, sources, self._categories(shape))
         self.noise = NoiseScale()
+        self._writer_worked = 0.0  # of its seconds, those already counted
         self.expert_rows = self._expert_rows()
         self.train_losses: deque[float] = deque(maxlen=32)
         epoch = dataset.train.rows_per_epoch if dataset is not None else None
@@ -211,6 +212,9 @@ class Observer(SilentObserver):
             run = self._run_facts(result)
             facts = self._facts
             self.writer.submit(lambda: self._record(step, pack.arrays(), facts, run))
+        if self.device.type == "cpu":  # there the writer's thread takes its time from the step's
+            worked, self._writer_worked = self._writer_worked, self.writer.worked
+            self.budget.spent += self._writer_worked - worked
         self.budget.earn(time.perf_counter() - self.began - (self.budget.spent - self.spent_before))
         self._ended = time.perf_counter()
 

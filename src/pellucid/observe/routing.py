@@ -1,7 +1,7 @@
 """What each router decided: loads, entropies, margins, by layer and expert; summed on the device over micro-batches.
 
 Counts are exact over all real tokens. Entropy, mass, margin and score extremes are taken over every n-th token, at most
-2,048 of a micro-batch. Letters: L layers, N tokens, E experts, k experts per token.
+512 of a micro-batch. Letters: L layers, N tokens, E experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from pellucid.observe.columns import INDEX, LAYER, ROUTER
 from pellucid.observe.store import MISSING, Row
 
-TOKENS = 2048
+TOKENS = 512
 MEANS = ("count", "entropy", "top_mass", "margin", "router_z")
 
 

@@ -128,6 +128,7 @@ class Writer:
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.error: str | None = None
+        self.worked = 0.0  # seconds of processor time that the writer's thread has used
         self._queue: queue.Queue[Callable[[], Record] | None] = queue.Queue()
         self._wal = not is_network(self.path.parent)
         self._connection = _open(self.path, self._wal)
@@ -225,6 +226,7 @@ class Writer:
             except Exception as error:
                 self.error = f"{type(error).__name__}: {error}"
                 print(f"telemetry stopped, training goes on: {self.path}: {self.error}", file=sys.stderr)
+            self.worked = time.thread_time()
             for _ in batch:
                 self._queue.task_done()
             if None in batch:
