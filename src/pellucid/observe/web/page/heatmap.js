@@ -8,12 +8,6 @@ const NEUTRAL_WORD = { light: 0xfff1f3f3, dark: 0xff2b2522 };
 const DOT = 0xff8f8b87; // a sparse grid where nothing was measured
 const GROUP_GAP = 6;
 
-/** What a cell shows: the value itself, or the extreme of a bucket; null: not measured; NaN or infinite: as it is. */
-export function cellValue(window, column, row, stat, part) {
-  if (window.nonfinite(column, row, stat) > 0) return NaN;
-  return window.value(column, row, stat, part);
-}
-
 /** Value of a difference cell: log10 of the ratio for magnitudes, else the plain difference. */
 export function differ(a, b, log) {
   if (a === null || b === null) return null;
@@ -43,19 +37,26 @@ function paint(context, { window, other, rows, stat, part, scale, log, from, to,
     if (first[x] >= 0 && window.steps[first[x]] + window.span - 1 < Math.floor(a) && last[x] > first[x]) first[x]++;
     otherAt[x] = other ? other.columnOf(Math.floor(a)) : -1;
   }
-  const dots = Math.round(5 * ratio), low = part === "min", line = new Uint32Array(w);
+  const dots = Math.round(5 * ratio), line = new Uint32Array(w);
+  const magnitude = scale.kind === "signed" || scale.kind === "ratio", low = part === "min";
+  const exceeds = (value, best) => (low ? value < best : magnitude ? Math.abs(value) > Math.abs(best) : value > best);
   rows.forEach((row, r) => {
+    const read = window.cells(row.index, stat, part);
+    const against = other && row.other !== undefined ? other.cells(row.other, stat, part) : null;
     for (let x = 0; x < w; x++) {
+      if (x > 0 && first[x] === first[x - 1] && last[x] === last[x - 1] && otherAt[x] === otherAt[x - 1]) {
+        line[x] = line[x - 1]; // a column wider than a pixel
+        continue;
+      }
       let best = null;
       for (let c = first[x]; c >= 0 && c <= last[x]; c++) {
-        let value = cellValue(window, c, row.index, stat, part);
+        let value = read(c);
         if (other && value !== null && !Number.isNaN(value)) {
-          value = otherAt[x] < 0 || row.other === undefined ? null : differ(value, cellValue(other, otherAt[x], row.other, stat, part), log);
+          value = otherAt[x] < 0 || against === null ? null : differ(value, against(otherAt[x]), log);
         }
         if (value === null) continue;
         if (!Number.isFinite(value)) { best = NaN; break; }
-        if (best === null || (low ? value < best : scale.kind === "signed" || scale.kind === "ratio"
-          ? Math.abs(value) > Math.abs(best) : value > best)) best = value;
+        if (best === null || exceeds(value, best)) best = value;
       }
       line[x] = best === null ? 0 : Number.isNaN(best) ? 1 : scale.kind === "log" && best <= 0 ? NEUTRAL_WORD[scale.theme] : colourAt(scale, best);
     }

@@ -53,6 +53,20 @@ export class Window {
     return value !== null && !Number.isFinite(value) ? 1 : 0;
   }
 
+  /** A function of the column: what a heatmap shows of one row and statistic. The value, or the extreme of a bucket;
+   *  null: not measured; NaN: something under it is not finite. */
+  cells(row, stat, part) {
+    const stride = this.rows * this.stats, at = this.at(part, 0, row, stat), { values, bits } = this;
+    const bad = this.parts > 1 ? this.at("nonfinite", 0, row, stat) : null;
+    return (column) => {
+      if (column < 0) return null;
+      const i = at + column * stride, value = values[i];
+      if (bad !== null && values[bad + column * stride] > 0) return NaN;
+      if (bits[i] === 0x7fc0ffee) return null;
+      return Number.isFinite(value) ? value : NaN;
+    };
+  }
+
   /** Column that holds `step`, or the last one before it; -1 if all are later. */
   columnOf(step) {
     let low = 0, high = this.columns - 1, found = -1;

@@ -1,5 +1,5 @@
 // The time line under every view: the loss of all steps, alarms as ticks, and the selected step to drag.
-import { html, useWidth } from "./ui.js";
+import { html, useMemo, useWidth } from "./ui.js";
 import { select, statIndex, useRun, useWindow } from "./state.js";
 import { count, number } from "./format.js";
 
@@ -10,11 +10,12 @@ export function Timeline({ alarms }) {
   const stat = statIndex(run, "run", "loss");
   const last = run.latest ?? 0;
   const x = (s) => ((s + 0.5) / (last + 1)) * width;
+  const path = useMemo(() => (window && width > 0 ? curve(window, stat, x) : null), [window, stat, width, last]);
   const loss = window ? window.value(window.columnOf(step), 0, stat) : null;
   return html`<footer class="timeline">
     <p class="where"><b>step ${count(step)}</b><span>loss ${number(loss)}</span></p>
     <div class="track" ref=${box}>
-      ${window && width > 0 && html`<svg width=${width} height="40" aria-hidden="true"><path d=${curve(window, stat, x)} /></svg>`}
+      ${path !== null && html`<svg width=${width} height="40" aria-hidden="true"><path d=${path} /></svg>`}
       ${alarms.map((event) => html`<i class=${"alarm-tick " + event.severity} style=${{ left: `${x(event.step)}px` }}></i>`)}
       <i class="handle" style=${{ left: `${x(step)}px` }}></i>
       <input type="range" min="0" max=${last} step="1" value=${step} aria-label="selected step"

@@ -2,7 +2,7 @@
 import { Choice, Nothing, Panel, html, useMemo, useState } from "../ui.js";
 import { select, statOf, useRun, useWindow } from "../state.js";
 import { ROLES, scaleOf } from "../colour.js";
-import { ColourBar, Heatmap, cellValue, differ } from "../heatmap.js";
+import { ColourBar, Heatmap, differ } from "../heatmap.js";
 import { Lines } from "../line.js";
 import { describeRow, tensorRows } from "../rows.js";
 import { float32, number, plural, withUnit } from "../format.js";
@@ -84,8 +84,8 @@ function summary({ window, compared, rows, stat, step, part, other, log }) {
   const values = [];
   for (const row of rows) {
     if (row.label === "all") continue;
-    let value = cellValue(window, column, row.index, 0, part);
-    if (other) value = compared && row.other !== undefined ? differ(value, cellValue(compared, compared.columnOf(step), row.other, 0, part), log) : null;
+    let value = window.cells(row.index, 0, part)(column);
+    if (other) value = compared && row.other !== undefined ? differ(value, compared.cells(row.other, 0, part)(compared.columnOf(step)), log) : null;
     if (value === null) continue;
     if (!Number.isFinite(value)) bad++; else values.push([value, row]);
   }
