@@ -97,6 +97,11 @@ def test_rollups_in_the_file_equal_those_of_all_frames_with_gaps_and_thinning(tm
             size = store.FAN**level
             expected = sorted({s // size for s in steps})
             assert buckets.tolist() == expected
+            for low, high in ((-1, 3), (1, expected[-1]), (2, expected[-1] + 5), (expected[-1], None)):
+                some, their = run.rollup("param", level, low, high)
+                inside = [i for i, b in enumerate(expected) if low < b <= (2**62 if high is None else high)]
+                assert some.tolist() == [expected[i] for i in inside]
+                np.testing.assert_array_equal(their, parts[inside])
             for bucket, part in zip(buckets, parts, strict=True):
                 whole = reduce_frames(np.stack([data[s] for s in steps if s // size == bucket]))
                 for i in (0, 1, 3, 4, 5):

@@ -113,23 +113,24 @@ class Reader:
             raise UserError(f"{self.path}: stream '{stream}' has no {axis} '{name}'")
         return found[0]["id"]
 
-    def rollup(self, stream: str, level: int, since: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    def rollup(self, stream: str, level: int, since: int = -1, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Bucket numbers int64 [n] and float32 [n, 6, rows, columns] (min, max, mean, last, measured, nonfinite).
 
         Bucket b of level l covers steps b*16^l to (b+1)*16^l - 1; level 0 is the frames themselves. The bucket still
-        open is there too, computed from what is below. Only buckets > `since` are returned.
+        open is there too, computed from what is below. Only buckets > `since` and <= `until` are read.
         """
         rows, columns = self._shape(stream)
         if level == 0:
-            steps, frames = self.frames(stream, since)
+            steps, frames = self.frames(stream, since, until)
             parts = [reduce_frames(frame[None]) for frame in frames]
             return steps, np.stack(parts) if parts else np.empty((0, len(ROLLUP_PARTS), rows, columns), np.float32)
-        query = "SELECT bucket, data FROM rollup WHERE stream = ? AND level = ? AND bucket > ? ORDER BY bucket"
-        found = self._all(query, (stream, level, since))
+        until = 2**62 if until is None else until
+        query = "SELECT bucket, data FROM rollup WHERE stream = ? AND level = ? AND bucket > ? AND bucket <= ? ORDER BY bucket"
+        found = self._all(query, (stream, level, since, until))
         buckets = [f["bucket"] for f in found]
         parts = stack([f["data"] for f in found], (len(ROLLUP_PARTS), rows, columns))
         newest = self.latest_step(stream)
-        if newest is not None and newest // FAN**level > max(since, *buckets, -1):
+        if newest is not None and until >= newest // FAN**level > max(since, *buckets, -1):
             part = self._open_bucket(stream, level, newest, rows, columns)
             buckets, parts = [*buckets, newest // FAN**level], np.concatenate([parts, part[None]])
         return np.array(buckets, dtype=np.int64), parts

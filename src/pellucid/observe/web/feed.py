@@ -201,10 +201,8 @@ class Feed:
 
     def _rollup(self, stream: str, level: int, since: int, until: int | None, column: Any) -> tuple[np.ndarray, np.ndarray]:
         """Only what is asked of each bucket is kept in memory: rollups of a big model are wide."""
-        buckets, parts = self.reader.rollup(stream, level, since // FAN**level - 1)
-        if until is not None:
-            inside = buckets <= until // FAN**level
-            buckets, parts = buckets[inside], parts[inside]
+        last_bucket = None if until is None else until // FAN**level
+        buckets, parts = self.reader.rollup(stream, level, since // FAN**level - 1, last_bucket)
         low, high, _, last, measured, nonfinite = (parts[:, i][..., column] for i in range(6))
         return buckets * FAN**level, np.stack([low, high, last, nonfinite, measured])
 
