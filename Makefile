@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	$(BIN)/pellucid train
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV)

@@ -321,9 +321,9 @@ def test_longer_budget_continues_is_written_down_and_lasts(copied, tiny_tables, 
     assert run.stopped_by and list(heard.losses) == [7, 8, 9]
     run, heard = recorded(None, copied, resume=True)
     assert list(heard.losses) == list(range(10, 20)), "the longer budget was remembered"
-    assert json.loads((copied / "manifest.json").read_text())["changes"] == [
-        {"step": 7, "settings": ["training.max_steps was 12, is 20"]}
-    ]
+    (change,) = json.loads((copied / "manifest.json").read_text())["changes"]
+    assert (change["step"], change["settings"]) == (7, ["training.max_steps was 12, is 20"])
+    assert change["before"]["training"]["max_steps"] == 12
 
 
 def test_finished_run_resumes_to_itself(tiny_run, tmp_path, recorded, final_state):
