@@ -1,6 +1,7 @@
 """What experts do, on routings made so that the answer is known, and on a real run by another way of counting."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from pellucid.measure.experts import (
 from pellucid.measure.texts import token_streams
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
+from pellucid.run import train
 
 E = 4
 
@@ -111,6 +113,24 @@ def test_experts_of_a_run(tiny_run):
             counts += np.bincount(routings[0].expert_index_Nk.flatten().numpy(), minlength=4)
     assert found["specialisation"][0]["load"] == pytest.approx((counts / counts.sum()).tolist())
     assert len(outcome.findings) == 4 and len(outcome.charts) == 4
+
+
+def test_a_run_from_another_model_began_with_its_weights(tiny_run, tiny_tables, tmp_path):
+    tables = tiny_tables(max_steps=3)
+    tables["model"] = {"init_from": str(tiny_run.directory)}
+    run = train({**tables, "data": {**tables["data"], "directory": str(tmp_path / "data")}}, run_dir=tmp_path / "run")
+    model, tokenizer = run.load()
+    streams = token_streams(str(run.directory), None, tokenizer, 10**6)
+    measured = lambda: measure_experts(model, tokenizer, streams, context=32, run=run.directory).numbers
+    before, _ = tiny_run.load()
+    found = measured()
+    expected = redundancy(model, before, [(g, s[i : i + 32]) for g, s in enumerate(streams) for i in range(0, len(s) - 1, 32)])
+    assert found["redundancy"][0]["updates"] == pytest.approx(np.array(expected[0]["updates"]), abs=1e-6)
+    assert found["churn"]["steps"][0]["from"] == 0
+    shutil.rmtree(run.directory / "checkpoints" / "step-0")
+    found = measured()
+    assert found["redundancy"][0]["updates"] is None, "its beginning is not known any more"
+    assert found["churn"] is None, "one snapshot"
 
 
 def test_a_dense_model_has_nothing_to_compare(tiny_run):

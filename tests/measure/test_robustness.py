@@ -59,14 +59,14 @@ def corpus(tmp_path_factory):
     """Half the documents of one kind of words, half of twelve other kinds."""
     folder, random = tmp_path_factory.mktemp("topics"), np.random.default_rng(0)
     rows = []
-    for number in range(120):
-        topic = 0 if number < 60 else 1 + number % 12
-        words = [f"t{topic}w{random.integers(30)}" for _ in range(40)]
+    for number in range(240):
+        topic = 0 if number < 120 else 1 + number % 12
+        words = [f"t{topic}w{random.integers(30)}" for _ in range(20)]
         rows.append(json.dumps({"text": " ".join(words), "topic": topic}))
     (folder / "corpus.jsonl").write_text("\n".join(rows) + "\n")
     base = make_config({
         "model": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_experts": 2},
-        "data": {"sources": [str(folder / "corpus.jsonl")], "sequence_length": 32, "validation_fraction": 0.2,
+        "data": {"sources": [str(folder / "corpus.jsonl")], "sequence_length": 32, "validation_fraction": 0.3,
                  "tokenizer": {"vocab_size": 300}, "directory": str(folder / "data")},
         "training": {"batch_size": 4, "precision": "fp32"}})  # fmt: skip
     return base, prepare(base.data)
@@ -103,3 +103,22 @@ def test_mistakes(corpus, tmp_path):
         plan(amounts=[10_000_000])
     with pytest.raises(UserError, match=r"narrow text of [0-9,]+ tokens would be most of the corpus"):
         plan(amounts=[int(0.8 * dataset.train.reader.ends[-1])], seeds=1)
+
+
+def test_too_few_documents_for_an_answer_are_refused_with_the_way_out(corpus, tmp_path):
+    base, dataset = corpus
+    plan = lambda data, **given: robustness_jobs(base, data, tmp_path, **{"amounts": [1500], "tokens": 640, "arms": [], **given})
+    few = prepare(base.data.model_copy(update={"validation_fraction": 0.1}))
+    count = len(few.validation.reader.starts)
+    assert count < 30
+    with pytest.raises(UserError, match=rf"held-out text has {count} documents.*30.*data.validation_fraction"):
+        plan(few)
+    with pytest.raises(UserError, match=r"narrow and varied text of 300 tokens has [1-9] documents.*10.*--amounts"):
+        plan(dataset, amounts=[300], seeds=2)
+    assert not list(tmp_path.glob("data/narrow*"))
+
+
+def test_held_out_text_is_never_fewer_than_thirty_documents(corpus, tmp_path):
+    base, dataset = corpus
+    robustness_jobs(base, dataset, tmp_path, amounts=[1500], tokens=640, arms=[], seeds=2, held_out=100)
+    assert len(topics(tmp_path, "held-out")[0]) == 30, "though one has 100 tokens"

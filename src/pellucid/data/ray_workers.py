@@ -38,7 +38,7 @@ class Ray:
         waiting = deque((number, job, 1) for number, job in enumerate(jobs))
         if not waiting:
             return
-        ray = self._connected()
+        ray = self.connect()
         task = ray.remote(num_cpus=1, max_retries=0)(_run)
         shared = ray.put(setup)
         at_once = self.count or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -70,7 +70,8 @@ class Ray:
             for reports in running:
                 ray.cancel(reports, force=True)
 
-    def _connected(self) -> Any:
+    def connect(self) -> Any:
+        """The module `ray`, connected. Raises UserError where no cluster answers."""
         ray = self._ray
         if ray.is_initialized():
             return ray
@@ -81,7 +82,7 @@ class Ray:
                 ray.init("local", include_dashboard=False, **here, **quiet)
             else:
                 ray.init(self.address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # Ray raises a bare one where a node does not start in time
             raise UserError(f"--ray {self.address}: no Ray cluster answers there ({str(error).splitlines()[0][:160]}); start one "
                             "(ray start --head), or give --ray local") from None
         return ray

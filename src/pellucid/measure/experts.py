@@ -192,7 +192,10 @@ def churn(snapshots: Sequence[tuple[int, np.ndarray]], owners_N: np.ndarray, E: 
 
 
 def _snapshots(run: str | Path) -> Iterator[tuple[int, Callable[[], Grok1]]]:
-    """(step, how to make the model of then): as initialized, and from every kept checkpoint."""
+    """(step, how to make the model of then): from every kept checkpoint, and as initialized.
+
+    A run that began from another model keeps that as its checkpoint of step 0; without it its beginning is not known.
+    """
     run = Path(run)
     config = load_config(run / "config.toml")
     saved = checkpoint.saved_steps(run / "checkpoints")
@@ -202,10 +205,10 @@ def _snapshots(run: str | Path) -> Iterator[tuple[int, Callable[[], Grok1]]]:
         model.load_state_dict(checkpoint.load(folder).tensors["model"], assign=True)
         return model
 
-    yield 0, lambda: initialize(Grok1(config.model), config.training.seed)
+    if 0 not in saved and config.model.init_from is None:
+        yield 0, lambda: initialize(Grok1(config.model), config.training.seed)
     for step in sorted(saved):
-        if step:
-            yield step, lambda folder=saved[step]: restored(folder)
+        yield step, lambda folder=saved[step]: restored(folder)
 
 
 @torch.no_grad()

@@ -138,13 +138,12 @@ def on_ray(address: str, at_once: int) -> Runner:
 
     Prepared data lie in the plan's folder, which every node must see under the same path. Raises UserError.
     """
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--ray: Ray is not installed; pip install 'pellucid[ray]'") from None
+    from pellucid.data.ray_workers import Ray
+
+    cluster = Ray(address)
 
     def run(jobs: Sequence[Job], scratch: Callable[[Job], str], clock: _Clock) -> Iterator[tuple[Job, Any, float]]:
-        _connect(ray, address)
+        ray = cluster.connect()
         cores = int(ray.cluster_resources().get("CPU", 1))
         task = ray.remote(num_cpus=1, max_retries=2)(_timed)
         waiting, running = list(jobs), {}
@@ -169,17 +168,6 @@ def on_ray(address: str, at_once: int) -> Runner:
                 ray.cancel(reference, force=True)
 
     return run
-
-
-def _connect(ray: Any, address: str) -> None:
-    if ray.is_initialized():
-        return
-    try:
-        local = {"include_dashboard": False, "object_store_memory": 128 << 20} if address == "local" else {}
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **local)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"--ray {address}: no Ray cluster answers there ({str(error).splitlines()[0][:160]}); start one "
-                        "(ray start --head), or give --ray local") from None
 
 
 def _timed(job: Job, scratch: str, threads: int = 0) -> tuple[Any, float]:

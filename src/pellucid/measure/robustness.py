@@ -30,6 +30,7 @@ ARMS: dict[str, list[dict[str, Any]]] = {
     "back-translation": [{"name": "back_translation"}],
     "bpe-dropout": [{"name": "bpe_dropout", "rate": 0.1}],
 }
+HELD_OUT, SAMPLE = 30, 10  # fewest documents held out, and of narrow or varied text, from which anything follows
 NARROW_SHARE = 0.5  # narrow text may take at most this share of the corpus, or it would not be narrow
 CANDIDATES, CENTRES = 3000, 8  # documents among which narrow ones are looked for, around how many
 ROWS = 128  # of training text, on which its loss is taken
@@ -42,19 +43,22 @@ def robustness_jobs(
     """Jobs, and facts of the texts: what was left out and why, Vendi scores. Prepared texts lie in `folder`.
 
     amounts: unique training tokens; tokens: what each run trains on in all; versions: augmented ones of each document.
-    Raises UserError for an unknown arm, or where the corpus is too small for the amounts.
+    Raises UserError for an unknown arm, or where the corpus has too little text or too few documents for an answer.
     """
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
         raise UserError(f"--arms: unknown {', '.join(unknown)}; known: {', '.join(ARMS)}")
-    if dataset.validation is None:
-        raise UserError("the data hold no text out; set data.validation_fraction or data.validation")
+    documents = 0 if dataset.validation is None else len(dataset.validation.reader.starts)
+    if documents < HELD_OUT:
+        raise UserError(f"the held-out text has {documents} documents, and intervals from fewer than {HELD_OUT} mean nothing: raise "
+                        "data.validation_fraction, or give more or shorter documents")
     amounts, say = sorted(amounts), progress or (lambda *_: None)
     if amounts[-1] > dataset.train.reader.ends[-1]:
         raise UserError(f"--amounts: {amounts[-1]:,} tokens asked, the training text has {int(dataset.train.reader.ends[-1]):,}; give "
                         "more text or smaller amounts")
     texts = _Texts(dataset, folder, base.data, versions)
-    texts.write("held-out", "validation", texts.up_to("validation", held_out, seed=0))
+    pairs = [texts.narrow_and_varied(amounts[0], seed) for seed in range(seeds)]
+    texts.write("held-out", "validation", texts.up_to("validation", held_out, seed=0, least=HELD_OUT))
     facts: dict[str, Any] = {"unavailable": {}, "vendi": {}}
     wanted = [("off", amount) for amount in amounts] + [(arm, amount) for arm in arms if arm != "off" for amount in amounts]
     prepared = {}
@@ -70,9 +74,9 @@ def robustness_jobs(
                 raise
             facts["unavailable"][arm] = str(error)
     amount = amounts[0]
-    for seed in range(seeds):
+    for seed, pair in enumerate(pairs):
         say("preparing text", len(wanted) + 2 * seed, len(wanted) + 2 * seeds, "narrow and varied text")
-        for kind, numbers in zip(("narrow", "varied"), texts.narrow_and_varied(amount, seed), strict=True):
+        for kind, numbers in zip(("narrow", "varied"), pair, strict=True):
             texts.write(f"{kind}-{amount}-{seed}", "train", numbers)
             prepared[kind, amount, seed] = texts.prepare(f"{kind}-{amount}-{seed}", "off")
             facts["vendi"][f"{kind}-{seed}"] = texts.vendi(numbers)
@@ -103,11 +107,11 @@ class _Texts:
         self.dataset, self.folder, self.base, self.versions = dataset, folder, base, versions
         (folder / "texts").mkdir(parents=True, exist_ok=True)
 
-    def up_to(self, split: str, tokens: int, seed: int) -> list[int]:
-        """Documents in a random order that more tokens only lengthen, until there are so many."""
+    def up_to(self, split: str, tokens: int, seed: int, least: int = 1) -> list[int]:
+        """Documents in a random order that more tokens only lengthen, until there are so many, of `least` documents."""
         lengths = self.dataset.split(split).reader.lengths
         order = np.random.default_rng(seed).permutation(len(lengths))
-        return order[: int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1].tolist()
+        return order[: max(least, int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1)].tolist()
 
     def narrow_and_varied(self, tokens: int, seed: int) -> tuple[list[int], list[int]]:
         """The documents most alike one of eight drawn at random, the narrowest of the eight; and documents drawn at random."""
@@ -122,7 +126,11 @@ class _Texts:
         likeness = lambda centre: unit @ unit[centre]
         groups = [(c, until(np.argsort(-likeness(c), kind="stable"))) for c in random.permutation(len(pool))[:CENTRES]]
         _, narrow = max(groups, key=lambda group: likeness(group[0])[group[1]].mean())
-        return pool[narrow].tolist(), pool[until(random.permutation(len(pool)))].tolist()
+        varied = until(random.permutation(len(pool)))
+        if (fewest := min(len(narrow), len(varied))) < SAMPLE:
+            raise UserError(f"narrow and varied text of {tokens:,} tokens has {fewest} documents, and from fewer than {SAMPLE} nothing "
+                            "follows about others: raise the smallest of --amounts, or give shorter documents")
+        return pool[narrow].tolist(), pool[varied].tolist()
 
     def vendi(self, numbers: Sequence[int]) -> dict[str, float]:
         """The score, and over the number of documents."""
