@@ -59,7 +59,7 @@ def test_a_plan_runs_resumes_and_reports(call, tmp_path):
     (("capacity", "--epochs", 10**8), "add --yes to start it"),
     (("capacity", "--run", "nowhere"), "--run nowhere: not a run directory"),
     (("scaling", "training.batch_sise=3"), "batch_size"),
-    (("scaling", "--sizes", "16", "--trial", "16:800", "--tokens", "700", "training.batch_size=1"), "six runs or more"),
+    (("scaling", "--sizes", "16", "--trial", "16:4000", "--tokens", "3200", "training.batch_size=1"), "six runs or more"),
     (("robustness", "--arms", "wishes"), "--arms: unknown wishes"),
     (("diversity", "missing.txt"), "no file matches"),
     (("context", "missing"), "neither a folder nor a preset"),
@@ -81,7 +81,7 @@ def small_corpus(tiny_folder):
 
 def test_too_little_text_for_the_plan_is_said_with_both_numbers(call, small_corpus):
     code, _, errors = call("scaling", *small_corpus)
-    assert code == 2 and "the plan's largest run takes 800,000 tokens but the text has" in errors
+    assert code == 2 and "the plan's largest run takes 1,200,000 tokens but the text has" in errors
 
 
 def test_a_model_without_text_says_where_to_get_some(call):

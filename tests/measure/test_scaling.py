@@ -90,3 +90,16 @@ def test_shapes_of_the_ladder():
     for bad in ("tine", "17", "0"):
         with pytest.raises(UserError, match="--sizes"):
             shape(bad, base)
+
+
+def test_runs_too_short_for_a_power_law_are_told():
+    """In the first hundred steps each doubling of the text gains more than the last; later, as in any law, less."""
+    N, D, loss = runs(SMALL, [2e4, 6e4, 2e5], [1e5, 2e5, 4e5], noise=0.003)
+    early = np.array([5.59, 5.30, 5.21, 5.21, 4.98, 4.71, 4.79, 4.38, 3.99])  # three sizes at three amounts
+    for values, expected in ((loss, False), (early, True)):
+        results = {f"run-{i}": {"parameters": {"active": int(n)}, "tokens": int(d), "held_out": float(v)}
+                   for i, (n, d, v) in enumerate(zip(N, D, values, strict=True))}
+        trial = {"parameters": {"active": 400_000}, "tokens": 800_000, "held_out": 3.0}
+        outcome = scaling_outcome({**results, "trial": trial}, draws=5)
+        assert outcome.numbers["still_falling"] is expected
+        assert any("too short for a law" in sentence for sentence in outcome.findings) is expected

@@ -132,8 +132,8 @@ def capacity(
 def scaling(
     settings: Config_ = None,
     sizes: Annotated[str, typer.Option(help="the ladder: presets or hidden sizes, with commas")] = "16,32,48",
-    tokens: Annotated[str, typer.Option(help="amounts of text, with commas")] = "100000,200000,400000",
-    trial: Annotated[str, typer.Option(help="SIZE:TOKENS of the larger run that judges the law")] = "64:800000",
+    tokens: Annotated[str, typer.Option(help="amounts of text, with commas")] = "150000,300000,600000",
+    trial: Annotated[str, typer.Option(help="SIZE:TOKENS of the larger run that judges the law")] = "64:1200000",
     seed: Seed = 0,
     jobs: Jobs = 1,
     ray: Ray = None,
@@ -149,7 +149,7 @@ def scaling(
     from pellucid.measure.scaling import scaling_jobs, scaling_outcome
 
     config, prepared = text_plan(settings, ["model.preset=tiny", "data.tokenizer.vocab_size=512", "data.sequence_length=64",
-                                            "data.validation_fraction=0.005", "training.batch_size=16"])  # fmt: skip
+                                            "training.batch_size=8"])  # fmt: skip
     size, _, amount = trial.partition(":")
     largest = (size, numbers(amount, "--trial", int)[0])
     finish_plan(
@@ -161,8 +161,8 @@ def scaling(
 @measure_app.command()
 def robustness(
     settings: Config_ = None,
-    amounts: Annotated[str, typer.Option(help="unique training tokens, with commas")] = "20000,80000",
-    tokens: Annotated[int, typer.Option(min=1, help="what each run trains on in all, seeing its text again and again")] = 320_000,
+    amounts: Annotated[str, typer.Option(help="unique training tokens, with commas")] = "150000,450000",
+    tokens: Annotated[int, typer.Option(min=1, help="what each run trains on in all, seeing its text again and again")] = 600_000,
     arms: Annotated[str, typer.Option(help="augmentations to try")] = "synonyms,back-translation,bpe-dropout",
     versions: Annotated[int, typer.Option(min=1, help="augmented versions of each document, besides itself")] = 4,
     seeds: Annotated[int, typer.Option(min=2, help="runs of each kind; two or more, for intervals")] = 3,
@@ -180,7 +180,8 @@ def robustness(
     from pellucid.measure.robustness import robustness_jobs, robustness_outcome
 
     config, prepared = text_plan(settings, ["model.preset=tiny", "model.hidden_size=32", "model.num_attention_heads=2",
-                                            "data.tokenizer.vocab_size=512", "data.sequence_length=64"])  # fmt: skip
+                                            "data.tokenizer.vocab_size=512", "data.sequence_length=64",
+                                            "data.validation_fraction=0.1"])  # fmt: skip
     folder = plan_folder(out, "robustness")
     finish_plan(
         lambda progress: robustness_jobs(config, prepared(progress), folder, amounts=numbers(amounts, "--amounts", int), tokens=tokens,
@@ -279,15 +280,15 @@ def diversity(
     from pellucid.measure.diversity import measure_diversity
     from pellucid.measure.texts import file_texts, open_dataset, pooled_states, split_texts
 
-    limit = int(megabytes * 1e6)
+    limit, normalization = int(megabytes * 1e6), None
     dataset = open_dataset(data[0]) if len(data) == 1 else None
     if dataset is not None:
-        train = split_texts(dataset, "train", limit)
+        train, normalization = split_texts(dataset, "train", limit), dataset.config.normalize
         kept = split_texts(dataset, "validation", limit) if dataset.validation is not None else None
     else:
         train, kept = file_texts(data, limit, "DATA", text_field), None
     if held_out is not None:
-        kept = file_texts([held_out], limit, "--held-out", text_field)
+        kept = file_texts([held_out], limit, "--held-out", text_field, normalization)
     embed = None
     if model is not None:
         network, tokenizer = load_with_tokenizer(model, None, "float32")
@@ -298,7 +299,7 @@ def diversity(
 
 def trained_context(model: str) -> int | None:
     """The row length of a run; other formats do not say it."""
-    from pellucid.cli.use import trained_with
+    from pellucid.measure.texts import trained_with
 
-    settings = trained_with(Path(model))
+    settings = trained_with(model)
     return settings and settings.sequence_length

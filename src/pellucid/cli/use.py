@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pellucid.cli.app import Json, app, load_with_tokenizer
-from pellucid.config import DataConfig, UserError, load_config
+from pellucid.config import UserError
 
 
 @app.command()
@@ -57,11 +57,12 @@ def predict(
     """
     from pellucid.measure.documents import predict_files
     from pellucid.measure.tables import write_rows
+    from pellucid.measure.texts import trained_with
 
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise UserError(f"--out {out}: give a name that ends in .csv or .jsonl")
     network, tokens = load_with_tokenizer(model, None, dtype)
-    settings = trained_with(Path(model))
+    settings = trained_with(model)
     shown = _progress()
     try:
         rows = predict_files(network, tokens, data, text_field, settings and settings.normalize, progress=shown.stage)
@@ -90,6 +91,7 @@ def evaluate(
     Example: pellucid evaluate runs/demo --data README.md
     """
     from pellucid.measure.files import DEFAULT_CONTEXT, evaluate_files
+    from pellucid.measure.texts import trained_with
 
     if (data is None) == (not harness):
         raise UserError("give either --data FILE or --harness TASK")
@@ -101,7 +103,7 @@ def evaluate(
         return
     if label_field:
         raise UserError(f"--label-field: {model} is a language model, which labels no documents")
-    shown, settings = _progress(), trained_with(Path(model))
+    shown, settings = _progress(), trained_with(model)
     context = context or (settings and settings.sequence_length)
     if harness:
         from pellucid.measure.harness import run_harness
@@ -142,8 +144,9 @@ def _measures(found: dict[str, dict]) -> str:
 def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_field: str, as_json: bool) -> None:
     from pellucid.measure.documents import evaluate_labels
     from pellucid.measure.tables import describe_labels
+    from pellucid.measure.texts import trained_with
 
-    settings, shown = trained_with(Path(model)), _progress()
+    settings, shown = trained_with(model), _progress()
     fields = label_fields or (settings.label_fields if settings else ())
     try:
         result, cut = evaluate_labels(
@@ -161,8 +164,3 @@ def _progress():
 
     console = Console(stderr=True, highlight=False)  # stdout holds the answer alone
     return Shown(console) if console.is_terminal else Quiet()
-
-
-def trained_with(path: Path) -> DataConfig | None:
-    """The data settings of a run; other formats do not say them."""
-    return load_config(path / "config.toml").data if (path / "config.toml").is_file() else None

@@ -20,6 +20,7 @@ from pellucid.measure.training import TRAINING, estimate
 
 HEAD = 16  # head_dim of the ladder
 LAYER_WIDTH = 24  # a layer for every so many of hidden size
+LEAST_STEPS = 100  # of the shortest run: before, the loss falls faster with more text, not slower as a power law does
 BUDGETS = (1.0, 10.0, 100.0, 1000.0)  # times the compute of the largest run
 
 
@@ -45,8 +46,9 @@ def scaling_jobs(
     if dataset.train.tokens_per_epoch < most:
         raise UserError(f"the plan's largest run takes {most:,} tokens but the text has {dataset.train.tokens_per_epoch:,}; a scaling "
                         "law is about text seen once: give more text, or smaller --tokens and --trial")
-    if min(tokens) < 20 * step:
-        raise UserError(f"--tokens {min(tokens)}: under 20 steps of {step} tokens; give more, or a smaller training.batch_size")
+    if min(tokens) < LEAST_STEPS * step:
+        raise UserError(f"--tokens {min(tokens)}: under {LEAST_STEPS} steps of {step} tokens, too few to tell how loss falls; give "
+                        "more, or a smaller training.batch_size")
     if len(sizes) < 2 or len(tokens) < 2 or len(sizes) * len(tokens) < 6:
         raise UserError("a scaling law has five constants: give two or more --sizes and --tokens, six runs or more together")
     known: dict[str, float] = {}
@@ -86,11 +88,22 @@ def scaling_outcome(results: dict[str, Any], *, draws: int = 200, seed: int = 0)
         budgets.append({"flops": factor * largest, "N": best_N, "N_low": span[0], "N_high": span[1], "D": best_D,
                         "loss": float(law.loss(best_N, best_D))})
     residual = float(np.sqrt(np.mean((np.log(law.loss(N, D)) - np.log(loss)) ** 2)))
-    numbers = {"seed": seed, "draws": draws, "runs": runs, "law": constants(law, laws), "residual": residual, "budgets": budgets,
+    numbers = {"seed": seed, "draws": draws, "runs": runs, "still_falling": still_falling(N, D, loss),
+               "law": constants(law, laws), "residual": residual, "budgets": budgets,
                "trial": {**trial, "predicted": expected, "low": low, "high": high, "error": error, "error_of_no_gain": naive}}
     outcome = Outcome("scaling", "How loss falls with size and text", {"seed": seed, "draws": draws}, numbers=numbers)
     _describe(outcome, law)
     return outcome
+
+
+def still_falling(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> bool:
+    """Whether, over most sizes, each doubling of the text gains more than the one before: no power law does that."""
+    bends = []
+    for size in np.unique(N):
+        order = np.argsort(D[N == size])
+        slopes = np.diff(loss[N == size][order]) / np.diff(np.log(D[N == size][order]))
+        bends += [np.mean(np.diff(slopes))] if len(slopes) > 1 else []
+    return bool(bends) and float(np.median(bends)) < 0
 
 
 def _describe(outcome: Outcome, law: Any) -> None:
@@ -106,6 +119,9 @@ def _describe(outcome: Outcome, law: Any) -> None:
         f"For the compute of that run ({budgets[0]['flops']:.2g} FLOP) the law would take N = {budgets[0]['N']:.3g} "
         f"({budgets[0]['N_low']:.2g} to {budgets[0]['N_high']:.2g}) and D = {budgets[0]['D']:.3g} tokens.",
     ]
+    if found["still_falling"]:
+        outcome.findings.append("The loss still falls faster and faster with more text, as it does early in training and as no power "
+                                "law can: these runs are too short for a law. Give larger --tokens.")
     if wide:
         outcome.findings.append(f"These runs hardly fix {', '.join(wide)}: their intervals span more than a factor of three. Trust the "
                                 "law near its runs; more sizes and amounts would tell.")

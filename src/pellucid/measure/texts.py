@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.config import NormalizeConfig, SourceConfig, UserError
+from pellucid.config import DataConfig, NormalizeConfig, SourceConfig, UserError, load_config
 from pellucid.data.dataset import MANIFEST, Dataset
 from pellucid.data.document import Unreadable
 from pellucid.data.sources import list_files, read_documents
@@ -37,6 +37,12 @@ class Texts:
     whole: bool = True  # False: a sample of a larger whole
 
 
+def trained_with(place: str | Path) -> DataConfig | None:
+    """The data settings of a run; other formats do not say them."""
+    file = Path(place) / "config.toml"
+    return load_config(file).data if file.is_file() else None
+
+
 def open_dataset(place: str | Path) -> Dataset | None:
     """The prepared data behind a run or a folder of prepared data; None where `place` is neither. Raises UserError."""
     path = Path(place)
@@ -49,11 +55,16 @@ def open_dataset(place: str | Path) -> Dataset | None:
     return Dataset(path) if "splits" in manifest else None
 
 
-def file_texts(places: Sequence[str], limit: int, option: str, text_field: str = "text") -> Texts:
-    """Documents of files, folders, globs or builtins, normalized as in training; of more than `limit` bytes a sample."""
+def file_texts(
+    places: Sequence[str], limit: int, option: str, text_field: str = "text", normalization: NormalizeConfig | None = None
+) -> Texts:
+    """Documents of files, folders, globs or builtins; of more than `limit` bytes a sample.
+
+    normalization: of the training text, so that both are read alike; None takes the defaults.
+    """
     files = list_files([SourceConfig(path=place, text_field=text_field) for place in places], option)
     share = min(1.0, limit / max(1, sum(file.size for file in files)))
-    found, config = Texts(whole=share == 1.0), NormalizeConfig()
+    found, config = Texts(whole=share == 1.0), normalization or NormalizeConfig()
     for file in files:
         for document in read_documents(file):
             if isinstance(document, Unreadable):
@@ -86,13 +97,14 @@ def split_texts(dataset: Dataset, name: str, limit: int) -> Texts:
 
 
 def token_streams(model_place: str, data: str | None, tokenizer: Any, limit: int, text_field: str = "text") -> list[np.ndarray]:
-    """Documents as streams eos + text + eos of token ids (int64): of `data`, else those the run held out.
+    """Documents as streams eos + text + eos of token ids (int64): of `data`, normalized as a run's text was, else those it held out.
 
     limit: bytes of text, more is sampled. Raises UserError when there is neither.
     """
     eos = tokenizer.eos_token_id
     if data is not None:
-        texts = file_texts([data], limit, "--data", text_field).texts
+        settings = trained_with(model_place)
+        texts = file_texts([data], limit, "--data", text_field, settings and settings.normalize).texts
         return [np.array([eos, *tokenizer.encode(text), eos], dtype=np.int64) for text in texts]
     dataset = open_dataset(model_place)
     if dataset is None:

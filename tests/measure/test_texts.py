@@ -1,0 +1,18 @@
+"""Text to measure on is read as the training text was."""
+
+from pellucid.config import NormalizeConfig
+from pellucid.measure.texts import file_texts, token_streams
+from pellucid.run import train
+
+
+def test_files_are_normalized_as_the_text_of_the_run_was(tiny_tables, tmp_path):
+    tables = tiny_tables(max_steps=1)
+    run = train({**tables, "data": {**tables["data"], "normalize": {"lowercase": True}}}, run_dir=tmp_path / "run")
+    file = tmp_path / "given.txt"
+    file.write_text("The CAT")
+    _, tokenizer = run.load()
+    (stream,) = token_streams(str(run.directory), str(file), tokenizer, 10**6)
+    assert tokenizer.decode(stream[1:-1].tolist()) == "the cat"
+    (stream,) = token_streams("tiny", str(file), tokenizer, 10**6)
+    assert tokenizer.decode(stream[1:-1].tolist()) == "The CAT", "nothing is known of other models' text"
+    assert file_texts([str(file)], 10**6, "DATA", normalization=NormalizeConfig(lowercase=True)).texts == ["the cat"]
