@@ -45,7 +45,7 @@ def _lines(chart: dict[str, Any]) -> str:
     for number, line in enumerate(lines):
         parts.append(_line(line, COLOURS[line.get("colour", number) % len(COLOURS)], place_x, place_y))
     points = [(place_x(x), place_y(y)) for line in lines for x, y in zip(line["x"], line["y"], strict=True)
-              if _finite(x) and _finite(y)]
+              if _finite(x) and _finite(y)] + [(WIDTH - RIGHT - back, place_y(y) - 8) for y in level for back in (20, 40)]  # its name
     parts.append(_legend([line.get("name", "") for line in lines], points))
     return "".join(parts)
 

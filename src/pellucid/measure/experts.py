@@ -267,7 +267,7 @@ def _describe(outcome: Outcome) -> None:
                                "y": "share", "level": ["by chance", found["churn"]["chance"]], "lines": curve("to_last")})
     for layer in layers:
         outcome.charts.append({
-            "title": f"Layer {layer}: how many times as often each expert takes a class of tokens (1: as all others)",
+            "title": f"Layer {layer}: how often each expert takes a class of tokens (1: as often as all tokens)",
             "x": "expert", "centre": 1.0, "rows": list(CLASSES), "columns": list(range(E)),
             "heat": found["specialisation"][layer]["lift"]})
     if found["redundancy"][0]["updates"] is not None:
