@@ -5,7 +5,8 @@
 CORPUS_DIR holds .jsonl files with a "text" a line. Encoding: one thread, cold, one pass over all documents (or every n-th,
 for --megabytes), in megabytes (1e6) of UTF-8 per second of CPU time; our own lines are timed as a build uses them (arrays
 out, texts for the reference included). `differ` counts documents whose ids are not the reference's. Training: each
-trainer in a process of its own, wall and CPU seconds and its peak memory.
+trainer in a process of its own, wall and CPU seconds and its peak memory. `--parts exactness`: no speeds; every library on
+every document of the corpus, and on 20,000 adversarial texts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ os.environ |= {"RAYON_NUM_THREADS": os.environ.get("RAYON_NUM_THREADS", "1"), "T
 
 import argparse
 import hashlib
+import importlib
 import importlib.metadata
 import io
 import json
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +59,7 @@ def documents(folder: Path, megabytes: float) -> Iterator[str]:
                     yield json.loads(line)["text"]
 
 
-def batches(texts: list[str], size: int = 1 << 20) -> Iterator[list[str]]:
+def batches(texts: Iterable[str], size: int = 1 << 20) -> Iterator[list[str]]:
     """As a build hands them over: about a megabyte."""
     batch, length = [], 0
     for text in texts:
@@ -111,14 +113,34 @@ def ours(tokenizer, library: str) -> Encode:
     return choice.encoder
 
 
-def official(texts: list[str]) -> dict:
+def official_encoders() -> dict[str, Encode]:
+    """Of Grok-1's tokenizer.model; the first is the reference."""
     tokenizer = load_tokenizer(OFFICIAL)
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.engine.content)
-    return compare("Grok-1's tokenizer.model", {
+    return {
         "sentencepiece (reference)": lambda batch: model.encode(batch, num_threads=1),
         "pellucid: gigatoken": ours(tokenizer, "gigatoken"), "pellucid: kitoken": ours(tokenizer, "kitoken"),
         "tokenizers, our tokenizer.json": hugging_face(sentencepiece_to_json(tokenizer.engine.content)),
-    }, texts)
+    }
+
+
+def exactness(texts: Iterable[str]) -> dict:
+    """Documents whose ids differ from the reference's, library by library; nothing is kept, so any amount will do."""
+    reference, *others = official_encoders().items()
+    found = {"documents": 0, "bytes": 0, "tokens": 0, "differ": dict.fromkeys((name for name, _ in others), 0)}
+    for batch in batches(texts):
+        expected = [np.asarray(ids, dtype=np.uint32) for ids in reference[1](batch)]
+        found["documents"] += len(batch)
+        found["bytes"] += sum(len(text.encode()) for text in batch)
+        found["tokens"] += sum(map(len, expected))
+        for name, encode in others:
+            found["differ"][name] += sum(not np.array_equal(a, b) for a, b in zip(expected, encode(batch), strict=True))
+    return found
+
+
+def adversarial_texts(count: int) -> list[str]:
+    sys.path.insert(0, str(ROOT / "tests" / "data"))
+    return importlib.import_module("test_encoders").adversarial_texts(count)
 
 
 def byte_level(texts: list[str], path: Path) -> dict:
@@ -261,9 +283,13 @@ def main() -> None:
             rows = training(arguments.corpus, arguments.train_megabytes, trained, arguments.trainers)
             before = results.get("training", {}).get("trainers", {}) if arguments.trainers else {}
             results["training"] = {"about": about, "trainers": before | rows}
-        texts = list(documents(arguments.corpus, arguments.megabytes))
+        if "exactness" in arguments.parts:
+            results["exactness"] = {"about": about, "corpus": exactness(documents(arguments.corpus, float("inf"))),
+                                    "adversarial": exactness(adversarial_texts(20_000))}
+        timed = "official" in arguments.parts or "byte-level" in arguments.parts
+        texts = list(documents(arguments.corpus, arguments.megabytes)) if timed else []
         if "official" in arguments.parts:
-            results["official"] = {"about": about, **official(texts)}
+            results["official"] = {"about": about, **compare("Grok-1's tokenizer.model", official_encoders(), texts)}
         if "byte-level" in arguments.parts:
             if not trained.exists():
                 train_tokenizer(TokenizerConfig(vocab_size=VOCABULARY), documents(arguments.corpus, 50)).save(trained)

@@ -1,5 +1,9 @@
-"""What tests of whole runs share: a small corpus, the settings of a model that trains in a second, one trained run."""
+"""What tests of whole runs share: a small corpus, the settings of a model that trains in a second, one trained run.
 
+And the rule of this suite: where PELLUCID_REQUIRE_ALL is set, what skips has failed, but for tests marked gpu.
+"""
+
+import os
 import random
 from pathlib import Path
 
@@ -7,6 +11,24 @@ import pytest
 import torch
 
 WORDS = "the cat sat on a mat while dogs ran past old trees in rain and naïve owls sang ünder the moon".split()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    return report if item.get_closest_marker("gpu") else _no_skip(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _no_skip((yield))
+
+
+def _no_skip(report):
+    if os.environ.get("PELLUCID_REQUIRE_ALL") and report.skipped and not hasattr(report, "wasxfail"):
+        path, line, reason = report.longrepr
+        report.outcome, report.longrepr = "failed", f"{path}:{line}: {reason} (and PELLUCID_REQUIRE_ALL is set: nothing may skip)"
+    return report
 
 
 def write_corpus(folder: Path, documents: int = 12, lines: int = 12) -> Path:

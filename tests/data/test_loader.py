@@ -147,6 +147,68 @@ def test_changing_shares_neither_loses_nor_repeats_a_row(data):
         assert not set(np.flatnonzero(np.array(shares) == 0)) & set(where[start:stop].tolist())
 
 
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_budget_of_rows_is_given_to_the_last_and_never_exceeded(data):
+    """Independent of the code: counts of rows, against budgets, shares and what the same schedule gives without budgets."""
+    rows = np.array(data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=4)))
+    budgets = [data.draw(st.one_of(st.none(), st.integers(1, 6000))) for _ in rows]
+    second = data.draw(st.integers(1, 9000))
+    share = st.lists(st.floats(0.01, 10), min_size=len(rows), max_size=len(rows))
+    segments = [(0, data.draw(share)), (second, data.draw(share))]
+    mixture = make_mixture(segments, 5, budgets)
+    assert (mixture.stop is None) == (None in budgets) and mixture.stop in (None, sum(b or 0 for b in budgets))
+    found = mixed_rows(np.arange(mixture.stop or 30_000), rows, mixture, seed=5)
+    ends = np.cumsum(rows)
+    where = np.searchsorted(ends, found, side="right")
+    for source, (budget, first, last) in enumerate(zip(budgets, ends - rows, ends, strict=True)):
+        mine = found[where == source]
+        assert budget is None or len(mine) == budget or (len(mine) < budget and mixture.stop is None)
+        for start in range(0, len(mine), rows[source]):
+            passed = mine[start : start + rows[source]]
+            assert len(set(passed.tolist())) == len(passed) and passed.min() >= first and passed.max() < last
+    free = mixed_rows(np.arange(len(found)), rows, make_mixture(segments, 5), seed=5)
+    used_up = [int(np.flatnonzero(where == n)[-1]) for n, b in enumerate(budgets) if b is not None and (where == n).sum() == b]
+    same = min([len(found), *(last + 1 for last in used_up)])
+    assert (found[:same] == free[:same]).all()  # until the first is used up
+
+
+def test_epochs_of_a_source_end_and_the_run_is_told_how_far_it_reaches(tmp_path):
+    config = configure(tmp_path, rows=(60, 20, 9))
+    free = prepare(config)
+    config.sources[1].epochs, config.sources[1].weight = 2.5, 6.0
+    capped = prepare(config)
+    assert capped.reused and capped.fingerprint != free.fingerprint  # nothing is built again
+    split, other = capped.split("train", 1), free.split("train", 1)
+    sources = split.samples(0, 600 + CYCLE).source_ids_B.numpy()
+    after = int(np.flatnonzero(sources == 1)[-1]) + 1
+    assert (sources == 1).sum() == 50 and after < 600 and split.steps_in_all(4) is None
+    counts = np.bincount(sources[after : after + CYCLE], minlength=3)
+    assert abs(counts[2] - CYCLE * 9 / 69) <= 1 and counts.sum() == CYCLE  # the others keep their proportion
+    seen = np.bincount(split.samples(0, 600).sample_ids_B)[60:80]
+    assert sorted(seen) == [2] * 10 + [3] * 10
+    for source in config.sources:
+        source.epochs = 2
+    split = prepare(config).split("train", 1)
+    assert np.bincount(split.samples(0, 178).sample_ids_B).tolist() == [2] * 89
+    assert split.steps_in_all(10) == 17
+    with pytest.raises(UserError, match="their epochs give 178 rows"):
+        split.samples(170, 179)
+    with Loader(other, 4) as loader:
+        state = loader.state()
+    with pytest.raises(UserError, match="the data differ"):
+        Loader(split, 4).restore(state)
+
+
+def test_epochs_under_a_mixture_leave_their_places_to_the_others(tmp_path):
+    config = configure(tmp_path, mixture=[{"from_step": 0, "shares": [1, 1, 0]}, {"from_step": 30, "shares": [0, 1, 1]}])
+    config.sources[1].epochs = 3
+    split = prepare(config).split("train", 1)
+    sources = split.samples(0, 600, 10).source_ids_B.numpy()
+    last = np.flatnonzero(sources == 1)[-1]
+    assert (sources == 1).sum() == 60 and last < 300 and set(sources[last + 1 : 300]) == {0} and set(sources[300:]) == {2}
+
+
 def test_the_past_does_not_change_when_a_segment_is_added(tmp_path):
     one = {"from_step": 0, "shares": [1, 1, 0]}
     config = configure(tmp_path, mixture=[one])

@@ -3,7 +3,9 @@
 import gzip
 import http.client
 import http.server
+import io
 import json
+import random
 import threading
 import time
 from contextlib import contextmanager
@@ -12,14 +14,15 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from killing import BLOCK_BYTES, TOKENS_PER_SHARD, contents, killed_often
 from moto.server import ThreadedMotoServer
 
 from pellucid.config import DataConfig, SourceConfig, UserError
-from pellucid.data import blocks, remote
+from pellucid.data import blocks, remote, shards
 from pellucid.data.build import prepare
 from pellucid.data.document import Document
 from pellucid.data.sources import list_files, read_documents
-from pellucid.data.workers import InThisProcess
+from pellucid.data.workers import InThisProcess, Processes
 
 LINES = "".join(json.dumps({"text": f"text number {n} " * 30}) + "\n" for n in range(300)).encode()
 
@@ -185,8 +188,14 @@ def test_nobody_listening_is_a_sentence(storage):
 
 
 def test_credentials_are_refused_in_options_and_their_absence_is_a_sentence(storage, monkeypatch):
-    with pytest.raises(ValueError, match="credentials come from the environment"):
-        SourceConfig(path="s3://a/b.txt", options={"secret": "s"})
+    for secret in ({"secret": "s"}, {"client_kwargs": {"aws_secret_access_key": "s"}}, {"account_key": "s"}, {"sessionToken": "s"},
+                   {"client_kwargs": [{"headers": {"Authorization": "Bearer s"}}]}):
+        with pytest.raises(ValueError, match=r"options\..*: credentials come from the environment"):
+            SourceConfig(path="s3://a/b.txt", options=secret)
+    with pytest.raises(ValueError, match="path: credentials come from the environment"):
+        SourceConfig(path="https://name:s@example.org/b.txt")
+    fine = {"endpoint_url": "http://127.0.0.1:9", "client_kwargs": {"region_name": "x", "headers": {"User-Agent": "me"}}, "anon": True}
+    assert SourceConfig(path="s3://a/b@c.txt", options=fine).options == fine
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -206,6 +215,60 @@ def test_a_changed_object_is_built_anew_and_an_unchanged_one_is_not(storage, tmp
     second = prepare(config)
     client.delete_object(Bucket="texts", Key="changing.jsonl")
     assert not second.reused and second.directory != first.directory
+
+
+@pytest.fixture(scope="module")
+def google():
+    """Options for a Google Cloud Storage emulator that holds a bucket."""
+    from gcp_storage_emulator.server import create_server
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
+
+    server = create_server("127.0.0.1", 0, in_memory=True)
+    server.start()
+    address = f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
+    client = storage.Client(project="x", credentials=AnonymousCredentials(), client_options={"api_endpoint": address})
+    bucket = client.create_bucket("texts")
+    for name, body in (("part/a.jsonl", LINES), ("part/b.jsonl.gz", gzip.compress(LINES)), ("c.txt", b"plain text\n")):
+        bucket.blob(name).upload_from_string(body)
+    yield {"endpoint_url": address, "anon": True}
+    server.stop()
+
+
+def test_files_patterns_and_folders_of_google_cloud_storage(google, monkeypatch, tmp_path):
+    monkeypatch.setattr(remote, "RANGE_BYTES", 40_000)
+    everything = ["c.txt", "part/a.jsonl", "part/b.jsonl.gz"]
+    for path, uris, count in (("gs://texts/part/a.jsonl", everything[1:2], 300), ("gs://texts/part/*.gz", everything[2:], 300),
+                              ("gs://texts", everything, 601)):  # fmt: skip
+        found, documents = read(path, google)
+        assert found == [f"gs://texts/{uri}" for uri in uris]
+        assert len(documents) == count and all(isinstance(document, Document) for document in documents)
+    with pytest.raises(UserError, match="no such file or bucket"):
+        read("gs://texts/none.jsonl", google)
+    config = DataConfig(sources=[{"path": "gs://texts/part", "options": google}], directory=str(tmp_path), tokenizer={"kind": "bytes"})
+    assert prepare(config, workers=Processes(2)).manifest["sources"][0]["version"] and prepare(config).reused
+
+
+def test_a_build_from_object_storage_killed_often_goes_on_to_the_same_bytes(storage, tmp_path, monkeypatch):
+    port, client = storage
+    client.create_bucket(Bucket="kill")
+    rng = random.Random(3)
+    words = ["river", "数据", "seven", "walks"]
+    lines = [json.dumps({"text": f"{n} {' '.join(rng.choices(words, k=40))}"}) + "\n" for n in range(700)]
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": [f"row {n} " * 20 for n in range(900)]}), table, row_group_size=50)
+    head = "WARC/1.0\r\nWARC-Type: conversion\r\nContent-Type: text/plain\r\nContent-Length: "
+    web = "".join(f"{head}{len(page)}\r\n\r\n{page}\r\n\r\n" for page in (f"page {n} " * 30 for n in range(300)))
+    for name, body in (("a.jsonl", "".join(lines).encode()), ("b.jsonl.gz", gzip.compress("".join(lines[::-1]).encode())),
+                       ("t.parquet", table.getvalue()), ("w.warc.gz", gzip.compress(web.encode()))):  # fmt: skip
+        client.put_object(Bucket="kill", Key=name, Body=body)
+    config = DataConfig(sources=[{"path": "s3://kill", "options": {"endpoint_url": f"http://127.0.0.1:{port}"}}], sequence_length=64,
+                        directory=str(tmp_path / "data"), tokenizer={"kind": "bytes"})
+    assert killed_often(config, tmp_path, 2, kills=8, seed=1) >= 3
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(shards, "TOKENS_PER_SHARD", TOKENS_PER_SHARD)
+    whole = prepare(config, directory=tmp_path / "whole", workers=InThisProcess())
+    assert whole.manifest["stages"][0]["documents_out"] == 2600 and contents(whole.directory) == contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("ranges", [True, False])

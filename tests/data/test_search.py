@@ -44,6 +44,22 @@ def test_what_is_found_is_what_looking_into_every_text_finds(tmp_path, monkeypat
         search(dataset, "")
 
 
+@pytest.mark.parametrize(("query", "places"), [
+    ("naïve cat sat", 1), ("NAI\u0308VE  Cat\u00a0sat", 1), ("“cat” here", 1), ("cat,", 0), (" cat", 2), ("concat", 1),
+    ("line\r\nnext", 1), ("mail jane@example.org now", 1), ("line \n\n\n\nnext", 0),
+])
+def test_a_query_is_normalised_as_the_data_were(tmp_path, query, places):
+    text = "A Naïve   cat sat. The “cat” here? concat\r\nline  \r\nnext to it. Mail jane@example.org now"
+    (tmp_path / "a.txt").write_text(text, newline="")
+    rules = {"lowercase": True, "quotes": True, "whitespace": "collapse", "pii": ["email"]}
+    config = DataConfig(sources=[str(tmp_path / "a.txt")], directory=str(tmp_path / "data"), sequence_length=16, normalize=rules,
+                        tokenizer={"kind": "bytes"}, validation_fraction=0)
+    result = search(prepare(config), query)
+    assert result.occurrences == places
+    with pytest.raises(UserError, match="once it is normalised"):
+        search(prepare(config.model_copy(update={"normalize": config.normalize.model_copy(update={"punctuation": True})})), "?!")
+
+
 def test_only_the_rows_that_hold_the_place_count(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100 + "needle" + "y" * 100)
     config = DataConfig(sources=[str(tmp_path / "a.txt")], directory=str(tmp_path / "data"), sequence_length=16,

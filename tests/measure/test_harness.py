@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from types import SimpleNamespace
 
@@ -13,8 +12,7 @@ from pellucid.config import UserError
 from pellucid.measure.files import evaluate_files
 from pellucid.model.generate import generate
 
-if not os.environ.get("PELLUCID_REQUIRE_ALL"):
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra 'harness')")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra 'harness')")
 
 from pellucid.measure.harness import _answerer, run_harness
 

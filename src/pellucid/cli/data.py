@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,15 +34,16 @@ def data_build(
 
     config = load_config(*split_settings(settings)).data
     config.workers = workers or config.workers
-    shown = Shown()
-    try:
+    with closing(Shown()) as shown:
         cluster = Ray(ray, config.workers) if ray else None
         dataset = prepare(config, directory=out, progress=shown.stage, workers=cluster)
-    finally:
-        shown.close()
+    _say_splits(shown, dataset)
+    shown.say(f"{'found ready' if dataset.reused else 'written'}: {out}")
+
+
+def _say_splits(shown: Any, dataset: Any) -> None:
     for name, split in dataset.manifest["splits"].items():
         shown.say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['text_bytes']:,} bytes")
-    shown.say(f"{'found ready' if dataset.reused else 'written'}: {out}")
 
 
 @data_app.command("inspect")
@@ -86,11 +88,8 @@ def data_export(
     from pellucid.data.interchange import export_tokens
     from pellucid.training.progress import Shown
 
-    shown = Shown()
-    try:
+    with closing(Shown()) as shown:
         export_tokens(Dataset(folder), to, out, dtype=dtype, progress=shown.stage)
-    finally:
-        shown.close()
     shown.say(f"written: {out}")
 
 
@@ -113,15 +112,11 @@ def data_import(
     from pellucid.data.interchange import import_tokens
     from pellucid.training.progress import Shown
 
-    shown = Shown()
-    try:
+    with closing(Shown()) as shown:
         dataset = import_tokens(
             source, out, tokenizer=tokenizer, kind=format, validation=validation, validation_fraction=validation_fraction,
             sequence_length=sequence_length, field=field, dtype=dtype, progress=shown.stage)
-    finally:
-        shown.close()
-    for name, split in dataset.manifest["splits"].items():
-        shown.say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
+    _say_splits(shown, dataset)
     shown.say(f"written: {out}; train on it with data.prepared={out}")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pellucid.cli.app import Json, app, load_with_tokenizer
+from pellucid.cli.app import Json, app, load_with_tokenizer, progress
 from pellucid.config import UserError
 
 measure_app = typer.Typer(help="What was learned, and what from: with intervals, pictures, and a section for the report.",
@@ -33,20 +33,13 @@ TokenizerFile = Annotated[Path | None, typer.Option(help="tokenizer file, for a 
 
 def finish(measured: Callable[[Callable[..., None]], Any], out: Path | None, run: str | None, name: str, as_json: bool) -> None:
     """Measure with a progress bar, keep the result, print what it says."""
-    from rich.console import Console
-
     from pellucid.measure.outcome import save
-    from pellucid.training.progress import Quiet, Shown
 
     folder = out or (Path(run) / "measure" if run and (Path(run) / "config.toml").is_file() else Path("measure") / name)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; give a folder with --out")
-    console = Console(stderr=True, highlight=False)  # stdout holds the answer alone
-    shown = Shown(console) if console.is_terminal else Quiet()
-    try:
+    with progress() as shown:
         outcome = measured(shown.stage)
-    finally:
-        shown.close()
     path = save(outcome, folder)
     if as_json:
         print(json.dumps(json.loads(path.read_bytes())))

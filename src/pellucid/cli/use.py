@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pellucid.cli.app import Json, app, load_with_tokenizer
+from pellucid.cli.app import Json, app, load_with_tokenizer, progress
 from pellucid.config import UserError
 
 
@@ -63,12 +63,9 @@ def predict(
         raise UserError(f"--out {out}: give a name that ends in .csv or .jsonl")
     network, tokens = load_with_tokenizer(model, None, dtype)
     settings = trained_with(model)
-    shown = _progress()
-    try:
+    with progress() as shown:
         rows = predict_files(network, tokens, data, text_field, settings and settings.normalize, progress=shown.stage)
         write_rows(rows, out, "jsonl" if as_json or (out is not None and out.suffix == ".jsonl") else "csv")
-    finally:
-        shown.close()
 
 
 @app.command()
@@ -103,23 +100,19 @@ def evaluate(
         return
     if label_field:
         raise UserError(f"--label-field: {model} is a language model, which labels no documents")
-    shown, settings = _progress(), trained_with(model)
+    settings = trained_with(model)
     context = context or (settings and settings.sequence_length)
     if harness:
         from pellucid.measure.harness import run_harness
 
         context = context or min(DEFAULT_CONTEXT, network.config.max_position_embeddings)
-        try:
+        with progress() as shown:
             found = run_harness(network, tokens, harness, context, limit=limit, few_shot=few_shot, progress=shown.stage)
-        finally:
-            shown.close()
         print(json.dumps(found) if as_json else _measures(found))
         return
-    try:
+    with progress() as shown:
         result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage,
                                 normalization=settings and settings.normalize)  # fmt: skip
-    finally:
-        shown.close()
     if as_json:
         print(json.dumps(result.as_dict()))
         return
@@ -146,21 +139,12 @@ def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_
     from pellucid.measure.tables import describe_labels
     from pellucid.measure.texts import trained_with
 
-    settings, shown = trained_with(model), _progress()
+    settings = trained_with(model)
     fields = label_fields or (settings.label_fields if settings else ())
-    try:
+    with progress() as shown:
         result, cut = evaluate_labels(
             network, tokens, data, fields, text_field, settings and settings.normalize, progress=shown.stage)  # fmt: skip
-    finally:
-        shown.close()
     facts = result.as_dict() | {"truncated_documents": cut}
     print(json.dumps(facts) if as_json else describe_labels(facts))
 
 
-def _progress():
-    from rich.console import Console
-
-    from pellucid.training.progress import Quiet, Shown
-
-    console = Console(stderr=True, highlight=False)  # stdout holds the answer alone
-    return Shown(console) if console.is_terminal else Quiet()

@@ -20,7 +20,8 @@ from pellucid.config.tree import Config
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML file (or none) and apply `key=value` overrides with TOML values (bare words are strings).
 
-    Relative data paths in a file are resolved against the file's folder. Raises UserError.
+    Relative paths in the file mean: beside it (sources, tokenizer, lexicons, prepared data, model.init_from); those of
+    overrides, and output folders, mean: here. Raises UserError.
     """
     tables: dict[str, Any] = {}
     if path is not None:

@@ -41,7 +41,7 @@ from pellucid.data.tokenizer_training import SAMPLE_BYTES, train_tokenizer
 from pellucid.data.workers import InThisProcess, Processes, Workers
 
 SMALL = 1 << 26  # bytes of sources that one process reads before others would have started
-LOADER_ONLY = {"directory", "workers", "mixture", "prepared"}  # settings the prepared data does not depend on
+LOADER_ONLY = {"directory", "workers", "mixture", "prepared", "weight", "epochs"}  # the prepared data do not depend on them
 
 
 def prepare(config: DataConfig, *, directory: str | Path | None = None, progress: Progress | None = None,
@@ -63,7 +63,7 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
     files = list_files(config.sources, labels=labels)
     files += list_files(config.validation, "data.validation", "validation", labels)
     settings = _settings(config)
-    settings_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    settings_hash = _hash(settings)
 
     def ready() -> Dataset | None:
         if directory is not None:
@@ -89,7 +89,7 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
 
 
 def _opened(folder: Path, config: DataConfig, verify: bool) -> Dataset:
-    dataset = Dataset(folder, verify=verify, mixture=config.mixture)
+    dataset = Dataset(folder, verify=verify, run=config)
     dataset.reused = True
     return dataset
 
@@ -128,6 +128,12 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     layout = [ledger.BLOCK_BYTES, ledger.BLOCK_DOCUMENTS, shards.TOKENS_PER_SHARD]
     return {"format": FORMAT, "layout": layout, "stages": versions, "tokenizer_file": content,
             "augmentation": identity(config), **settings}
+
+
+def _hash(settings: dict[str, Any]) -> str:
+    """Of the settings, but for what the loader alone looks at."""
+    sources = [{key: value for key, value in source.items() if key not in LOADER_ONLY} for source in settings["sources"]]
+    return hashlib.sha256(json.dumps({**settings, "sources": sources}, sort_keys=True).encode()).hexdigest()
 
 
 def _free_name(folder: Path, name: str) -> Path:

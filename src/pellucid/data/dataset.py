@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from pellucid.config import DataConfig, MixtureSegment, TokenMaskingConfig, UserError, explain_validation_error
+from pellucid.config import DataConfig, MixtureSegment, SourceConfig, TokenMaskingConfig, UserError, explain_validation_error
 from pellucid.data.augment.token_masking import mask_tokens
 from pellucid.data.labels import encode
 from pellucid.data.order import Mixture, make_mixture, mixed_rows, permute, sample_rows
@@ -66,18 +66,22 @@ class Dataset:
 
     `manifest` (dict), `tokenizer`, `directory`; `train` and `validation` (None if nothing is held out) are splits
     in the order of seed 0: `split("train", seed)` gives that of another seed. `reused` tells whether prepare()
-    found it ready. Raises UserError that names a missing or damaged file.
+    found it ready. `run`: the [data] of a run, whose mixture, weights and epochs hold instead of those it was prepared
+    with. Raises UserError that names a missing or damaged file.
     """
 
-    def __init__(self, directory: str | Path, *, verify: bool = True, mixture: Sequence[MixtureSegment] = ()):
+    def __init__(self, directory: str | Path, *, verify: bool = True, run: DataConfig | None = None):
         self.directory = Path(directory)
         self.reused = False
-        self.mixture = list(mixture)  # data.mixture: the loader's own, not part of what is prepared
         self.manifest = _read_manifest(self.directory)
         wrong = damage(self.directory, self.manifest["files"], hashes=verify)
         if wrong:
             raise UserError(f"{wrong}; remove the folder {self.directory} and build the data again")
         self.config = _settings(self.manifest, self.directory)
+        self.mixture: list[MixtureSegment] = list(run.mixture) if run else []
+        if run and run.prepared is None and len(run.sources) == len(self.config.sources):
+            for source, wanted in zip(self.config.sources, run.sources, strict=True):
+                source.weight, source.epochs = wanted.weight, wanted.epochs
         self.labels: dict[str, Any] | None = self.manifest.get("labels")  # names, and counts or mean and std
         self.tokenizer: Tokenizer = load_tokenizer(self.directory / "tokenizer")
         self.train = self.split("train")
@@ -106,12 +110,14 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of all that decides the batches: shards, tokenizer, row length, packing, weights. Not of paths."""
+        """sha256 of all that decides the batches: shards, tokenizer, row length, packing, weights, epochs. Not of paths."""
         config = self.config
         shards = {name: file["sha256"] for name, file in self.manifest["files"].items() if name.endswith((".tok", ".idx"))}
         decisive = [self.manifest["format"], shards, self.manifest["splits"], self.tokenizer.fingerprint,
                     config.sequence_length, config.packing, config.cross_document_attention,
                     [source.weight for source in config.sources]]
+        if any(source.epochs for source in config.sources):
+            decisive.append([source.epochs for source in config.sources])
         if self.labels:
             decisive += [self.labels, config.truncation_side, *(self._parts(name)[0].labels() for name in self.manifest["splits"])]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -123,6 +129,7 @@ class Split:
     With all weights 1 an epoch is every row once, shuffled. A source of weight w has round(w * its rows) places in
     an epoch and goes through its rows again and again, each time in a new order, none twice before all once.
     With data.mixture the shares of the sources follow the step instead; an epoch then is as many rows as there are.
+    A source of E epochs gives round(E * its rows) in the whole run; then the others share its places.
     """
 
     def __init__(self, parts: Parts, dataset: Dataset, name: str, seed: int):
@@ -133,8 +140,11 @@ class Split:
         self.masking = [a for a in dataset.config.augment if isinstance(a, TokenMaskingConfig) and name == "train"]
         self.fingerprint = dataset.fingerprint
         self.mixture = dataset.mixture if name == "train" else []
-        weighted = name == "train" and not self.mixture
-        weights = [s.weight for s in dataset.config.sources] if weighted else [1.0] * len(self.plan.source_rows)
+        rows = self.plan.source_rows.tolist()
+        sources = dataset.config.sources if name == "train" else [SourceConfig(path="")] * len(rows)
+        weights = [1.0 if self.mixture else source.weight for source in sources]
+        self.budgets = [None if source.epochs is None else max(min(count, 1), round(source.epochs * count))
+                        for source, count in zip(sources, rows, strict=True)]
         for segment in self.mixture:
             if len(segment.shares) != len(self.plan.source_rows):
                 raise UserError(f"data.mixture: {len(segment.shares)} shares for the {len(self.plan.source_rows)} sources of "
@@ -143,7 +153,7 @@ class Split:
                 if share and not self.plan.source_rows[index]:
                     raise UserError(f"data.mixture: source {index} has a share but no rows to give")
         self.quotas = np.array([max(1, round(w * r)) if r else 0
-                                for w, r in zip(weights, self.plan.source_rows.tolist(), strict=True)], dtype=np.int64)
+                                for w, r in zip(weights, rows, strict=True)], dtype=np.int64)
         self.rows_per_epoch = int(self.quotas.sum())
         self._rows_of_samples = lru_cache(maxsize=4)(self._order)
 
@@ -162,6 +172,11 @@ class Split:
     def epoch_of(self, step: int, batch_size: int) -> float:
         """Epochs completed before this step."""
         return step * batch_size / self.rows_per_epoch
+
+    def steps_in_all(self, batch_size: int) -> int | None:
+        """Steps until every source has been read as often as its `epochs` allow; None: no end."""
+        stop = self._mixture(batch_size).stop if self._scheduled else None
+        return None if stop is None else stop // batch_size
 
     def batch(self, step: int, batch_size: int) -> Batch:
         """The batch of step 0, 1, ... of the run: samples step * batch_size and on."""
@@ -242,6 +257,9 @@ class Split:
         return set((np.searchsorted(plan.row_first, pieces, side="right") - 1).tolist())
 
     def _sample_rows(self, start: int, stop: int, batch_size: int) -> np.ndarray:
+        end = self._mixture(batch_size).stop if self._scheduled else None
+        if end is not None and stop > end:
+            raise UserError(f"data.sources: their epochs give {end:,} rows, and sample {stop - 1:,} is asked for; raise an epochs")
         first = start // SAMPLES_AT_ONCE
         parts = [self._rows_of_samples(number, batch_size) for number in range(first, -(-stop // SAMPLES_AT_ONCE))]
         return np.concatenate([*parts, np.empty(0, np.int64)])[start - first * SAMPLES_AT_ONCE :][: stop - start]
@@ -249,15 +267,19 @@ class Split:
     def _order(self, number: int, batch_size: int) -> np.ndarray:
         """The rows of SAMPLES_AT_ONCE samples; many at once cost little more than one."""
         samples = np.arange(number * SAMPLES_AT_ONCE, (number + 1) * SAMPLES_AT_ONCE)
-        if self.mixture:
+        if self._scheduled:
             return mixed_rows(samples, self.plan.source_rows, self._mixture(batch_size), self.seed)
         return sample_rows(samples, self.plan.source_rows, self.quotas, self.seed)
 
     def _mixture(self, batch_size: int) -> Mixture:
         if batch_size not in self._mixtures:
             segments = [(segment.from_step * batch_size, segment.shares) for segment in self.mixture]
-            self._mixtures[batch_size] = make_mixture(segments, self.seed)
+            self._mixtures[batch_size] = make_mixture(segments or [(0, self.quotas.tolist())], self.seed, self.budgets)
         return self._mixtures[batch_size]
+
+    @property
+    def _scheduled(self) -> bool:
+        return bool(self.mixture) or any(budget is not None for budget in self.budgets)
 
     @cached_property
     def _mixtures(self) -> dict[int, Mixture]:

@@ -4,7 +4,8 @@ Epoch e shuffles by a permutation keyed by (seed, e): a Feistel network (Luby & 
 of four, walked along its cycles until it lands inside the range (Black & Rogaway 2002). A source of R rows and
 weight w has q = round(w R) places in an epoch, and goes through one permutation of its own rows after another.
 Under a mixture schedule, epochs give way to cycles of CYCLE samples in which each source has its share of places;
-a source still goes through its rows pass after pass, and a change of shares neither repeats nor leaves out one.
+a source still goes through its rows pass after pass, and a change of shares neither repeats nor leaves out one. A
+source with a budget of rows leaves its places to the others, in proportion, from the sample after its last row on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 ROUNDS = 6
 CYCLE = 4096  # samples; shares are kept to one part in so many
+NO_END = 2**62
 
 
 def permute(index: np.ndarray, size: int, key: np.ndarray | int) -> np.ndarray:
@@ -55,25 +57,47 @@ def sample_rows(samples: np.ndarray, source_rows: np.ndarray, quotas: np.ndarray
 class Mixture:
     """A schedule of shares: segments of the run, each with the places of every source in a cycle.
 
-    `turns[segment][source]`: rows that the source has given before the segment begins.
+    `turns[segment][source]`: rows that the source has given before the segment begins. `stop`: the sample for which
+    no source has a row left; None: there are rows for ever.
     """
 
     first: tuple[int, ...]  # sample at which each segment begins
     quotas: tuple[tuple[int, ...], ...]
     turns: tuple[tuple[int, ...], ...]
+    stop: int | None = None
 
 
-def make_mixture(segments: list[tuple[int, list[float]]], seed: int) -> Mixture:
-    """From (first sample, shares) of each segment, the first at sample 0."""
-    first = tuple(begin for begin, _ in segments)
-    quotas = tuple(_in_cycle(shares) for _, shares in segments)
-    turns = [np.zeros(len(quotas[0]), dtype=np.int64)]
-    for number in range(len(segments) - 1):
-        cycles, rest = divmod(first[number + 1] - first[number], CYCLE)
-        source, _ = _cycle(seed, number, cycles, quotas[number])
-        partial = np.bincount(source[:rest], minlength=len(quotas[0]))
-        turns.append(turns[-1] + cycles * np.array(quotas[number], dtype=np.int64) + partial)
-    return Mixture(first, quotas, tuple(tuple(int(t) for t in turn) for turn in turns))
+def make_mixture(segments: list[tuple[int, list[float]]], seed: int, budgets: list[int | None] | None = None) -> Mixture:
+    """From (first sample, shares) of each segment, the first at sample 0; and the rows each source gives at most."""
+    first, quotas, turns = [], [], []
+    given = np.zeros(len(segments[0][1]), dtype=np.int64)
+    most = np.array([NO_END if budget is None else budget for budget in budgets or [None] * len(given)], dtype=np.int64)
+    ends = [begin for begin, _ in segments[1:]] + [NO_END]
+    for (begin, shares), end in zip(segments, ends, strict=True):
+        while begin < end:
+            left = np.where(given < most, shares, 0.0)
+            if not left.any():
+                return Mixture(tuple(first), tuple(quotas), tuple(turns), begin)
+            number, places = len(first), _in_cycle(left)
+            first.append(begin)
+            quotas.append(places)
+            turns.append(tuple(given.tolist()))
+            capped = (n for n, place in enumerate(places) if place and most[n] < NO_END)
+            stop = min([end, *(begin + _place_of(seed, number, places, n, int(most[n] - given[n]) - 1) + 1 for n in capped)])
+            if stop == NO_END:
+                break
+            cycles, rest = divmod(stop - begin, CYCLE)
+            source, _ = _cycle(seed, number, cycles, places)
+            given = given + cycles * np.array(places, dtype=np.int64) + np.bincount(source[:rest], minlength=len(places))
+            begin = stop
+    return Mixture(tuple(first), tuple(quotas), tuple(turns))
+
+
+def _place_of(seed: int, segment: int, quotas: tuple[int, ...], source: int, turn: int) -> int:
+    """The sample of a segment, from 0, in which a source gives its row number `turn` of that segment."""
+    cycle, rank = divmod(turn, quotas[source])
+    sources, _ = _cycle(seed, segment, cycle, quotas)
+    return cycle * CYCLE + int(np.flatnonzero(sources == source)[rank])
 
 
 def mixed_rows(samples: np.ndarray, source_rows: np.ndarray, mixture: Mixture, seed: int) -> np.ndarray:
@@ -96,9 +120,9 @@ def mixed_rows(samples: np.ndarray, source_rows: np.ndarray, mixture: Mixture, s
     return rows
 
 
-def _in_cycle(shares: list[float]) -> tuple[int, ...]:
+def _in_cycle(shares: np.ndarray) -> tuple[int, ...]:
     """Places of each source in a cycle, by largest remainders (Hamilton); a source with a share has one at least."""
-    exact = np.array(shares, dtype=np.float64) / np.sum(shares) * CYCLE
+    exact = shares / shares.sum() * CYCLE
     places = np.where(exact > 0, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
     for number in np.argsort(places - exact, kind="stable")[: max(0, CYCLE - int(places.sum()))]:
         places[number] += 1

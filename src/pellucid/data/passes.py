@@ -50,7 +50,7 @@ class Build:
                 blocks[part.name].append(value)
                 tally.block(part, value)
             else:
-                tally.position[part.name] = value
+                tally.at(part, value)
             self.progress("reading", tally.done, tally.total, tally.detail())
         self.progress("reading", tally.total, tally.total, tally.detail())
         return [block for part in self.parts for block in blocks[part.name]]
@@ -109,18 +109,20 @@ class Build:
         counts = {block.name: read_record(folder / f"{block.name}.json") for block in blocks}
         jobs = [TokenizeJob(block) for block in blocks if counts[block.name] is None]
         sizes = {block.name: block.facts["text_bytes"] for block in blocks}
-        total, documents, started = sum(sizes.values()), 0, time.monotonic()
-        before = done = sum(sizes[name] for name, count in counts.items() if count is not None)
-        at: dict[int, int] = {}
+        total, started = sum(sizes.values()), time.monotonic()
+        ready = [name for name, count in counts.items() if count is not None]
+        before = done = sum(sizes[name] for name in ready)
+        documents, tokens = (sum(_in_splits(counts[name], key) for name in ready) for key in ("documents", "tokens"))
+        at: dict[int, int] = {}  # of the blocks being tokenized
         for number, (kind, value) in self.workers.do(jobs, self.setup):
             if kind == "tokens":
                 name, counts[name] = value
                 done += sizes[name]
+                documents += _in_splits(counts[name], "documents")
+                tokens += _in_splits(counts[name], "tokens")
                 at.pop(number, None)
             else:
                 at[number] = value
-            tokens = sum(split["tokens"] for count in counts.values() for split in (count or {}).values())
-            documents = sum(split["documents"] for count in counts.values() for split in (count or {}).values())
             position = min(total, done + sum(at.values()))
             detail = f"{documents:,} documents · {tokens:,} tokens · {_speed(position - before, started)}"
             self.progress("tokenizing", position, total, detail)
@@ -175,6 +177,10 @@ class Build:
                 for number, file in enumerate(self.files)]
 
 
+def _in_splits(counts: dict[str, dict[str, int]], key: str) -> int:
+    return sum(split[key] for split in counts.values())
+
+
 def _continuation(part: Part, done: list[Block]) -> ReadJob:
     return reduce(lambda job, block: job.after(("block", block)), done, ReadJob(part))
 
@@ -189,13 +195,14 @@ class _Tally:
 
     def __init__(self, total: int):
         self.total, self.started = total, time.monotonic()
-        self.position: dict[str, int] = {}  # of each part, in its files as stored
+        self._position: dict[str, int] = {}  # of each part, in its files as stored
+        self._positions = 0  # their sum
         self.documents = self.text_bytes = self.new_bytes = 0
         self.dropped: dict[str, int] = {}
 
     def block(self, part: Part, block: Block, new: bool = True) -> None:
         facts = block.facts
-        self.position[part.name] = part.stored_bytes if facts["last"] else facts["position"]
+        self.at(part, part.stored_bytes if facts["last"] else facts["position"])
         self.documents += facts["documents"]
         self.text_bytes += facts["read"]["bytes_in"]
         self.new_bytes += facts["read"]["bytes_in"] if new else 0
@@ -203,9 +210,13 @@ class _Tally:
             for reason, count in record["dropped"].items():
                 self.dropped[reason] = self.dropped.get(reason, 0) + count
 
+    def at(self, part: Part, position: int) -> None:
+        self._positions += position - self._position.get(part.name, 0)
+        self._position[part.name] = position
+
     @property
     def done(self) -> int:
-        return min(self.total, sum(self.position.values()))
+        return min(self.total, self._positions)
 
     def detail(self) -> str:
         """"12,345 documents · 67.8 MB · 3.2 MB/s · dropped 12 empty"."""

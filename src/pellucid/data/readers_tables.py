@@ -72,8 +72,8 @@ def read_arrow(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterat
 
 def read_hugging_face(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
     """The rows of `hf-dataset:NAME[:CONFIG[:SPLIT]]`, streamed."""
-    dataset = open_hugging_face(str(file.path), file.version)
-    for number, row in enumerate(dataset):
+    rows = _unbroken(iter(open_hugging_face(str(file.path), file.version)), file.uri)
+    for number, row in enumerate(rows):
         text = row.get(file.text_field)
         if file.text_field not in row:
             yield unreadable_field(f"{file.uri}: row {number}", file.text_field, list(row))
@@ -85,6 +85,21 @@ def read_hugging_face(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) ->
             label = read_label(row, file, f"{file.uri}: row {number}")
             yield label if isinstance(label, Unreadable) else Document(
                 text, file.uri, file.source_index, number, number, number + 1, False, file.split, label)
+
+
+def _unbroken(rows: Iterator[dict[str, Any]], uri: str) -> Iterator[dict[str, Any]]:
+    """The rows; what breaks the stream off is a UserError, whatever data.on_error says: it is no bad document."""
+    number = 0
+    try:
+        for row in rows:
+            yield row
+            number += 1
+    except Exception as error:  # after the library's own attempts
+        raise UserError(f"{uri}: the stream broke off after row {number} ({_reason(error)}); give the same command again") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def open_hugging_face(name: str, version: str = "") -> Any:
@@ -101,8 +116,7 @@ def open_hugging_face(name: str, version: str = "") -> Any:
     try:
         return datasets.load_dataset(path, config or None, split=split or "train", streaming=True, **revision)
     except Exception as error:  # the library raises a dozen kinds over names, configurations and networks
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"hf-dataset:{name}: cannot be opened ({reason})") from None
+        raise UserError(f"hf-dataset:{name}: cannot be opened ({_reason(error)})") from None
 
 
 def _wrong_column(schema: pa.Schema, file: SourceFile) -> Unreadable | None:
@@ -137,8 +151,7 @@ def _rows(batches: Iterable[pa.RecordBatch], file: SourceFile, row: int) -> Iter
 
 def _damaged(error: Exception, file: SourceFile) -> Unreadable:
     kind = "parquet" if file.format == "parquet" else "Arrow"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return Unreadable("damaged", f"{file.uri}: not a complete {kind} file ({reason})")
+    return Unreadable("damaged", f"{file.uri}: not a complete {kind} file ({_reason(error)})")
 
 
 def _seekable(stream: BinaryIO, file: SourceFile) -> BinaryIO:

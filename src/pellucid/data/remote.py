@@ -18,7 +18,6 @@ from pellucid.config import UserError
 ATTEMPTS = 5
 PAUSE = 0.5  # seconds after the first failure; doubles
 RANGE_BYTES = 1 << 22  # fetched at once
-SECRETS = ("key", "secret", "token", "password", "username")
 PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, ImportError)
 
 
@@ -139,6 +138,8 @@ def _system(url: str, options: tuple[tuple[str, Any], ...], where: str) -> tuple
         client = {"endpoint_url": given.pop("endpoint_url")} if "endpoint_url" in given else {}
         limits = {"connect_timeout": given.pop("timeout", 20), "read_timeout": given.pop("read_timeout", 30)}
         given = {"config_kwargs": {**limits, "retries": {"max_attempts": 1}}, "client_kwargs": client, **given}
+    if protocol in ("gs", "gcs") and given.pop("anon", False):
+        given["token"] = "anon"
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:

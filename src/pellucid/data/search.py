@@ -6,14 +6,14 @@ So nothing but the prepared data is needed, and a text is found wherever its tok
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pellucid.config import UserError
+from pellucid.config import NormalizeConfig, UserError
 from pellucid.data.dataset import Dataset, Split
+from pellucid.data.stages.normalize import normalize
 from pellucid.data.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 1 << 20
@@ -59,11 +59,9 @@ def search(dataset: Dataset, text: str, *, limit: int = 20, progress: Callable[.
 
     progress(stage, done, total) counts tokens. Raises UserError for an empty text.
     """
-    normalize = dataset.config.normalize
-    wanted = text if normalize.unicode == "none" else unicodedata.normalize(normalize.unicode, text)
-    needle = (wanted.lower() if normalize.lowercase else wanted).encode("utf-8", "surrogateescape")
+    needle = _as_prepared(text, dataset.config.normalize).encode("utf-8", "surrogateescape")
     if not needle:
-        raise UserError("nothing to search for: the text is empty")
+        raise UserError("nothing to search for: the text is empty" + (" once it is normalised as the data are" if text else ""))
     result, table, done = Search(text), TokenBytes(dataset.tokenizer), 0
     total = sum(split["tokens"] for split in dataset.manifest["splits"].values())
     for name in dataset.manifest["splits"]:
@@ -76,6 +74,14 @@ def search(dataset: Dataset, text: str, *, limit: int = 20, progress: Callable[.
                 result.found.append(_describe(split, table, document, places, needle))
         done += int(split.reader.ends[-1])
     return result
+
+
+def _as_prepared(text: str, config: NormalizeConfig) -> str:
+    """The text as it stands in documents that were normalised so. Blanks at its ends stay: they are part of what is looked for."""
+    core = text.strip()
+    head, tail = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :] if core else ""
+    blanks = lambda part: normalize(f"a{part}a", config)[1:-1] if part else ""
+    return blanks(head) + normalize(core, config) + blanks(tail)
 
 
 def _documents_with(split: Split, table: TokenBytes, needle: bytes, progress: Callable[[int], None],

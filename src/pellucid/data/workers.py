@@ -53,8 +53,9 @@ class Processes:
             todo.put(item)
         said: queue.Queue[tuple[str, int, Any]] = queue.Queue(maxsize=1024)
         stop = threading.Event()
-        threads = [threading.Thread(target=_serve, args=(todo, said, setup, stop), daemon=True)
-                   for _ in range(min(self.count, len(waiting)))]
+        at_work: dict[int, _Worker] = {}
+        threads = [threading.Thread(target=_serve, args=(number, todo, said, setup, stop, at_work), daemon=True)
+                   for number in range(min(self.count, len(waiting)))]
         for thread in threads:
             thread.start()
         try:
@@ -69,34 +70,37 @@ class Processes:
                     yield number, value
         finally:
             stop.set()
-            while any(thread.is_alive() for thread in threads):  # they may be waiting to say something
+            while any(thread.is_alive() for thread in threads):  # they may be waiting to say something, or to hear it
+                for worker in list(at_work.values()):
+                    worker.process.kill()
                 with contextlib.suppress(queue.Empty):
                     said.get(timeout=0.05)
 
 
-def _serve(todo: queue.SimpleQueue, said: queue.Queue, setup: Setup, stop: threading.Event) -> None:
-    """Keeps one worker process busy until there is nothing left to do."""
-    worker = None
+def _serve(place: int, todo: queue.SimpleQueue, said: queue.Queue, setup: Setup, stop: threading.Event,
+           at_work: dict[int, _Worker]) -> None:
+    """Keeps one worker process, at_work[place], busy until there is nothing left to do."""
     try:
         while not stop.is_set():
             try:
                 number, job = todo.get_nowait()
             except queue.Empty:
                 return
-            for attempt in range(1, TRIES + 1):
-                worker = worker or _Worker(setup)
+            died = 0  # times without getting on in between
+            while not stop.is_set():
                 try:
-                    for report in worker.run(job):
-                        if stop.is_set():
-                            return
+                    if place not in at_work:
+                        at_work[place] = _Worker(setup)
+                    for report in at_work[place].run(job):
                         said.put(("report", number, report))
-                        job = job.after(report)
+                        before, job = job, job.after(report)
+                        died = died if job is before else 0
                     break
-                except (EOFError, OSError, pickle.UnpicklingError):  # it died
-                    code = worker.end()
-                    worker = None
-                    if attempt == TRIES:
-                        raise UserError(f"a worker process died {TRIES} times at the same work (exit code {code}; out of "
+                except (EOFError, OSError, pickle.UnpicklingError) as error:
+                    why = f"exit code {at_work.pop(place).end()}" if place in at_work else str(error)
+                    died += 1
+                    if died == TRIES and not stop.is_set():
+                        raise UserError(f"a worker process died {TRIES} times at the same work ({why}; out of "
                                         "memory?); set data.workers lower: what is done is kept") from None
             said.put(("done", number, None))
     except FailedThere as failure:
@@ -104,18 +108,20 @@ def _serve(todo: queue.SimpleQueue, said: queue.Queue, setup: Setup, stop: threa
     except BaseException as error:
         said.put(("failed", -1, error))
     finally:
-        if worker is not None:
-            worker.end()
+        if place in at_work:
+            at_work.pop(place).end()
 
 
 class _Worker:
     def __init__(self, setup: Setup):
         self.process = subprocess.Popen([sys.executable, "-P", "-m", "pellucid.data.worker"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env={**ONE_THREAD, **os.environ})
-        send(self.process.stdin, setup)
+        self.unsaid: tuple[Setup, ...] = (setup,)
 
     def run(self, job: Any) -> Iterator[Report]:
-        send(self.process.stdin, job)
+        for value in (*self.unsaid, job):
+            send(self.process.stdin, value)
+        self.unsaid = ()
         while True:
             kind, value = receive(self.process.stdout)
             if kind == "done":

@@ -51,6 +51,9 @@ class RandomTokens:
     def epoch_of(self, step: int, batch_size: int) -> float:
         return step * batch_size / self.count
 
+    def steps_in_all(self, batch_size: int) -> None:
+        """No end."""
+
     def batch(self, step: int, batch_size: int) -> Batch:
         return self.samples(step * batch_size, (step + 1) * batch_size, batch_size)
 

@@ -21,6 +21,7 @@ from pellucid.measure.training import TRAINING, estimate
 HEAD = 16  # head_dim of the ladder
 LAYER_WIDTH = 24  # a layer for every so many of hidden size
 LEAST_STEPS = 100  # of the shortest run: before, the loss falls faster with more text, not slower as a power law does
+READ = {"sequence_length", "sources", "mixture", "prepared"}  # of [data]: what decides the order of prepared text
 BUDGETS = (1.0, 10.0, 100.0, 1000.0)  # times the compute of the largest run
 
 
@@ -60,7 +61,7 @@ def scaling_jobs(
         tables = base.model_dump(mode="json", exclude={"model", "data", "observe", "checkpoint"})
         tables["training"] |= {"max_steps": max(1, amount // step), "max_tokens": None, "max_epochs": None, "seed": seed}
         tables["schedule"]["warmup_steps"] = min(base.schedule.warmup_steps, amount // step // 5)
-        tables |= {"model": shape(size, base), "data": {"sequence_length": base.data.sequence_length}}
+        tables |= {"model": shape(size, base), "data": base.data.model_dump(mode="json", include=READ)}
         settings = {"config": tables, "data": str(dataset.directory.resolve()), "data_fingerprint": dataset.fingerprint, "points": 0,
                     "rows": 0}  # fmt: skip
         name = f"{'trial' if number == len(runs) - 1 else 'run'}-{size}-{amount}"

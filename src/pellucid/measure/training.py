@@ -39,7 +39,7 @@ def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], 
     Returns losses in nats per token: `curve` (step, train, held_out), both at the end on all held-out text, and `documents`:
     nats and tokens of each held-out document.
     """
-    dataset = open_data(settings["data"])
+    dataset = open_data(settings["data"], settings["config"])
     config = fitted(settings["config"], dataset)
     model, optimizer = build(config)
     curve = _Curve(model, dataset, config, settings["points"], settings["rows"])
@@ -60,9 +60,9 @@ def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], 
     return {**result, "curve": [*(point for point in curve.points if point["step"] < loop.max_steps), last]}
 
 
-def open_data(data: str | dict[str, int]) -> Any:
-    """A folder of prepared data, or random tokens."""
-    return RandomTokens(**data) if isinstance(data, dict) else Dataset(data, verify=False)
+def open_data(data: str | dict[str, int], tables: dict[str, Any]) -> Any:
+    """A folder of prepared data, read as the configuration's [data] says, or random tokens."""
+    return RandomTokens(**data) if isinstance(data, dict) else Dataset(data, verify=False, run=make_config(tables).data)
 
 
 def fitted(tables: dict[str, Any], dataset: Any) -> Config:
@@ -81,7 +81,7 @@ def build(config: Config) -> tuple[Grok1, torch.optim.Optimizer]:
 
 def estimate(tables: dict[str, Any], data: Any, known: dict[str, float]) -> float:
     """Seconds of one run, from the time of a few steps of its very shape now; `known` remembers shapes already timed."""
-    dataset = open_data(data)
+    dataset = open_data(data, tables)
     config = fitted(tables, dataset)
     key = repr((config.model, config.training.batch_size, config.data.sequence_length, config.training.precision,
                 config.optimizer.name))  # fmt: skip

@@ -74,7 +74,7 @@ def open_run(run_dir: str | Path) -> tuple[Config, Dataset]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a run directory (manifest.json cannot be read: {error})") from None
     config = load_config(folder / "config.toml")
-    return config, Dataset(manifest["data"]["directory"], verify=False, mixture=config.data.mixture)
+    return config, Dataset(manifest["data"]["directory"], verify=False, run=config.data)
 
 
 def trace(run_dir: str | Path, step: int) -> Trace:

@@ -174,13 +174,19 @@ class Loop:
 
 
 def budget_in_steps(config: Config, train_split: Any) -> int:
-    """Steps that spend the budget given in steps, tokens (rows * sequence_length) or epochs."""
+    """Steps that spend the budget given in steps, tokens (rows * sequence_length) or epochs. Raises UserError: more than there are."""
     settings = config.training
     if settings.max_steps is not None:
-        return settings.max_steps
-    if settings.max_tokens is not None:
-        return math.ceil(settings.max_tokens / (settings.batch_size * config.data.sequence_length))
-    return math.ceil(settings.max_epochs * train_split.rows_per_epoch / settings.batch_size)
+        steps = settings.max_steps
+    elif settings.max_tokens is not None:
+        steps = math.ceil(settings.max_tokens / (settings.batch_size * config.data.sequence_length))
+    else:
+        steps = math.ceil(settings.max_epochs * train_split.rows_per_epoch / settings.batch_size)
+    most = train_split.steps_in_all(settings.batch_size)
+    if most is not None and steps > most:
+        raise UserError(f"data.sources: with their epochs there is text for {most:,} steps, and the run asks for {steps:,}; set "
+                        f"training.max_steps = {most}, or let one source have more epochs")
+    return steps
 
 
 def decisive_settings(config: Config, dataset: Any) -> dict[str, Any]:

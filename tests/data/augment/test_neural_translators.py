@@ -1,7 +1,6 @@
 """MarianMT through transformers and through CTranslate2, with a tiny random model made here: our batches, order, seeds."""
 
 import json
-import os
 
 import pytest
 
@@ -16,16 +15,10 @@ from pellucid.data.augment.neural_translators import (
 TEXTS = ["the cat sat on the mat", "a dog", "owls sang under the moon and the dog sat", "the mat", "a cat sang"]
 
 
-def wanted(library: str):
-    if os.environ.get("PELLUCID_REQUIRE_ALL"):
-        return __import__(library)
-    return pytest.importorskip(library)
-
-
 @pytest.fixture(scope="session")
 def marian(tmp_path_factory):
     """A folder with a MarianMT model of two thousand or so random weights, and its SentencePiece tokenizer."""
-    transformers = wanted("transformers")
+    transformers = pytest.importorskip("transformers")
     import sentencepiece
     import torch
 
@@ -84,7 +77,7 @@ def test_sampling_depends_on_text_and_seed_alone(marian):
 
 
 def test_nllb_gets_its_language_codes():
-    torch = wanted("torch")
+    torch = pytest.importorskip("torch")
     calls = {}
 
     class Tokens(dict):
@@ -119,7 +112,7 @@ def test_nllb_gets_its_language_codes():
 
 
 def test_ctranslate2_gives_what_transformers_gives(marian, tmp_path):
-    ctranslate2 = wanted("ctranslate2")
+    ctranslate2 = pytest.importorskip("ctranslate2")
     folder = tmp_path / "converted"
     try:
         converter = ctranslate2.converters.TransformersConverter(str(marian), copy_files=["source.spm", "target.spm"])
@@ -133,7 +126,7 @@ def test_ctranslate2_gives_what_transformers_gives(marian, tmp_path):
 
 @pytest.mark.parametrize("make", [TransformersTranslator, CTranslate2Translator])
 def test_no_model_for_a_direction_and_no_such_model_are_one_sentence(make, tmp_path):
-    wanted("transformers" if make is TransformersTranslator else "ctranslate2")
+    pytest.importorskip("transformers" if make is TransformersTranslator else "ctranslate2")
     with pytest.raises(UserError, match="no model for en-de"):
         make({"de-en": "x"}).translate(["a"], "en", "de")
     with pytest.raises(UserError, match=r"cannot load the translation model|not a CTranslate2 model"):

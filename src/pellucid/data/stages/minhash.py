@@ -31,8 +31,13 @@ class MinHash:
             return None
         values = (mix(grams) >> np.uint64(32)).astype(np.uint32)
         least = np.full(len(self.a), 0xFFFFFFFF, np.uint32)
+        table = np.empty((len(self.a), CHUNK), np.uint32)
         for start in range(0, len(values), CHUNK):
-            np.minimum(least, (values[start : start + CHUNK] * self.a + self.b).min(axis=1), out=least)
+            chunk = values[start : start + CHUNK]
+            hashes = table[:, : len(chunk)]
+            np.multiply(chunk, self.a, out=hashes)
+            hashes += self.b
+            np.minimum(least, hashes.min(axis=1), out=least)
         return least
 
     def band_keys(self, signature: np.ndarray) -> np.ndarray:

@@ -94,14 +94,18 @@ def _repeated_ngrams(view: TextView, limits: GopherRepetitionFilter) -> str | No
 def covered_characters(view: TextView, n: int) -> int:
     """Characters of words that lie in any n-gram equal to an earlier one: at least `repeated_characters`."""
     grams = view.grams(n)
-    order = np.argsort(grams, kind="stable")
+    order = np.argsort(grams)
     ordered = grams[order]
-    again = order[1:][ordered[1:] == ordered[:-1]]
-    if not len(again):
+    same = ordered[1:] == ordered[:-1]
+    if not same.any():
         return 0
+    several = np.append(same, False) | np.append(False, same)
+    places, values = order[several], ordered[several]
+    first = np.minimum.reduceat(places, np.flatnonzero(np.append(True, values[1:] != values[:-1])))
     change = np.zeros(len(grams) + n, np.int32)
-    change[again] += 1
-    change[again + n] -= 1
+    for step, begins in ((1, places), (-1, first)):  # all but the first of equals
+        change[begins] += step
+        change[begins + n] -= step
     return int(view.words.length[np.cumsum(change)[: len(view.words.length)] > 0].sum())
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pellucid.config import UserError
+from pellucid.config import UserError, load_config
 from pellucid.data.dataset import Dataset
 from pellucid.observe.web.journey import EXCERPT, journey
 
@@ -33,7 +33,7 @@ class River:
             self.problem = "This run does not say where its data lies (manifest.json is missing or incomplete)."
             return None
         try:
-            dataset = Dataset(recorded, verify=False)
+            dataset = Dataset(recorded, verify=False, run=load_config(self.run_dir / "config.toml").data)
         except UserError as error:
             why = "cannot be read" if Path(recorded).is_dir() else "is not on this machine"
             self.problem = f"The prepared data {why}: {error}."
