@@ -8,6 +8,7 @@ come from the environment, as each storage's own tools take them; `options` (end
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import time
 from functools import lru_cache
@@ -138,8 +139,9 @@ def _system(url: str, options: tuple[tuple[str, Any], ...], where: str) -> tuple
         client = {"endpoint_url": given.pop("endpoint_url")} if "endpoint_url" in given else {}
         limits = {"connect_timeout": given.pop("timeout", 20), "read_timeout": given.pop("read_timeout", 30)}
         given = {"config_kwargs": {**limits, "retries": {"max_attempts": 1}}, "client_kwargs": client, **given}
-    if protocol in ("gs", "gcs") and given.pop("anon", False):
-        given["token"] = "anon"
+    if protocol in ("gs", "gcs"):
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which keeps other servers' users waiting a minute
+        given |= {"token": "anon"} if given.pop("anon", False) else {}
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
