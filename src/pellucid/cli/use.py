@@ -146,5 +146,3 @@ def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_
             network, tokens, data, fields, text_field, settings and settings.normalize, progress=shown.stage)  # fmt: skip
     facts = result.as_dict() | {"truncated_documents": cut}
     print(json.dumps(facts) if as_json else describe_labels(facts))
-
-
