@@ -236,6 +236,8 @@ def test_a_ray_cluster_that_loses_a_worker_writes_the_same_bytes(ray_here, confi
 def test_no_ray_cluster_is_a_sentence(monkeypatch):
     with pytest.raises(UserError, match="ray job submit"):
         Ray("ray://somewhere:10001")
+    with pytest.raises(UserError, match=r"--ray 127.0.0.1:9: no Ray cluster answers there .*refused"):
+        list(Ray("127.0.0.1:9").do([Job()], None))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'pellucid\[ray\]'"):
         Ray("auto")

@@ -7,6 +7,7 @@ the sources. A worker or node that is lost costs the block it was at; the job go
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from pellucid.config import UserError
 from pellucid.data.pipeline import Report, Setup
 from pellucid.data.workers import ONE_THREAD, TRIES
 
+CONNECT = 10  # seconds
 OBJECT_STORE = 128 << 20  # bytes, of a cluster started here: only jobs and reports pass through it
 
 
@@ -81,6 +83,9 @@ class Ray:
             if self.address == "local":
                 ray.init("local", include_dashboard=False, **here, **quiet)
             else:
+                host, _, port = self.address.rpartition(":")
+                if port.isdigit():  # Ray itself tries for minutes where nobody listens
+                    socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT).close()
                 ray.init(self.address, **quiet)
         except Exception as error:  # Ray raises a bare one where a node does not start in time
             raise UserError(f"--ray {self.address}: no Ray cluster answers there ({str(error).splitlines()[0][:160]}); start one "
