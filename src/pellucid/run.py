@@ -121,7 +121,7 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
         fill(model, origin)
     model.compute_dtype, model.parity = choose_precision(config.training.precision, device)
     model.recompute = config.training.recompute
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, config.training.seed)
     if not resume:
         write_run_files(folder, config, dataset)
     run = Run(folder)

@@ -65,10 +65,22 @@ def test_plan_prints_the_numbers_of_the_model(command):
         assert row["parameters"] == parameter_counts(model)["total"]
         assert row["FLOP/token"] == flops_per_token(model, settings.data.sequence_length)
         assert row["bytes to train"] == training_bytes(model) == 16 * row["parameters"]
-    assert list(json.loads(command("plan", "tiny", "base", "--json"))) == ["tiny", "base"]
     lines = command("plan").splitlines()
     assert len(lines) == 1 + len(rows) and "316 G" in lines[-1] and "83.8 G" in lines[-1], "a line a preset"
     assert max(map(len, lines)) <= 100
+
+
+def test_plan_tells_peak_and_longest_contexts_of_what_is_named(command):
+    words = ("plan", "tiny", "data.tokenizer.vocab_size=300", "training.batch_size=2", "optimizer.state_dtype=bf16",
+             "optimizer.name=adamw")  # fmt: skip
+    rows = json.loads(command(*words, "--memory", "1.2GB", "--json"))
+    assert list(rows) == ["tiny"]
+    row, peak = rows["tiny"], rows["tiny"]["peak"]
+    assert sum(peak[kind] for kind in ("weights", "gradients", "moments", "activations")) == peak["bytes"]
+    assert row["vocabulary"] == 300 and peak["weights"] >= 4 * row["parameters"]
+    assert 0 < row["contexts"]["none"]["tokens"] <= row["contexts"]["all"]["tokens"]
+    text = command(*words)
+    assert "with 2 x 128 tokens at once" in text and "bf16 moments" in text
 
 
 def test_doctor_examines_this_machine(command):

@@ -75,11 +75,16 @@ def test_router_frames_agree_with_each_other(run_dir):
     assert (entropy > 0).all() and (entropy <= 1 + 1e-5).all()
 
 
-def test_attention_probe_agrees_with_the_formula(run_dir):
-    """Against softmax weights computed in float64 from the hooked inputs, on one row."""
+@pytest.mark.parametrize("scores", [None, 2 * 20 * 7])
+def test_attention_probe_agrees_with_the_formula(run_dir, scores, monkeypatch):
+    """Against softmax weights computed in float64 from the hooked inputs, on one row; also seven queries at a time."""
     from pellucid.data.dataset import Batch
     from pellucid.model.kernels.rotary import rotate_plain
+    from pellucid.observe import attention as module
     from pellucid.observe.attention import probe_attention
+
+    if scores is not None:
+        monkeypatch.setattr(module, "MOST_SCORES", scores)
 
     model, _ = pellucid.load(run_dir)
     tokens = torch.randint(4, 250, (1, 20), generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,23 +43,74 @@ def convert(
 
 @app.command()
 def plan(
-    presets: Annotated[list[str] | None, typer.Argument(help="presets; default: all")] = None, as_json: Json = False
-) -> None:
+    settings: Annotated[list[str] | None, typer.Argument(
+        metavar="[PRESET | CONFIG.toml ...] [key=value ...]", help="what to plan; default: a table of all presets")] = None,
+    memory: Annotated[str | None, typer.Option(
+        help="an amount, like 24GiB: the longest context that trains in it, for each way to recompute")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda, which need not be there")] = "cpu",
+    as_json: Json = False,
+) -> None:  # fmt: skip
     """Sizes before anything is spent: parameters, active parameters, FLOPs per token, memory to train.
 
-    Example: pellucid plan small grok-1
-    """
-    from pellucid.model.size import sizes
+    Of what is named, one training step is done dry, without memory, to find its peak: weights, gradients, moments, and
+    all that stands between, by training.recompute, micro_batch_size, optimizer.state_dtype and the rest.
 
-    rows = sizes(presets or preset_names())
+    Example: pellucid plan base training.recompute=all optimizer.state_dtype=bf16 --memory 24GiB
+    """  # fmt: skip
+    from pellucid.measure import memory as peaks
+    from pellucid.model.size import sizes, with_vocabulary
+
+    names = [word for word in settings or [] if "=" not in word]
+    overrides = [word for word in settings or [] if "=" in word]
+    named = names or (["small"] if overrides or memory else [])
+    configs = {name: _planned(name, overrides) for name in named or preset_names()}
+    rows = sizes(configs)
+    shown = _shown(as_json)
+    budget = peaks.parse_bytes(memory) if memory is not None else None
+    for name in named:
+        config = with_vocabulary(configs[name])
+        shown.stage(f"{name}: a dry step", 0, None)
+        rows[name] |= {"peak": peaks.predict_peak(config, device).as_dict(), "program": peaks.program_bytes(device)}
+        if budget is not None:
+            tell = lambda tokens, name=name: shown.stage(f"{name}: dry steps", 0, None, f"{tokens:,} tokens")
+            found = peaks.largest_context(config, budget - rows[name]["program"], device, tell)
+            rows[name]["contexts"] = {mode: fit and {"tokens": fit[0], **fit[1].as_dict()} for mode, fit in found.items()}
+    shown.close()
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    header = ["preset", *next(iter(rows.values()))]
-    lines = [header] + [[name, *(_short(value) for value in row.values())] for name, row in rows.items()]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    columns = [key for key in next(iter(rows.values())) if key not in ("peak", "program", "contexts")]
+    lines = [["preset", *columns]] + [[name, *(_short(row[key]) for key in columns)] for name, row in rows.items()]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)), sep="  ")
+    for name in named:
+        _print_memory(name, configs[name], rows[name], memory)
+
+
+def _planned(name: str, overrides: list[str]) -> Any:
+    if name.endswith(".toml"):
+        return load_config(name, overrides)
+    return load_config(None, [f"model.preset={name}", *overrides])
+
+
+def _shown(quiet: bool) -> Any:
+    from rich.console import Console
+
+    from pellucid.training.progress import Quiet, Shown
+
+    return Quiet() if quiet else Shown(Console(stderr=True, highlight=False))
+
+
+def _print_memory(name: str, config: Any, row: dict[str, Any], memory: str | None) -> None:
+    peak, training = row["peak"], config.training
+    kinds = ", ".join(f"{kind} {_short(peak[kind])}B" for kind in ("weights", "gradients", "moments", "activations") if kind in peak)
+    print(f"\n{name}: peak {_short(peak['bytes'])}B of tensors, in the {peak['phase']}: {kinds}; the program itself holds about "
+          f"{_short(row['program'])}B\n  with {training.micro_batch_size} x {config.data.sequence_length} tokens at once, "
+          f"recompute {training.recompute}, {config.optimizer.name} with {config.optimizer.state_dtype} moments")  # fmt: skip
+    for mode, fit in row.get("contexts", {}).items():
+        longest = "nothing fits" if fit is None else f"{fit['tokens']:,} tokens (peak {_short(fit['bytes'])}B of tensors)"
+        print(f"  in {memory}, one sequence at a time, recompute {mode}: {longest}")
 
 
 @app.command()

@@ -65,6 +65,15 @@ class OptimizerConfig(Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD and Muon")
     nesterov: bool = Field(True, description="of SGD and Muon")
     muon_learning_rate: float = Field(0.02, gt=0, description="of Muon's matrices; the rest takes learning_rate")
+    state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the moments; bf16 halves them, rounded stochastically")
+    offload: bool = Field(False, description="keep the moments in host memory beside a GPU; slower, the same numbers")
+
+    @model_validator(mode="after")
+    def _has_moments_to_store(self) -> OptimizerConfig:
+        if self.name == "adafactor" and (self.state_dtype != "fp32" or self.offload):
+            raise ValueError("adafactor keeps a row and a column of each matrix: there is nothing to store smaller or elsewhere; "
+                             "leave out state_dtype and offload")  # fmt: skip
+        return self
 
 
 class ScheduleConfig(Section):

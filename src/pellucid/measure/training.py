@@ -76,7 +76,7 @@ def build(config: Config) -> tuple[Grok1, torch.optim.Optimizer]:
     device = choose_device(config.training.device)
     model = initialize(Grok1(config.model, device=device), config.training.seed)
     model.compute_dtype, model.parity = choose_precision(config.training.precision, device)
-    return model, build_optimizer(model, config.optimizer)
+    return model, build_optimizer(model, config.optimizer, config.training.seed)
 
 
 def estimate(tables: dict[str, Any], data: Any, known: dict[str, float]) -> float:

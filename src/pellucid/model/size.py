@@ -6,7 +6,7 @@ V vocabulary, T sequence length.
 
 from __future__ import annotations
 
-from pellucid.config import ModelConfig, make_config
+from pellucid.config import Config, ModelConfig
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -43,18 +43,15 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def training_bytes(config: ModelConfig) -> int:
-    """Memory of weights and optimizer, without activations: fp32 master, gradient and two Adam moments."""
+    """Memory of weights and optimizer, without activations: fp32 master, gradient and two Adam moments in fp32."""
     return 16 * parameter_counts(config)["total"]
 
 
-def sizes(presets: list[str]) -> dict[str, dict[str, float]]:
-    """Per preset: its shape, parameters, FLOPs of one trained token at its own sequence length, bytes to train."""
+def sizes(configs: dict[str, Config]) -> dict[str, dict[str, float]]:
+    """Per name: its shape, parameters, FLOPs of one trained token at its own sequence length, bytes to train."""
     table = {}
-    for name in presets:
-        settings = make_config({"model": {"preset": name}})
-        config = settings.model.model_copy(
-            update={"vocab_size": settings.model.vocab_size or settings.data.tokenizer.vocab_size}
-        )
+    for name, settings in configs.items():
+        config = with_vocabulary(settings).model
         counts = parameter_counts(config)
         table[name] = {
             "layers": config.num_hidden_layers,
@@ -67,3 +64,9 @@ def sizes(presets: list[str]) -> dict[str, dict[str, float]]:
             "bytes to train": training_bytes(config),
         }
     return table
+
+
+def with_vocabulary(settings: Config) -> Config:
+    """The same with the vocabulary that its tokenizer is to have."""
+    vocabulary = settings.model.vocab_size or settings.data.tokenizer.vocab_size
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"vocab_size": vocabulary})})

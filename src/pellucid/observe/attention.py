@@ -2,7 +2,8 @@
 
 Fast attention gives no scores, so one row of the batch runs forward once more, without gradient, and q.k is computed
 beside each layer from the same projections. On a cadence. Sources: Zhai et al. 2023 (entropy collapse, arXiv 2303.06296);
-Wortsman et al. 2023 (growth of the logits, arXiv 2309.14322). Letters: T queries, S keys, H query heads, d head_dim.
+Wortsman et al. 2023 (growth of the logits, arXiv 2309.14322). Letters: T queries, Q of a chunk, S keys, H query heads, d
+head_dim.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pellucid.model.grok import Grok1
 from pellucid.model.kernels.rotary import rotate
 from pellucid.observe.store import Row
 
+MOST_SCORES = 2**20  # held at once
 SATURATED = 0.8814  # |x| / cap where the slope 1 - tanh(x / cap)^2 is a half
 
 
@@ -50,15 +52,21 @@ def _head_statistics(attention, hidden_BTD: Tensor, rotary, visibility) -> Tenso
     q = rotate(attention.q_proj(hidden_BTD).view(1, T, K, G, c.head_dim), *rotary)[0].transpose(1, 2).flatten(0, 1)
     k = rotate(attention.k_proj(hidden_BTD).view(1, T, K, 1, c.head_dim), *rotary)[0].squeeze(2)
     k = k.repeat_interleave(G, 0)
-    scores_HTS = (q.float() @ k.float().transpose(-2, -1)) * c.attn_output_multiplier
-    seen_TS = visibility.chunk(0, T)[0] if visibility.mask_BTS is None else visibility.mask_BTS[0]
-    seen_TS = seen_TS & visibility.key_valid_BT[0][:, None]  # pads ask nothing
-    saturated = ((scores_HTS.abs() > SATURATED * c.max_attn_value) & seen_TS).sum((1, 2)) / seen_TS.sum().clamp(min=1)
-    largest = scores_HTS.abs().masked_fill(~seen_TS, 0).amax((1, 2))
-    capped = c.max_attn_value * torch.tanh(scores_HTS / c.max_attn_value)
-    logs = torch.log_softmax(capped.masked_fill(~seen_TS, -torch.inf), -1)
-    entropy_HT = -(logs.exp() * logs.masked_fill(~seen_TS, 0)).sum(-1)
-    keys_T = seen_TS.sum(-1)
-    choice_T = keys_T > 1  # a query with one key has nothing to choose
-    relative = torch.where(choice_T, entropy_HT / keys_T.clamp(min=2).float().log(), 0)
-    return torch.stack([saturated, relative.sum(-1) / choice_T.sum().clamp(min=1), largest], 1)
+    H, size = len(q), max(1, MOST_SCORES // (len(q) * T))  # queries at once: never a table of T x T
+    saturated_H, largest_H, relative_H = (torch.zeros(H, device=q.device) for _ in range(3))
+    seen, choices = torch.zeros(2, dtype=torch.int64, device=q.device)
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        scores_HQS = (q[:, start:stop].float() @ k[:, :stop].float().transpose(-2, -1)) * c.attn_output_multiplier
+        mask = visibility.mask_BTS
+        seen_QS = visibility.chunk(start, stop)[0] if mask is None else mask[0, start:stop, :stop]
+        seen_QS = seen_QS & visibility.key_valid_BT[0, start:stop, None]  # pads ask nothing
+        saturated_H += ((scores_HQS.abs() > SATURATED * c.max_attn_value) & seen_QS).sum((1, 2))
+        largest_H = torch.maximum(largest_H, scores_HQS.abs().masked_fill(~seen_QS, 0).amax((1, 2)))
+        logs = torch.log_softmax((c.max_attn_value * torch.tanh(scores_HQS / c.max_attn_value)).masked_fill(~seen_QS, -torch.inf), -1)
+        entropy_HQ = -(logs.exp() * logs.masked_fill(~seen_QS, 0)).sum(-1)
+        keys_Q = seen_QS.sum(-1)
+        relative_H += torch.where(keys_Q > 1, entropy_HQ / keys_Q.clamp(min=2).float().log(), 0).sum(-1)
+        seen += keys_Q.sum()
+        choices += (keys_Q > 1).sum()  # a query with one key has nothing to choose
+    return torch.stack([saturated_H / seen.clamp(min=1), relative_H / choices.clamp(min=1), largest_H], 1)

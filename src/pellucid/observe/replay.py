@@ -87,7 +87,7 @@ def state_before(run_dir: str | Path, step: int | None, on_progress=None) -> Rep
     device = choose_device(began.training.device)
     model = initialize(Grok1(began.model, device=device), began.training.seed)
     model.compute_dtype, model.parity = choose_precision(began.training.precision, device)
-    replay = Replay(began, dataset, split, model, build_optimizer(model, began.optimizer), 0, start)
+    replay = Replay(began, dataset, split, model, build_optimizer(model, began.optimizer, began.training.seed), 0, start)
     if start in saved:
         found = checkpoint.load(saved[start])
         model.load_state_dict(found.tensors["model"])
@@ -108,7 +108,7 @@ def _adopt_settings(replay: Replay, folder: Path, newest: Config) -> None:
         torch.set_num_threads(threads)
     if config.optimizer != replay.config.optimizer:
         state = optimizer_state(replay.optimizer)
-        replay.optimizer = build_optimizer(replay.model, config.optimizer)
+        replay.optimizer = build_optimizer(replay.model, config.optimizer, config.training.seed)
         load_optimizer_state(replay.optimizer, *state)
     replay.config, replay.max_steps = config, budget_in_steps(config, replay.split)
     replay.model.recompute = config.training.recompute

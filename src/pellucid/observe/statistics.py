@@ -325,7 +325,10 @@ def exponent_histogram(tensor: Tensor, leaves: int = 1) -> Tensor:
     wide = tensor.dtype == torch.float32
     if tensor.device.type == "cpu":
         top = tensor.view(torch.int16).numpy().view(np.uint16)[:, (1 if wide else 0) :: (2 if wide else 1)]
-        counts = torch.from_numpy(np.stack([np.bincount(leaf >> 7, minlength=512) for leaf in top]))
+        counted = np.zeros((leaves, 512), dtype=np.int64)
+        for start in range(0, top.shape[1], 2**20):  # bincount widens to int64: not all at once
+            counted += np.stack([np.bincount(leaf >> 7, minlength=512) for leaf in top[:, start : start + 2**20]])
+        counts = torch.from_numpy(counted)
     else:
         top = (tensor.view(torch.int32) >> 23) & 0x1FF if wide else (tensor.view(torch.int16).int() >> 7) & 0x1FF
         flat = (top.long() + 512 * torch.arange(leaves, device=top.device)[:, None]).view(-1)

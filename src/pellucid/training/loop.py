@@ -191,9 +191,10 @@ def budget_in_steps(config: Config, train_split: Any) -> int:
 
 def decisive_settings(config: Config, dataset: Any) -> dict[str, Any]:
     """What may not change between a checkpoint and its continuation."""
+    optimizer = config.optimizer
     return {
         "model": config.model.model_dump(mode="json", exclude={"preset", "init_from"}),
         "data": {"fingerprint": dataset.fingerprint, "tokenizer": dataset.tokenizer.fingerprint},
         "training": config.training.model_dump(mode="json", include={"seed", "batch_size", "precision", "task"}),
-        "optimizer": {"name": config.optimizer.name},
+        "optimizer": {"name": optimizer.name} | ({"state_dtype": optimizer.state_dtype} if optimizer.state_dtype != "fp32" else {}),
     }

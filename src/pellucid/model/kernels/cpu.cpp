@@ -315,6 +315,23 @@ static void cross_entropy(T* products, const int64_t* target_N, float* nats_N, f
     }
 }
 
+// --------------------------------------------------------------------------------------------- stochastic rounding
+
+// y = x in bf16, up or down by Widynski's squares32(first + i, key): see training/optimizers/rounding.py.
+static void round_stochastically(const float* x, bf16* y, int64_t n, uint64_t key, uint64_t first) {
+#pragma omp parallel for simd if (n > 4096)
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t a = (first + i) * key, b = a + key, s = a * a + a;
+        s = (s >> 32) | (s << 32);
+        s = s * s + b;
+        s = (s >> 32) | (s << 32);
+        s = s * s + a;
+        s = (s >> 32) | (s << 32);
+        uint32_t random = uint32_t((s * s + b) >> 48);
+        y[i].bits = x[i] == x[i] ? uint16_t((as_bits(x[i]) + random) >> 16) : 0x7fc0;
+    }
+}
+
 #define BOTH(name, parameters, call)                                        \
     extern "C" void name##_float parameters { using T = float; call; }      \
     extern "C" void name##_bf16 parameters { using T = bf16; call; }
@@ -345,3 +362,6 @@ BOTH(cross_entropy,
      (void* products, int64_t* target, float* nats, float* normalizer, int64_t N, int64_t V, float multiplier, float z,
       int64_t want_slope),
      cross_entropy((T*)products, target, nats, normalizer, N, V, multiplier, z, want_slope != 0))
+extern "C" void round_stochastically_float(void* x, void* y, int64_t n, int64_t key, int64_t first) {
+    round_stochastically((float*)x, (bf16*)y, n, uint64_t(key), uint64_t(first));
+}

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,11 +29,30 @@ C_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}  # a tensor goes by its a
 SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
+_dry = False
+
+
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Within: kernels serve tensors that have no memory (torch's FakeTensor) too, and compute nothing."""
+    global _dry
+    before, _dry = _dry, True
+    try:
+        yield
+    finally:
+        _dry = before
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether it is a tensor of torch's own, not of a subclass that a kernel could not look into."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) or _dry
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether a kernel can take these tensors: plain ones on the CPU, the first in fp32 or bf16; and a kernel exists."""
     return (
         tensors[0].dtype in SUFFIXES
-        and all(tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and all(tensor.device.type == "cpu" and is_ordinary(tensor) for tensor in tensors)
         and not torch.compiler.is_compiling()
         and _load()[0] is not None
     )
@@ -40,6 +60,8 @@ def fits(*tensors: Tensor) -> bool:
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
     """Run kernel `name` for `dtype` on contiguous tensors (by address), integers and floats, in its declared order."""
+    if _dry:
+        return
     function = getattr(_load()[0], f"{name}_{SUFFIXES[dtype]}")
     if function.argtypes is None:
         function.argtypes = [C_TYPES.get(type(argument), ctypes.c_void_p) for argument in arguments]

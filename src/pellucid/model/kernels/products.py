@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pellucid.model.kernels import native
+
 
 def product(x_MI: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
     """x @ weight.T without a gradient; [M, I], [O, I] -> [M, O]. Either may be a transposed view."""
@@ -47,7 +49,7 @@ def batched_product(a_BMI: Tensor, b_BIO: Tensor) -> Tensor:
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`F.linear(x, weight)`, of which it is the fast twin."""
     fast = _onednn_fits(x) or _is_emulated(x)
-    if not fast or type(x) is not Tensor:
+    if not fast or not native.is_ordinary(x):
         return F.linear(x, weight_OI)
     if not torch.is_grad_enabled():
         return product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)

@@ -8,6 +8,7 @@ not to norms, embedding, head and routers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pellucid.training.optimizers.adam import adam, adamw
 from pellucid.training.optimizers.lion import Lion, lion
 from pellucid.training.optimizers.muon import Muon, muon
 from pellucid.training.optimizers.sgd import sgd
+from pellucid.training.optimizers.stored import Stored
 from pellucid.training.optimizers.update import Update
 
 RULES: dict[str, Callable[..., Update]] = {
@@ -31,8 +33,16 @@ RULES: dict[str, Callable[..., Update]] = {
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The fast optimizer over all parameters of the model that require a gradient."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """The fast optimizer over all parameters of the model that require a gradient. seed: of rounded moments (see stored.py)."""
+    optimizer = _ordinary(model, config)
+    if config.state_dtype == "fp32" and not config.offload:
+        return optimizer
+    dtype = torch.bfloat16 if config.state_dtype == "bf16" else None
+    return Stored(optimizer.param_groups, dtype=dtype, offload=config.offload, seed=seed)
+
+
+def _ordinary(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     matrices = [(name, weight) for name, weight in named if is_hidden_matrix(name, weight)]
     others = [(name, weight) for name, weight in named if not is_hidden_matrix(name, weight)]
@@ -128,7 +138,12 @@ def explain_update(
     gradient = weight.grad if gradient is None else gradient
     if gradient is None:
         raise UserError(f"'{name}' has no gradient: run a backward pass before explaining its update")
-    copy = lambda tensors: {key: value.clone() for key, value in tensors.items() if value is not None}
-    state = copy(optimizer.state.get(weight, {}))
+    # A count of steps stays as it is; moments come from wherever, and as whatever, they are stored.
+    full = lambda value: value.to(weight.device, weight.dtype, copy=True) if value.ndim else value.clone()
+    held = {key: value for key, value in optimizer.state.get(weight, {}).items() if value is not None}
+    state = {key: full(value) for key, value in held.items()}
     update = RULES[group["rule"]](weight.detach().clone(), gradient, state, **update_settings(group, name))
+    if isinstance(optimizer, Stored):
+        update = replace(update, state=optimizer.as_stored(name, update.state, int(state.get("step", 0)) + 1))
+        state = {key: value.to(update.state[key].dtype) for key, value in state.items()}
     return update if idle_E is None else update.freeze(idle_E, state)

@@ -49,14 +49,20 @@ class Lion(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if not weights:
-                continue
-            gradients = [weight.grad for weight in weights]
-            moments = [self.state[weight].setdefault("exp_avg", torch.zeros_like(weight)) for weight in weights]
-            beta1, beta2 = group["betas"]
-            blends = torch._foreach_lerp(moments, gradients, 1 - beta1)
-            torch._foreach_sign_(blends)
-            torch._foreach_lerp_(moments, gradients, 1 - beta2)
-            if group["weight_decay"]:
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, blends, alpha=-group["lr"])
+            for weight in weights:
+                if "exp_avg" not in self.state[weight]:
+                    self.state[weight]["exp_avg"] = torch.zeros_like(weight)
+            lion_(weights, [weight.grad for weight in weights], [self.state[weight]["exp_avg"] for weight in weights], group)
+
+
+def lion_(weights: list[Tensor], gradients: list[Tensor], moments: list[Tensor], group: dict) -> None:
+    """`lion` on several tensors at once, in place."""
+    if not weights:
+        return
+    beta1, beta2 = group["betas"]
+    blends = torch._foreach_lerp(moments, gradients, 1 - beta1)
+    torch._foreach_sign_(blends)
+    torch._foreach_lerp_(moments, gradients, 1 - beta2)
+    if group["weight_decay"]:
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_add_(weights, blends, alpha=-group["lr"])

@@ -92,15 +92,22 @@ class Muon(torch.optim.Optimizer):
         self.rest.step()
 
     def _step_stack(self, weights: list[Tensor], parts: int, group: dict) -> None:
-        momentum, lr = group["momentum"], group["lr"]
-        gradients = [weight.grad for weight in weights]
-        buffers = [self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight)) for weight in weights]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        blends = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
-        directions = orthogonalize(torch.stack(blends), parts, group["dtype"]).to(weights[0].dtype).unbind(0)
-        if group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(weights, list(directions), alpha=-lr * shape_scale(weights[0], parts))
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+        muon_(weights, [weight.grad for weight in weights], buffers, parts, group)
+
+
+def muon_(weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], parts: int, group: dict) -> None:
+    """`muon` on several tensors of one shape at once, in place."""
+    momentum, lr = group["momentum"], group["lr"]
+    torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+    blends = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
+    directions = orthogonalize(torch.stack(blends), parts, group["dtype"]).to(weights[0].dtype).unbind(0)
+    if group["weight_decay"]:
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(weights, list(directions), alpha=-lr * shape_scale(weights[0], parts))
 
 
 def _by_shape(group: dict) -> dict[tuple[torch.Size, int], list[Tensor]]:

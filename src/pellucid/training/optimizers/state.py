@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pellucid.config import UserError
 from pellucid.training.optimizers.build import optimizer_parameters
+from pellucid.training.optimizers.stored import Stored
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
@@ -32,14 +33,24 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
         if ours != theirs:
             raise UserError(f"optimizer state: '{name}' was {theirs} when saved and is {ours} now; keep optimizer.name")
     loaded: dict[Tensor, dict[str, Tensor]] = {}
+    fused = {weight: group.get("fused") for _, weight, group in optimizer_parameters(optimizer)}
     for label, value in tensors.items():
         key, _, name = label.partition(".")
         if name not in parameters:
             raise UserError(f"optimizer state: '{label}' belongs to no parameter of this model")
         weight = parameters[name][0]
-        # step counts stay where torch keeps them: on the CPU, unless a fused kernel on another device reads them
-        fused = next(group for _, w, group in optimizer_parameters(optimizer) if w is weight).get("fused")
-        device = weight.device if value.ndim or fused else value.device
-        loaded.setdefault(weight, {})[key] = value.to(device).clone()
+        loaded.setdefault(weight, {})[key] = _placed(optimizer, weight, fused[weight], value)
     optimizer.state.clear()
     optimizer.state.update(loaded)
+
+
+def _placed(optimizer: torch.optim.Optimizer, weight: Tensor, fused: bool | None, value: Tensor) -> Tensor:
+    """A copy where the optimizer keeps it."""
+    if isinstance(optimizer, Stored):
+        dtype = optimizer.dtype or weight.dtype
+        if value.ndim and value.dtype != dtype:
+            raise UserError(f"optimizer state: it was saved as {value.dtype}, and optimizer.state_dtype asks for {dtype}; "
+                            "keep optimizer.state_dtype")  # fmt: skip
+        return optimizer.placed(value.clone(), weight.device)
+    # step counts stay where torch keeps them: on the CPU, unless a fused kernel on another device reads them
+    return value.to(weight.device if value.ndim or fused else value.device).clone()

@@ -1,0 +1,173 @@
+"""Moments kept smaller, or elsewhere, than the update uses them: in bf16, or in host memory beside a GPU.
+
+One piece of a tensor after the other is brought to the weight's device and dtype, updated by its rule, and put back, so
+that only a piece's moments exist in full. bf16: rounded stochastically (see rounding.py), and 4 bytes a parameter less than
+Adam's 8; DeepSeek-V3 was trained with both moments in bf16 (2024, arXiv 2412.19437, section 3.3). In host memory: the same
+bits as on the device; copies run beside the computation where the device has streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+from torch.optim.sgd import sgd as torch_sgd
+
+from pellucid.training.optimizers.lion import lion_
+from pellucid.training.optimizers.muon import muon_
+from pellucid.training.optimizers.rounding import round_plain, round_stochastically, rounding_key
+
+PIECE = {"cpu": 2**18, "cuda": 2**24}  # elements: should stay in a cache, or fill the GPU
+MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",),
+           "muon": ("momentum_buffer",), "sgd": ("momentum_buffer",)}  # fmt: skip
+
+
+class Stored(torch.optim.Optimizer):
+    """The rules of `groups` (of the ordinary optimizer), with their moments stored as `dtype` (None: the weight's), and on
+    the host if `offload`. The state has their usual names, and always a `step` count, which the rounding needs."""
+
+    def __init__(self, groups: list[dict], *, dtype: torch.dtype | None, offload: bool, seed: int):
+        super().__init__([dict(group) for group in groups], {})
+        self.dtype, self.offload, self.seed = dtype, offload, seed
+        device = self.param_groups[0]["params"][0].device
+        self.beside = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        pieces = self._pieces()
+        following = next(pieces, None)
+        arriving = self._fetch(following)
+        while following is not None:
+            piece, (moments, ready) = following, arriving
+            following = next(pieces, None)
+            arriving = self._fetch(following)  # the next one travels while this one is computed
+            if ready is not None:
+                torch.cuda.current_stream().wait_event(ready)
+            UPDATES[piece.group["rule"]](piece, moments)
+            self._put_back(piece, moments)
+        if self.beside is not None:
+            self.beside.synchronize()  # the host may read its memory now
+
+    def as_stored(self, name: str, moments: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """What the state of tensor `name` becomes when its step number `step` (from 1) leaves these moments: the definition."""
+        narrow = lambda key, moment: round_plain(moment.float().contiguous(), rounding_key(self.seed, step, f"{key}.{name}"))
+        kept = {key: moment if self.dtype is None else narrow(key, moment) for key, moment in moments.items() if key != "step"}
+        return {"step": torch.tensor(float(step)), **kept}
+
+    def placed(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """The tensor where a moment of a weight on `device` lives between steps; a count of steps stays on the host."""
+        if tensor.ndim and not self.offload:
+            return tensor.to(device)
+        host = tensor.cpu()
+        return host.pin_memory() if tensor.ndim and device.type == "cuda" else host
+
+    def _pieces(self) -> Iterator[_Piece]:
+        for group in self.param_groups:
+            for name, weight in zip(group["names"], group["params"], strict=True):
+                if weight.grad is None:
+                    continue
+                state = self._state_of(weight, group)
+                cuts = _matrices(weight) if group["rule"] == "muon" else _slices(weight)
+                before = state["step"].clone()
+                state["step"] += 1
+                gradient = weight.grad.contiguous()
+                for first, cut in cuts:
+                    kept = {key: cut(state[key]) for key in _keys(group)}
+                    yield _Piece(name, group, cut(weight.detach()), cut(gradient), kept, before, first)
+
+    def _state_of(self, weight: Tensor, group: dict) -> dict[str, Tensor]:
+        state, home = self.state[weight], "cpu" if self.offload else weight.device
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        for key in _keys(group):
+            if key not in state:
+                zeros = torch.zeros(weight.shape, dtype=self.dtype or weight.dtype, device=home)
+                state[key] = self.placed(zeros, weight.device)
+        return state
+
+    def _fetch(self, piece: _Piece | None) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The piece's moments on the weight's device, in its dtype; the event to wait for. A copy where anything differs."""
+        if piece is None:
+            return {}, None
+        like = piece.weight
+        if self.beside is None:
+            return {key: kept.to(like.device, like.dtype) for key, kept in piece.kept.items()}, None
+        with torch.cuda.stream(self.beside):
+            moments = {key: kept.to(like.device, non_blocking=True).to(like.dtype) for key, kept in piece.kept.items()}
+        for moment in moments.values():
+            moment.record_stream(torch.cuda.current_stream())
+        return moments, self.beside.record_event()
+
+    def _put_back(self, piece: _Piece, moments: dict[str, Tensor]) -> None:
+        for key, moment in moments.items():
+            kept = piece.kept[key]
+            if moment.data_ptr() == kept.data_ptr():
+                continue  # updated in place
+            if self.dtype is not None:
+                seed = rounding_key(self.seed, int(piece.before) + 1, f"{key}.{piece.name}")
+                moment = round_stochastically(moment.float().contiguous(), seed, piece.first)
+            if self.beside is None:
+                kept.copy_(moment)
+                continue
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):
+                kept.copy_(moment, non_blocking=True)
+            moment.record_stream(self.beside)
+
+
+@dataclass
+class _Piece:
+    """Some elements of one tensor: views of its weight, gradient and stored moments."""
+
+    name: str
+    group: dict
+    weight: Tensor
+    gradient: Tensor
+    kept: dict[str, Tensor]
+    before: Tensor  # the count of steps already done
+    first: int  # index of its first element in the tensor
+
+
+def _keys(group: dict) -> tuple[str, ...]:
+    return () if group["rule"] == "sgd" and not group["momentum"] else MOMENTS[group["rule"]]
+
+
+def _slices(weight: Tensor) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+    """(first element, how to cut it out of a tensor of this shape), for rules that treat every element alike."""
+    size = PIECE.get(weight.device.type, PIECE["cuda"])
+    for first in range(0, weight.numel(), size):
+        yield first, lambda tensor, first=first: tensor.view(-1)[first : first + size]
+
+
+def _matrices(weight: Tensor) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+    """One expert, or the whole tensor, for a rule that treats matrices."""
+    for e in range(len(weight) if weight.ndim > 2 else 1):
+        yield e * weight[0].numel(), (lambda tensor, e=e: tensor[e]) if weight.ndim > 2 else lambda tensor: tensor
+
+
+def _adam(piece: _Piece, moments: dict[str, Tensor]) -> None:
+    group, (beta1, beta2) = piece.group, piece.group["betas"]
+    steps = [piece.before.to(piece.weight.device, copy=True)]
+    torch_adam([piece.weight], [piece.gradient], [moments["exp_avg"]], [moments["exp_avg_sq"]], [], steps, lr=group["lr"],
+               beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], fused=group["fused"],
+               decoupled_weight_decay=group["rule"] == "adamw", amsgrad=False, maximize=False)  # fmt: skip
+
+
+def _sgd(piece: _Piece, moments: dict[str, Tensor]) -> None:
+    group = piece.group
+    settings = {key: group[key] for key in ("weight_decay", "momentum", "lr", "nesterov", "fused")}
+    torch_sgd([piece.weight], [piece.gradient], list(moments.values()) or [None], dampening=0.0, maximize=False, **settings)
+
+
+def _lion(piece: _Piece, moments: dict[str, Tensor]) -> None:
+    lion_([piece.weight], [piece.gradient], [moments["exp_avg"]], piece.group)
+
+
+def _muon(piece: _Piece, moments: dict[str, Tensor]) -> None:
+    parts = piece.group["parts"][piece.group["names"].index(piece.name)]
+    muon_([piece.weight], [piece.gradient], [moments["momentum_buffer"]], parts, piece.group)
+
+
+UPDATES = {"adam": _adam, "adamw": _adam, "sgd": _sgd, "lion": _lion, "muon": _muon}

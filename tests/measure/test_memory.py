@@ -1,0 +1,113 @@
+"""A dry step against the real one, against numbers worked out by hand, and what `pellucid plan` makes of it."""
+
+import pytest
+import torch
+
+from pellucid.config import UserError, make_config
+from pellucid.measure import memory
+from pellucid.measure.memory import DryLedger, Ledger, largest_context, parse_bytes, predict_peak, trace_step
+from pellucid.model.size import parameter_counts
+
+CPU = torch.device("cpu")
+
+
+def settings(tables=None, **training):
+    model = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4,
+             "max_position_embeddings": 131072}  # fmt: skip
+    tables = {"model": model, "data": {"sequence_length": 128}, "optimizer": {"name": "adamw"}} | (tables or {})
+    return make_config(tables | {"training": {"batch_size": 2, "precision": "fp32"} | training})
+
+
+def test_the_ledger_counts_each_storage_once_from_birth_to_death():
+    ledger = Ledger()
+    with ledger:
+        ledger.kind = "weights"
+        a = torch.zeros(1000)
+        ledger.kind = "activations"
+        b = a.view(10, 100)[2:]  # no memory of its own
+        c = a + 1
+        assert ledger.live == {"weights": 4000, "activations": 4000} and ledger.total == 8000
+        ledger.see(c, "gradients")
+        assert ledger.live["gradients"] == 4000 and ledger.live["activations"] == 0
+        del a
+        assert ledger.total == 8000, "a view holds it"
+        del b
+        assert ledger.total == 4000
+        c += torch.ones(1000)  # for a moment
+    assert ledger.total == 4000 and ledger.peak.total == 8000
+
+
+CASES = {
+    "fp32": settings(),
+    "two micro-batches, bf16": settings(precision="bf16", micro_batch_size=1),
+    "recompute attention": settings(recompute="attention"),
+    "recompute all": settings(recompute="all"),
+    "bf16 moments": settings({"optimizer": {"name": "adamw", "state_dtype": "bf16"}}),
+    "muon, unobserved": settings({"optimizer": {"name": "muon"}, "observe": {"enabled": False}}, balance_loss="mixtral", z_loss=1e-4),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dry_step_allocates_and_frees_what_a_real_one_does(name):
+    dry, real = (trace_step(CASES[name], CPU, ledger) for ledger in (DryLedger(), Ledger()))
+    assert dry.peaks.keys() == real.peaks.keys() == {"forward", "backward", "update"}
+    for phase, peak in real.peaks.items():
+        # routing decides how many rows each expert's share is rounded up to: 6 % of them at most
+        assert dry.peaks[phase].total == pytest.approx(peak.total, rel=0.03), phase
+    for kind in ("weights", "gradients", "moments"):
+        assert dry.peaks["update"].kinds[kind] == real.peaks["update"].kinds[kind], kind
+
+
+def test_weights_gradients_and_moments_are_what_arithmetic_says():
+    for dtype, size in (("fp32", 8), ("bf16", 4)):
+        config = settings({"optimizer": {"name": "adamw", "state_dtype": dtype}})
+        count = parameter_counts(config.model)["total"]
+        kinds = trace_step(config, CPU, DryLedger()).peaks["update"].kinds
+        biases, phases = 2 * 4 * 4, 4 * 2 * len(list(_tensors(config)))  # balance biases; a count of steps a tensor
+        assert kinds["weights"] == 4 * count + biases
+        assert kinds["gradients"] == 4 * count
+        assert size * count <= kinds["moments"] <= size * count + phases
+
+
+def _tensors(config):
+    from pellucid.model.grok import Grok1
+
+    return Grok1(config.model, device="meta").parameters()
+
+
+def test_nothing_grows_with_the_square_of_the_context_nor_holds_all_logits():
+    at = {tokens: predict_peak(memory.at_context(settings(), tokens, "none")).total for tokens in (1024, 2048, 4096)}
+    slope = (at[2048] - at[1024]) / 1024
+    assert (at[4096] - at[2048]) / 2048 == pytest.approx(slope, rel=0.07)  # rows of experts are rounded up, by 6 % at most
+    assert at[4096] < 4096**2 * 4  # one table of one head
+    assert slope * 1024 < at[1024]
+
+
+def test_many_layers_are_as_many_times_one():
+    config = settings({"model": settings().model.model_dump(exclude_none=True) | {"num_hidden_layers": 7}})
+    whole = trace_step(config, CPU, DryLedger()).peak
+    quick = predict_peak(config)
+    assert (quick.total, quick.phase, quick.kinds) == (whole.total, whole.phase, whole.kinds)
+
+
+def test_the_longest_context_fits_and_a_longer_one_does_not():
+    budget = 24_000_000
+    found = largest_context(settings(), budget)
+    lengths = [found[mode][0] for mode in ("none", "attention", "all")]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[2]
+    for mode, (tokens, peak) in found.items():
+        assert tokens % 128 == 0 and peak.total <= budget
+        longer = memory.at_context(settings(), tokens + max(128, tokens // 50 // 128 * 128), mode)
+        assert predict_peak(longer).total > budget, mode
+    assert largest_context(settings(), 100_000) == {"none": None, "attention": None, "all": None}
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("512m", 512 * 10**6), ("1e9", 10**9)])
+def test_amounts_of_memory_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "3 GBytes", "nan", "inf"])
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(UserError, match="24GiB"):
+        parse_bytes(text)
