@@ -11,8 +11,9 @@ from pellucid.model.size import parameter_counts
 CPU = torch.device("cpu")
 
 
+# Two experts, both chosen by every token: what a dry step takes to be so is so.
 def settings(tables=None, **training):
-    model = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4,
+    model = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 2,
              "max_position_embeddings": 131072}  # fmt: skip
     tables = {"model": model, "data": {"sequence_length": 128}, "optimizer": {"name": "adamw"}} | (tables or {})
     return make_config(tables | {"training": {"batch_size": 2, "precision": "fp32"} | training})
@@ -52,8 +53,8 @@ def test_a_dry_step_allocates_and_frees_what_a_real_one_does(name):
     dry, real = (trace_step(CASES[name], CPU, ledger) for ledger in (DryLedger(), Ledger()))
     assert dry.peaks.keys() == real.peaks.keys() == {"forward", "backward", "update"}
     for phase, peak in real.peaks.items():
-        # routing decides how many rows each expert's share is rounded up to: 6 % of them at most
-        assert dry.peaks[phase].total == pytest.approx(peak.total, rel=0.03), phase
+        # seeds and single numbers, which the real step makes as tensors and the dry one as none
+        assert dry.peaks[phase].total == pytest.approx(peak.total, rel=0.002, abs=4096), phase
     for kind in ("weights", "gradients", "moments"):
         assert dry.peaks["update"].kinds[kind] == real.peaks["update"].kinds[kind], kind
 
@@ -63,7 +64,7 @@ def test_weights_gradients_and_moments_are_what_arithmetic_says():
         config = settings({"optimizer": {"name": "adamw", "state_dtype": dtype}})
         count = parameter_counts(config.model)["total"]
         kinds = trace_step(config, CPU, DryLedger()).peaks["update"].kinds
-        biases, phases = 2 * 4 * 4, 4 * 2 * len(list(_tensors(config)))  # balance biases; a count of steps a tensor
+        biases, phases = 2 * 2 * 4, 4 * 2 * len(list(_tensors(config)))  # balance biases; a count of steps a tensor
         assert kinds["weights"] == 4 * count + biases
         assert kinds["gradients"] == 4 * count
         assert size * count <= kinds["moments"] <= size * count + phases
@@ -76,11 +77,18 @@ def _tensors(config):
 
 
 def test_nothing_grows_with_the_square_of_the_context_nor_holds_all_logits():
-    at = {tokens: predict_peak(memory.at_context(settings(), tokens, "none")).total for tokens in (1024, 2048, 4096)}
-    slope = (at[2048] - at[1024]) / 1024
-    assert (at[4096] - at[2048]) / 2048 == pytest.approx(slope, rel=0.07)  # rows of experts are rounded up, by 6 % at most
-    assert at[4096] < 4096**2 * 4  # one table of one head
-    assert slope * 1024 < at[1024]
+    model = settings().model.model_dump(exclude_none=True) | {"vocab_size": 4096}
+    config = settings({"model": model, "observe": {"enabled": False}})
+    at = {tokens: predict_peak(memory.at_context(config, tokens, "none")).total for tokens in (2048, 4096, 8192)}
+    slope = (at[4096] - at[2048]) / 2048
+    assert (at[8192] - at[4096]) / 4096 == pytest.approx(slope, rel=0.01)
+    assert at[8192] < 8192**2 * 4 / 2  # half a table of one head; all logits would be as much
+
+
+def test_observing_a_long_context_needs_little_more_than_training_on_it():
+    config, unobserved = settings(), settings({"observe": {"enabled": False}})
+    seen, unseen = (predict_peak(memory.at_context(c, 8192, "all")).total for c in (config, unobserved))
+    assert seen < unseen + 80_000_000  # some tables of attention.MOST_SCORES; of T x T they would be gigabytes
 
 
 def test_many_layers_are_as_many_times_one():
@@ -91,7 +99,7 @@ def test_many_layers_are_as_many_times_one():
 
 
 def test_the_longest_context_fits_and_a_longer_one_does_not():
-    budget = 24_000_000
+    budget = 12_000_000
     found = largest_context(settings(), budget)
     lengths = [found[mode][0] for mode in ("none", "attention", "all")]
     assert lengths == sorted(lengths) and lengths[0] < lengths[2]

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from pellucid.config import ModelConfig, load_config
+from pellucid.measure.memory import Ledger
+from pellucid.model import attention
 from pellucid.model.attention import Visibility, capped_attention, chunked_capped_attention
 from pellucid.model.generate import filter_scores, generate, generate_ids
 from pellucid.model.grok import Grok1
@@ -132,6 +134,22 @@ def test_chunked_attention_equals_the_formula_in_float64(chunk_size):
     real = (segments > 0)[:, None, None, :, None].expand_as(expected)
     assert (ours.double() - expected)[real].abs().max() < 1e-5
     assert torch.isfinite(ours).all()
+
+
+def test_chunked_attention_of_long_rows_keeps_no_table_and_gives_the_same_gradients(monkeypatch):
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 3, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)]
+    visibility, results, kept = Visibility(torch.ones(1, 40, dtype=torch.bool)), [], []
+    for longest in (64, 8):
+        monkeypatch.setattr(attention, "LONG", longest)
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        with Ledger() as ledger:
+            out = chunked_capped_attention(*inputs, visibility, chunk_size=4, multiplier=2.0, cap=3.0, exact=False)
+        kept.append(ledger.total)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for plain, anew in zip(*results, strict=True):
+        assert torch.equal(plain, anew)
+    assert kept[1] < kept[0] / 2
 
 
 def test_fully_masked_query_reads_all_keys_evenly():

@@ -56,10 +56,12 @@ class Peak:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors made within it, from the first to the last reference to their storage."""
+    """Counts the bytes of all tensors made within it on one kind of device, from the first to the last reference to their
+    storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.kind, self.phase = "activations", "forward"  # of what is made from now on
         self.live: Counter[str] = Counter()
         self.total = 0
@@ -77,7 +79,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device:
                 self.see(leaf)
         return result
 
@@ -142,14 +144,14 @@ def _shared(tensor: Tensor) -> int | None:
 
 
 def predict_peak(config: Config, device: str | torch.device = "cpu") -> Peak:
-    """The peak of training by `config`, whose model.vocab_size is known, on a device that need not be there.
+    """The peak of training by `config`, whose model.vocab_size is known, on a device of this machine.
 
     Of many layers the fourth and fifth are traced: each phase needs as much more for every other one, forward as backward.
     """
     device, layers = torch.device(device), config.model.num_hidden_layers
     if layers <= TRACED + 1:
-        return trace_step(config, device, DryLedger()).peak
-    few, more = (trace_step(_with_layers(config, n), device, DryLedger()).peaks for n in (TRACED, TRACED + 1))
+        return trace_step(config, device, DryLedger(device.type)).peak
+    few, more = (trace_step(_with_layers(config, n), device, DryLedger(device.type)).peaks for n in (TRACED, TRACED + 1))
     far = lambda a, b: b + (layers - TRACED - 1) * (b - a)
     at_end = {phase: Peak(far(few[phase].total, peak.total), {kind: far(few[phase].kinds.get(kind, 0), size)
                           for kind, size in peak.kinds.items()}, phase) for phase, peak in more.items()}  # fmt: skip
@@ -249,7 +251,8 @@ def at_context(config: Config, tokens: int, recompute: str) -> Config:
     changed = config.model_copy(deep=True)
     changed.data.sequence_length = tokens
     changed.model = changed.model.model_copy(update={"max_position_embeddings": max(tokens, changed.model.max_position_embeddings)})
-    changed.training.batch_size = changed.training.micro_batch_size = 1
+    changed.training.micro_batch_size = 1  # first: the batch must be a multiple of it
+    changed.training.batch_size = 1
     changed.training.recompute = recompute
     return changed
 

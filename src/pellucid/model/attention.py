@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pellucid.config import ModelConfig
 from pellucid.model.cache import KVCache
@@ -19,6 +20,7 @@ from pellucid.model.kernels import capped, gpu
 from pellucid.model.kernels.rotary import rotate
 from pellucid.model.layers import Linear
 
+LONG = 2048  # queries; the backward pass of longer rows computes each chunk anew
 MASKED = -1e30  # the official value: a row with every key masked becomes uniform, not NaN
 
 
@@ -40,13 +42,13 @@ class Visibility:
         own = torch.zeros_like(valid, dtype=torch.int32) if self.segment_ids_BT is None else self.segment_ids_BT.int()
         self.documents = own.masked_fill(~valid, -1), own
 
-    def chunk(self, start: int, stop: int) -> Tensor:
-        """Mask [B, stop-start, stop] of queries start..stop over the keys 0..stop."""
+    def chunk(self, start: int, stop: int, step: int = 1) -> Tensor:
+        """Mask [B, queries, stop] of every `step`-th query of start..stop over the keys 0..stop."""
         device = self.key_valid_BT.device
-        causal = torch.arange(stop, device=device) <= torch.arange(start, stop, device=device).unsqueeze(-1)
+        causal = torch.arange(stop, device=device) <= torch.arange(start, stop, step, device=device).unsqueeze(-1)
         mask = causal & self.key_valid_BT[:, None, :stop]
         if self.segment_ids_BT is not None:
-            mask = mask & (self.segment_ids_BT[:, start:stop, None] == self.segment_ids_BT[:, None, :stop])
+            mask = mask & (self.segment_ids_BT[:, start:stop:step, None] == self.segment_ids_BT[:, None, :stop])
         return mask
 
 
@@ -69,14 +71,14 @@ def chunked_capped_attention(
 ) -> Tensor:
     """The same for causal attention without a full T x T table: each chunk of queries reads only the keys up to its end."""
     T = q_BKGTd.shape[3]
-    outputs = []
-    for start in range(0, T, chunk_size):
+
+    def one(start: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         stop = min(start + chunk_size, T)
-        mask = visibility.chunk(start, stop)
-        outputs.append(
-            capped_attention(q_BKGTd[..., start:stop, :], k_BKTd[:, :, :stop], v_BKTd[:, :, :stop], mask, **settings)
-        )
-    return torch.cat(outputs, dim=3)
+        return capped_attention(q[..., start:stop, :], k[:, :, :stop], v[:, :, :stop], visibility.chunk(start, stop), **settings)
+
+    if T > LONG and torch.is_grad_enabled():  # what all chunks keep for the backward pass would be that table
+        once, one = one, lambda *inputs: checkpoint(once, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([one(start, q_BKGTd, k_BKTd, v_BKTd) for start in range(0, T, chunk_size)], dim=3)
 
 
 class Attention(nn.Module):

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from pellucid.model.grok import Grok1
+from pellucid.model.kernels import native
 from pellucid.model.kernels.rotary import rotate
 from pellucid.observe.store import Row
 
-MOST_SCORES = 2**20  # held at once
+QUERIES = 1024  # of a row; of a longer one every n-th
+MOST_SCORES = 2**21  # held at once
 SATURATED = 0.8814  # |x| / cap where the slope 1 - tanh(x / cap)^2 is a half
 
 
@@ -28,7 +30,7 @@ def attention_rows(layers: int, heads: int) -> list[Row]:
 
 @torch.no_grad()
 def probe_attention(model: Grok1, batch: Any, row: int = 0) -> Tensor:
-    """[L * H, 3]: saturation, entropy, largest score of each head, over the real tokens of one row of the batch."""
+    """[L * H, 3]: saturation, entropy, largest score of each head, over the real tokens of one row of the batch (QUERIES of them)."""
     found: list[Tensor] = []
 
     def look(module, inputs) -> None:
@@ -51,16 +53,17 @@ def _head_statistics(attention, hidden_BTD: Tensor, rotary, visibility) -> Tenso
     T, K, G = hidden_BTD.shape[1], c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
     q = rotate(attention.q_proj(hidden_BTD).view(1, T, K, G, c.head_dim), *rotary)[0].transpose(1, 2).flatten(0, 1)
     k = rotate(attention.k_proj(hidden_BTD).view(1, T, K, 1, c.head_dim), *rotary)[0].squeeze(2)
-    k = k.repeat_interleave(G, 0)
-    H, size = len(q), max(1, MOST_SCORES // (len(q) * T))  # queries at once: never a table of T x T
+    k = k.float().repeat_interleave(G, 0)
+    H, step = len(q), -(-T // QUERIES)
+    size = max(1, MOST_SCORES // (H * T)) * step  # never a table of T x T
     saturated_H, largest_H, relative_H = (torch.zeros(H, device=q.device) for _ in range(3))
     seen, choices = torch.zeros(2, dtype=torch.int64, device=q.device)
-    for start in range(0, T, size):
+    for start in native.starts(T, size):
         stop = min(start + size, T)
-        scores_HQS = (q[:, start:stop].float() @ k[:, :stop].float().transpose(-2, -1)) * c.attn_output_multiplier
+        scores_HQS = (q[:, start:stop:step].float() @ k[:, :stop].transpose(-2, -1)) * c.attn_output_multiplier
         mask = visibility.mask_BTS
-        seen_QS = visibility.chunk(start, stop)[0] if mask is None else mask[0, start:stop, :stop]
-        seen_QS = seen_QS & visibility.key_valid_BT[0, start:stop, None]  # pads ask nothing
+        seen_QS = visibility.chunk(start, stop, step)[0] if mask is None else mask[0, start:stop:step, :stop]
+        seen_QS = seen_QS & visibility.key_valid_BT[0, start:stop:step, None]  # pads ask nothing
         saturated_H += ((scores_HQS.abs() > SATURATED * c.max_attn_value) & seen_QS).sum((1, 2))
         largest_H = torch.maximum(largest_H, scores_HQS.abs().masked_fill(~seen_QS, 0).amax((1, 2)))
         logs = torch.log_softmax((c.max_attn_value * torch.tanh(scores_HQS / c.max_attn_value)).masked_fill(~seen_QS, -torch.inf), -1)

@@ -85,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
         ctx.grad_embedding_VD = torch.zeros_like(embedding_VD, dtype=dtype) if want_embedding else None
 
-        for start in range(0, len(targets_N), chunk_size):
+        for start in native.starts(len(targets_N), chunk_size):
             rows = slice(start, start + chunk_size)
             products, targets = product(hidden_ND[rows], table_VD), targets_N[rows]
             chunk_loss = _rows_of(products, targets)

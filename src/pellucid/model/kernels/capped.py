@@ -37,16 +37,15 @@ class _CappedAttention(torch.autograd.Function):
         B, K, T, G, d = q_BKTGd.shape
         q, k, v = (x.contiguous().view(B * K, -1, d) for x in (q_BKTGd, k_BKTd, v_BKTd))
         ctx.documents = key_document_BT.contiguous(), query_document_BT.contiguous()
-        ctx.settings, ctx.chunk_size, ctx.totals = (float(multiplier), float(cap)), chunk_size, []
+        ctx.settings, ctx.chunk_size, ctx.totals = (float(multiplier), float(cap)), chunk_size, torch.empty(B * K * T * G)
         out = torch.empty_like(q)
-        for start in range(0, T, chunk_size):
+        for start in native.starts(T, chunk_size):
             stop = min(start + chunk_size, T)
-            queries, total = slice(start * G, stop * G), torch.empty(B * K, (stop - start) * G)
+            queries, total = slice(start * G, stop * G), ctx.totals[B * K * G * start : B * K * G * stop]
             weights = batched_product(q[:, queries], k[:, :stop].mT)
             sizes = (B * K, K, (stop - start) * G, G, stop, T, start)
             native.call("capped_softmax", q.dtype, weights, *ctx.documents, total, *sizes, *ctx.settings)
             out[:, queries] = batched_product(weights, v[:, :stop])
-            ctx.totals.append(total)
         ctx.save_for_backward(q_BKTGd, k_BKTd, v_BKTd)
         return out.view_as(q_BKTGd)
 
@@ -57,10 +56,9 @@ class _CappedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: recomputation gives them only once
         q, k, v, grad = (x.contiguous().view(B * K, -1, d) for x in (*saved, grad_BKTGd))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for number, total in enumerate(ctx.totals):
-            start = number * ctx.chunk_size
+        for start in native.starts(T, ctx.chunk_size):
             stop = min(start + ctx.chunk_size, T)
-            queries = slice(start * G, stop * G)
+            queries, total = slice(start * G, stop * G), ctx.totals[B * K * G * start : B * K * G * stop]
             weights = batched_product(q[:, queries], k[:, :stop].mT)
             slope = batched_product(grad[:, queries], v[:, :stop].mT)
             sizes = (B * K, K, (stop - start) * G, G, stop, T, start)

@@ -103,7 +103,7 @@ class Stored(torch.optim.Optimizer):
     def _put_back(self, piece: _Piece, moments: dict[str, Tensor]) -> None:
         for key, moment in moments.items():
             kept = piece.kept[key]
-            if moment.data_ptr() == kept.data_ptr():
+            if moment is kept:
                 continue  # updated in place
             if self.dtype is not None:
                 seed = rounding_key(self.seed, int(piece.before) + 1, f"{key}.{piece.name}")
