@@ -59,7 +59,7 @@ def plan(
     """  # fmt: skip
     from pellucid.measure import memory as peaks
     from pellucid.model.size import sizes, with_vocabulary
-    from pellucid.run import choose_device
+    from pellucid.training.device import choose_device
 
     choose_device(device)
     names = [word for word in settings or [] if "=" not in word]
