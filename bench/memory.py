@@ -78,8 +78,7 @@ def case(overrides: list[str]) -> dict:
             super().start()
             settle()
 
-    small = config.model_copy(deep=True)
-    small.data.sequence_length, small.training.batch_size, small.training.micro_batch_size = 64, 1, 1
+    small = memory.at_context(config, 64, config.training.recompute)
     small.model = small.model.model_copy(update={"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "vocab_size": 512})
     memory.trace_step(small, device, memory.Ledger())  # loads and compiles what a step needs
     settle()
@@ -114,7 +113,7 @@ def main() -> None:
         if (options.only is None and name in EXTRA) or (options.only is not None and options.only not in name):
             continue
         output = subprocess.run([sys.executable, __file__, "--case", json.dumps(overrides)], env=environment, check=True,
-                                capture_output=True, text=True).stdout  # fmt: skip
+                                stdout=subprocess.PIPE, text=True).stdout  # fmt: skip
         found[name] = json.loads(output.splitlines()[-1]) | {"settings": [*DEFAULTS, *overrides]}
         print(f"{name:<36} predicted {found[name]['predicted'] / 1e6:8.1f} MB, measured {found[name]['measured'] / 1e6:8.1f} MB, "
               f"error {found[name]['error']:+.1%}", flush=True)  # fmt: skip
