@@ -73,12 +73,12 @@ def test_plan_prints_the_numbers_of_the_model(command):
 def test_plan_tells_peak_and_longest_contexts_of_what_is_named(command):
     words = ("plan", "tiny", "data.tokenizer.vocab_size=300", "training.batch_size=2", "optimizer.state_dtype=bf16",
              "optimizer.name=adamw")  # fmt: skip
-    rows = json.loads(command(*words, "--memory", "1.2GB", "--json"))
+    rows = json.loads(command(*words, "--memory", "1MB", "--json"))
     assert list(rows) == ["tiny"]
     row, peak = rows["tiny"], rows["tiny"]["peak"]
     assert sum(peak[kind] for kind in ("weights", "gradients", "moments", "activations")) == peak["bytes"]
     assert row["vocabulary"] == 300 and peak["weights"] >= 4 * row["parameters"]
-    assert 0 < row["contexts"]["none"]["tokens"] <= row["contexts"]["all"]["tokens"]
+    assert row["contexts"] == {"none": None, "attention": None, "all": None}, "the program alone takes more"
     text = command(*words)
     assert "with 2 x 128 tokens at once" in text and "bf16 moments" in text
 
