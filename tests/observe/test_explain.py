@@ -1,14 +1,19 @@
 """An explanation is proven: replay = record, terms = change, gradient = chain rule = finite difference."""
 
+import shutil
+
 import pytest
 import safetensors.torch
 import torch
 from rich.console import Console
 
 from pellucid.config import UserError
-from pellucid.observe.explain import explain, explain_text
+from pellucid.observe import explain as explaining
+from pellucid.observe.explain import explain
+from pellucid.observe.explain_text import explain_text
 from pellucid.observe.explain_view import render
 from pellucid.observe.replay import capsule_path, state_before
+from pellucid.observe.theatre import theatre_path
 from pellucid.training import checkpoint
 
 NAMES = (
@@ -66,6 +71,28 @@ def test_a_sentence_is_better_predicted_after_one_step_on_it(run_dir):
     mean = lambda values: sum(values) / len(e.predictions)
     assert mean(p.after for p in e.predictions) > mean(p.before for p in e.predictions)
     assert checkpoint.newest_good(run_dir / "checkpoints") is not None, "the run itself is as it was"
+
+
+def test_the_explanation_is_told_before_its_play_is_made_and_where_that_takes_long_there_is_none(run_dir, monkeypatch):
+    there = []
+    explain(run_dir, 33, on_explained=lambda e: there.append((e.step, theatre_path(run_dir, 33).is_file())))
+    assert there == [(33, False)] and theatre_path(run_dir, 33).is_file()
+    monkeypatch.setitem(explaining.PLAYED_FLOPS, "cpu", 1e6)
+    explain(run_dir, 34)
+    monkeypatch.undo()
+    monkeypatch.setattr(explaining, "MOST_PLAYED", 1)
+    explain(run_dir, 35)
+    assert not theatre_path(run_dir, 34).exists() and not theatre_path(run_dir, 35).exists()
+
+
+def test_after_a_schedule_that_ended_at_zero_a_sentence_is_learnt_at_the_peak_rate_and_that_is_said(run_dir, tmp_path):
+    ended = shutil.copytree(run_dir, tmp_path / "ended")
+    settings = (ended / "config.toml").read_text()
+    assert "final_factor = 0.1" in settings
+    (ended / "config.toml").write_text(settings.replace("final_factor = 0.1", "final_factor = 0.0"))
+    e = explain_text(ended, "the cat sees a dog.")
+    assert e.change != 0 and e.loss_after < e.loss and e.settings["learning_rate"] == 3e-3
+    assert "learning rate 0.003: the run's peak (its schedule has 0 for step 60)" == e.note
 
 
 def test_rendering_shows_numbers_and_proofs(run_dir):

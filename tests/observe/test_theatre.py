@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pellucid
 from pellucid.config import UserError
 from pellucid.observe.passage import make_fan
 from pellucid.observe.replay import state_before
-from pellucid.observe.theatre import make_theatre, stage, stage_last, staged_steps, theatre_path
+from pellucid.observe.theatre import _means, make_theatre, stage, stage_last, staged_steps, theatre_path
 from pellucid.observe.web.capsule import Plays
 from pellucid.training import checkpoint
 
@@ -276,3 +277,25 @@ def test_a_finished_run_has_a_play_and_can_make_others(run_dir):
     with pytest.raises(UserError, match="damaged"):
         plays.read(14)
     theatre_path(run_dir, 14).unlink()
+
+
+def test_a_token_predicted_with_certainty_counts_in_the_mean_loss():
+    losses, predicted = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([[True, True, False]])
+    assert _means(losses, losses / 2, predicted) == [2.0, 1.0]
+
+
+def test_a_process_that_says_other_things_or_much_of_them_blocks_no_play(run_dir, tmp_path, monkeypatch):
+    """A library's warning between the lines, more on stderr than a pipe holds, and a process that dies amid it."""
+    program = tmp_path / "program"
+    ready = """echo '{"phase": "forward", "done": 1, "total": 2}'; echo '{"ready": "x"}'"""
+    for words, ending in ((f"echo 'UserWarning: [1, 2]'; echo '[1]'; yes warning | head -c 200000 >&2; {ready}", None),
+                          ("echo 'no memory' >&2; exit 1", "no memory"), ("exit 1", "the process ended")):  # fmt: skip
+        program.write_text(f"#!/bin/sh\n{words}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr("pellucid.observe.web.capsule.sys.executable", str(program))
+        plays = Plays(run_dir)
+        plays.make(3, 29)
+        deadline = time.monotonic() + 20
+        while plays.making is not None and "problem" not in plays.making and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert plays.making == (ending and {"step": 3, "problem": ending})

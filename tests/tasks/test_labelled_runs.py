@@ -16,7 +16,8 @@ import pellucid
 from pellucid import cli
 from pellucid.config import UserError
 from pellucid.exchange.convert import convert
-from pellucid.observe.explain import explain, explain_text
+from pellucid.observe.explain import explain
+from pellucid.observe.explain_text import explain_text
 from pellucid.observe.reader import Reader
 from pellucid.observe.trace import trace
 from pellucid.run import train

@@ -52,16 +52,22 @@ def explain(
         raise UserError("explain: give either --step N or --text \"...\"")
     place = _index(index, parameter)
 
-    from pellucid.observe import explain as explaining
+    from pellucid.observe.explain import explain as explain_recorded
+    from pellucid.observe.explain_text import explain_text
     from pellucid.observe.explain_view import render
 
     with progress() as shown:
+
+        def tell(result) -> None:
+            shown.close()
+            answer(result.as_dict(), as_json, lambda: render(result))
+
         if text is not None:
-            result = explaining.explain_text(run, text, parameter, place, label)
+            result = explain_text(run, text, parameter, place, label)
+            tell(result)
         else:
             replaying = lambda done, total: shown.stage("replaying from a checkpoint", done, total)
-            result = explaining.explain(run, step, parameter, place, on_progress=replaying)
-    answer(result.as_dict(), as_json, lambda: render(result))
+            result = explain_recorded(run, step, parameter, place, replaying, tell)
     if any(proof.holds is False for proof in result.proofs):
         raise typer.Exit(1)
 

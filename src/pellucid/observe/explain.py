@@ -2,13 +2,14 @@
 
 The step is replayed, explained by the optimizer's plain rule, and proven: the terms add up exactly, the gradient agrees
 with the chain rule by hand and with a finite difference, and what was recorded while training is what came out again.
-With a text instead of a step: what one real step on that sentence would do, and what the model predicts before and after.
+On a sentence instead of a step: explain_text.py.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.config import UserError, nearest
+from pellucid.config import UserError
 from pellucid.data.dataset import Batch
-from pellucid.data.labels import encode
+from pellucid.model.size import flops_per_token
+from pellucid.observe import theatre
 from pellucid.observe.columns import INDEX
 from pellucid.observe.observer import SilentObserver
-from pellucid.observe.proofs import ChainRule, finite_difference, fixed_choices
+from pellucid.observe.proofs import ChainRule, finite_difference, fixed_choices, gradients_of, objective
 from pellucid.observe.reader import Reader
 from pellucid.observe.replay import Replay, save_capsule, state_before
 from pellucid.observe.statistics import ParameterProbe
 from pellucid.training.optimizers import Update, explain_update, optimizer_parameters, update_settings
-from pellucid.training.step import StepResult, count_predictions, forward, idle_experts
-from pellucid.training.tasks import as_told
+from pellucid.training.step import StepResult, count_predictions, idle_experts
 
 AGREES = 1e-3  # relative difference below which two gradients are called equal
+MOST_PLAYED = 50_000_000  # parameters: they and their optimizer state are held twice while a step is explained and then played
+PLAYED_FLOPS = {"cpu": 1e11, "cuda": 1e13}  # of a step: its play takes some ten times that, and so is a matter of seconds
+PROOF_SECONDS = 2.0  # of a play, for finite differences
 RECORDED = ("weight_norm", "gradient_norm", "update_norm")
 WORDS = {
     "slope": "gradient, with L2 decay where the rule has it", "m": "first moment m", "v": "second moment v",
@@ -82,6 +86,7 @@ class Explanation:
     proofs: list[Proof] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
     loss_after: float | None = None
+    note: str | None = None  # what differs from the run's own steps
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,14 +120,16 @@ class _Catcher(SilentObserver):
 
 def explain(
     run_dir: str | Path, step: int, parameter: str | None = None, index: tuple[int, ...] | None = None, on_progress=None,
+    on_explained: Callable[[Explanation], None] = lambda explanation: None,
 ) -> Explanation:  # fmt: skip
     """Step number `step` (from 0) of a run. parameter: None takes the tensor with the largest gradient; index: None takes
-    its element that changed most. Writes the step's capsule, and its play. Raises UserError for what cannot be explained."""
+    its element that changed most. Writes the step's capsule; then, where that is a matter of seconds, its play, before
+    which `on_explained` is told. Raises UserError for what cannot be explained."""
     replay = state_before(run_dir, step, on_progress)
-    _check_name(replay, parameter)
-    _play(run_dir, replay)
-    batches = replay.micro_batches()
-    result, catcher, explanation = _explain(replay, batches, parameter, index)
+    check_name(replay, parameter)
+    batches, to_play = replay.micro_batches(), _may_be_played(run_dir, replay)
+    with theatre.kept(replay) if to_play else nullcontext():
+        result, catcher, explanation = explain_step(replay, batches, parameter, index)
     explanation.proofs.insert(0, _as_recorded(run_dir, step, catcher, result))
     update = catcher.update
     save_capsule(run_dir, step, {
@@ -131,42 +138,26 @@ def explain(
         **{f"term.{k}.{catcher.name}": v for k, v in update.terms.items()},
         "tokens": torch.cat([b.tokens_BT for b in batches]), "targets": torch.cat([b.targets_BT for b in batches]),
     }, {"step": step, "parameter": catcher.name, "clip_factor": result.clip_factor, "settings": explanation.settings})  # fmt: skip
+    on_explained(explanation)
+    if to_play:
+        with suppress(UserError):  # the explanation stands without it; `watch` says why a step cannot be played
+            theatre.save_theatre(run_dir, theatre.stage(replay, run_dir=run_dir, seconds=PROOF_SECONDS))
     return explanation
 
 
-def _play(run_dir: str | Path, replay: Replay) -> None:
-    """The same step for the dashboard's Network view, unless it is there, or predicts no tokens."""
-    from pellucid.observe import theatre  # which stands on this module
-
-    if replay.config.training.task == "language_modeling" and not theatre.theatre_path(run_dir, replay.step).is_file():
-        theatre.save_theatre(run_dir, theatre.stage(replay, run_dir=run_dir))
-
-
-def explain_text(
-    run_dir: str | Path, text: str, parameter: str | None = None, index: tuple[int, ...] | None = None,
-    label: str | None = None,
-) -> Explanation:  # fmt: skip
-    """One step on a sentence, from the run's newest checkpoint; the run itself is not changed.
-
-    label: of a run on labelled documents, what the text is: a class, or numbers with commas between them.
-    """
-    replay = state_before(run_dir, None)
-    _check_name(replay, parameter)
-    batch = _text_batch(replay, text)
-    batch.labels_BTK = _text_label(replay, label, batch)
-    before = _scores(replay, batch)
-    _, _, explanation = _explain(replay, [batch], parameter, index)
-    after = _scores(replay, batch)
-    if batch.labels_BTK is not None:
-        _add_answers(explanation, replay.model.config.head, label, text, before[-1], after[-1])
-        return explanation
-    targets = batch.targets_BT[0]
-    explanation.loss_after = torch.nn.functional.cross_entropy(after, targets).item()
-    explanation.predictions = _predictions(replay, batch, before.softmax(-1), after.softmax(-1))
-    return explanation
+def _may_be_played(run_dir: str | Path, replay: Replay) -> bool:
+    """For the dashboard's Network view: unless it is there, or predicts no tokens, or is too large or slow."""
+    config = replay.config
+    if config.training.task != "language_modeling" or theatre.theatre_path(run_dir, replay.step).is_file():
+        return False
+    tokens = config.training.batch_size * config.data.sequence_length
+    flops = tokens * flops_per_token(config.model, config.data.sequence_length)
+    most = PLAYED_FLOPS.get(replay.model.embedding.weight.device.type, PLAYED_FLOPS["cpu"])
+    return flops <= most and sum(p.numel() for p in replay.model.parameters()) <= MOST_PLAYED
 
 
-def _explain(replay: Replay, batches: list[Batch], parameter: str | None, index) -> tuple[StepResult, _Catcher, Explanation]:
+def explain_step(replay: Replay, batches: list[Batch], parameter: str | None, index) -> tuple[StepResult, _Catcher, Explanation]:
+    """Does the step that `replay` stands before, on these micro-batches, and explains it. Raises UserError if it was skipped."""
     step = replay.step
     start = {name: p.detach().clone() for name, p in replay.model.state_dict().items()}
     catcher = _Catcher(replay, parameter)
@@ -230,24 +221,26 @@ def _gradient_proofs(replay, start: dict, batches, catcher: _Catcher, place, cli
     model.load_state_dict(start)
     model.compute_dtype, model.parity = torch.float32, False
     weight = dict(model.named_parameters())[catcher.name]
-    rule = ChainRule(model, catcher.name)
+    rule, tokens = ChainRule(model, catcher.name), count_predictions(batches, settings)
     try:
         with fixed_choices(model) as rewind:
-            gradient = _autograd(model, batches, settings, weight)
+            gradients_of(model, batches, settings)
+            gradient = weight.grad.detach().clone()
+            model.zero_grad(set_to_none=True)
             by_hand = rule.element(place)
             rule.close()
 
-            def objective() -> float:
+            def again() -> float:
                 rewind()
-                return _objective(model, batches, settings)
+                return objective(model, batches, settings)
 
             scale = weight.detach().double().square().mean().sqrt().item()
             one = torch.zeros_like(weight)
             one[place] = 1.0
-            single, doubt = finite_difference(objective, weight, one, 0.2 * scale, count_predictions(batches, settings))
+            single, doubt = finite_difference(again, weight, one, 0.2 * scale, tokens)
             norm = gradient.double().norm().item()
             size = 0.01 * weight.double().norm().item()
-            along, doubt_along = finite_difference(objective, weight, gradient / norm, size, count_predictions(batches, settings))
+            along, doubt_along = finite_difference(again, weight, gradient / norm, size, tokens)
     finally:
         rule.close()
         model.load_state_dict(after)
@@ -268,29 +261,6 @@ def _agreement(claim: str, found: float | None, expected: float, doubt: float) -
     if doubt:
         detail += f"; the difference quotient is sure to {doubt:.1e}"
     return Proof(claim, difference <= AGREES * abs(expected) + doubt, detail)
-
-
-def _autograd(model, batches, settings, weight: Tensor) -> Tensor:
-    model.zero_grad(set_to_none=True)
-    result = StepResult(predictions=count_predictions(batches, settings))
-    for batch in batches:
-        forward(model, batch, settings, result, _NoClock(), SilentObserver()).backward()
-    gradient = weight.grad.detach().clone()
-    model.zero_grad(set_to_none=True)
-    return gradient
-
-
-def _objective(model, batches, settings) -> float:
-    """What the step minimises, summed in float64 where the parts allow."""
-    result = StepResult(predictions=count_predictions(batches, settings))
-    for batch in batches:
-        forward(model, batch, settings, result, _NoClock(), SilentObserver())
-    balance = settings.balance_loss_weight * result.balance_loss if settings.balance_loss != "none" else 0.0
-    return result.loss + result.z_loss + balance + settings.router_z_loss * result.router_z_loss
-
-
-class _NoClock:
-    def lap(self, phase: str) -> None: ...
 
 
 def _as_recorded(run_dir: str | Path, step: int, catcher: _Catcher, result: StepResult) -> Proof:
@@ -316,7 +286,7 @@ def _as_recorded(run_dir: str | Path, step: int, catcher: _Catcher, result: Step
 # ------------------------------------------------------------------------------------------------ choosing
 
 
-def _check_name(replay: Replay, parameter: str | None) -> None:
+def check_name(replay: Replay, parameter: str | None) -> None:
     names = [name for name, _ in replay.model.named_parameters()]
     if parameter is not None and parameter not in names:
         close = difflib.get_close_matches(parameter, names, n=1, cutoff=0.3)
@@ -336,70 +306,3 @@ def _place(update: Update, name: str, index: tuple[int, ...] | None) -> tuple[in
         wanted = ",".join(f"0..{size - 1}" for size in shape)
         raise UserError(f"--index {','.join(map(str, index))}: '{name}' has the shape {list(shape)}, give {wanted}")
     return tuple(index)
-
-
-# ---------------------------------------------------------------------------------------------------- text
-
-
-def _text_batch(replay: Replay, text: str) -> Batch:
-    tokenizer = replay.dataset.tokenizer
-    tokens = [tokenizer.eos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id]
-    most = replay.config.model.max_position_embeddings
-    if len(tokens) < 3 or len(tokens) > most:
-        raise UserError(f"--text: {len(tokens) - 2} tokens; give between 1 and {most - 2}")
-    row = torch.tensor([tokens], device=replay.model.embedding.weight.device)
-    ones = torch.ones(1, len(tokens) - 1, dtype=torch.int32, device=row.device)
-    positions = torch.arange(len(tokens) - 1, dtype=torch.int32, device=row.device)[None]
-    zero = torch.zeros(1, dtype=torch.int64, device=row.device)
-    return Batch(row[:, :-1], row[:, 1:], ones, positions, zero, zero)
-
-
-def _text_label(replay: Replay, label: str | None, batch: Batch) -> Tensor | None:
-    """[1, T, K]: the label at the last token; None for language modelling. Raises UserError."""
-    head = replay.model.config.head
-    if (head is None) != (label is None):
-        raise UserError("--label: this run predicts the next token; leave it out" if head is None else
-                        "--text: this run labels documents; say what this text is, with --label")  # fmt: skip
-    if head is None:
-        return None
-    kind, known = ("number", label) if head.problem_type == "regression" else ("category", label)
-    if kind == "number":
-        try:
-            known = json.dumps([float(part) for part in label.split(",")])
-        except ValueError:
-            raise UserError(f"--label {label}: not a number (several: with commas)") from None
-    elif label not in head.labels:
-        raise UserError(f"--label {label}: the run knows no such class{nearest(label, head.labels)}")
-    labels_BTK = torch.full((*batch.tokens_BT.shape, len(head.labels) if kind == "number" else 1), torch.nan)
-    labels_BTK[0, -1] = torch.from_numpy(encode([known], kind, head.labels, head.mean, head.std))[0]
-    return labels_BTK.to(batch.tokens_BT.device)
-
-
-def _add_answers(explanation: Explanation, head: Any, label: str, text: str, before: Tensor, after: Tensor) -> None:
-    """What the head said of the text, before and after the step."""
-    if head.problem_type == "regression":
-        told = [as_told(head, outputs.cpu().numpy()[None])[0].tolist() for outputs in (before, after)]
-        for k, name in enumerate(head.labels):
-            explanation.lines += [(f"{name}, predicted before the step", told[0][k]), (f"{name}, predicted after it", told[1][k])]
-        return
-    before, after, at = before.softmax(-1), after.softmax(-1), head.labels.index(label)
-    explanation.loss_after = -after[at].log().item()
-    choices = (head.labels[int(chances.argmax())] for chances in (before, after))
-    explanation.predictions = [Prediction(text[-40:], label, before[at].item(), after[at].item(), *choices)]
-
-
-@torch.no_grad()
-def _scores(replay: Replay, batch: Batch) -> Tensor:
-    return replay.model(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)[0]
-
-
-def _predictions(replay: Replay, batch: Batch, before: Tensor, after: Tensor) -> list[Prediction]:
-    decode = replay.dataset.tokenizer.decode
-    tokens, targets = batch.tokens_BT[0].tolist(), batch.targets_BT[0].tolist()
-    eos = replay.dataset.tokenizer.eos_token_id
-    show = lambda token: "(end)" if token == eos else decode([token])
-    return [
-        Prediction(decode([t for t in tokens[max(1, n - 9) : n + 1]]), show(target), before[n, target].item(),
-                   after[n, target].item(), show(int(before[n].argmax())), show(int(after[n].argmax())))
-        for n, target in enumerate(targets)
-    ]  # fmt: skip

@@ -20,6 +20,7 @@ def render(explanation: Explanation) -> Group:
         Text(f"loss {e.loss:.6g}" + (f" -> {e.loss_after:.6g} after this one step" if e.loss_after is not None else "")
              + f"; gradient norm of the whole model {e.gradient_norm:.6g}, clip factor {e.clip_factor:.6g}"),
         Text(", ".join(f"{name} {value}" for name, value in e.settings.items()), style="dim"),
+        *([Text(e.note)] if e.note else []),
         _numbers(e),
         _proofs(e.proofs),
     ]  # fmt: skip

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pellucid.config import TrainingConfig
 from pellucid.model.grok import Grok1
 from pellucid.model.layers import RMSNorm
 from pellucid.model.moe import MoE, Routing
+from pellucid.observe.observer import SilentObserver
+from pellucid.training.step import StepResult, count_predictions, forward
 
 FLOAT32_NOISE = 2.5e-7  # of one token's loss, relative: some units in the last place
 MOST_SIZES, SURE = 5, 1e-4  # of finite differences
@@ -86,6 +89,29 @@ def _gelu_slope(z: Tensor) -> Tensor:
     a, b = math.sqrt(2 / math.pi), 0.044715
     t = torch.tanh(a * (z + b * z**3))
     return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * a * (1 + 3 * b * z * z)
+
+
+def gradients_of(model: Grok1, batches: list[Any], settings: TrainingConfig) -> StepResult:
+    """Leaves the step's whole gradient, before clipping, in the parameters; returns its losses."""
+    model.zero_grad(set_to_none=True)
+    result = StepResult(predictions=count_predictions(batches, settings))
+    for batch in batches:
+        forward(model, batch, settings, result, _NoClock(), SilentObserver()).backward()
+    return result
+
+
+@torch.no_grad()
+def objective(model: Grok1, batches: list[Any], settings: TrainingConfig) -> float:
+    """What the step minimises, summed in float64 where the parts allow."""
+    result = StepResult(predictions=count_predictions(batches, settings))
+    for batch in batches:
+        forward(model, batch, settings, result, _NoClock(), SilentObserver())
+    balance = settings.balance_loss_weight * result.balance_loss if settings.balance_loss != "none" else 0.0
+    return result.loss + result.z_loss + balance + settings.router_z_loss * result.router_z_loss
+
+
+class _NoClock:
+    def lap(self, phase: str) -> None: ...
 
 
 @contextmanager

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.observe.explain import _NoClock, _objective
-from pellucid.observe.observer import SilentObserver
-from pellucid.observe.proofs import ChainRule, finite_difference, fixed_choices
+from pellucid.observe.proofs import ChainRule, finite_difference, fixed_choices, gradients_of, objective
 from pellucid.observe.replay import Replay
 from pellucid.training.losses import IGNORE
 from pellucid.training.optimizers import Update
-from pellucid.training.step import StepResult, count_predictions, forward
+from pellucid.training.step import count_predictions
 
 
 @dataclass
@@ -111,10 +109,7 @@ def prove_edges(
     parameters = dict(model.named_parameters())
     try:
         with fixed_choices(model) as rewind:
-            model.zero_grad(set_to_none=True)
-            result = StepResult(predictions=tokens)
-            for batch in batches:
-                forward(model, batch, settings, result, _NoClock(), SilentObserver()).backward()
+            gradients_of(model, batches, settings)
             for rule in [tied, *rules.values()]:
                 rule.close()
             for edge in edges:
@@ -123,12 +118,11 @@ def prove_edges(
                 edge.by_hand = rule.element(edge.index) if rule else tied.element(edge.index, batches, tokens)
             model.zero_grad(set_to_none=True)
 
-            def objective() -> float:
+            def again() -> float:
                 rewind()
-                with torch.no_grad():
-                    return _objective(model, batches, settings)
+                return objective(model, batches, settings)
 
-            _differences(edges, parameters, objective, tokens, tell, seconds)
+            _differences(edges, parameters, again, tokens, tell, seconds)
     finally:
         model.compute_dtype, model.parity = dtype, parity
 

@@ -99,7 +99,7 @@ def stage(
     micro, batch = row // size, batches[row // size]
     window, own = slice(first_of_window(batch, row % size, focus), focus + 1), slice(row % size, row % size + 1)
     held_out = _held_out(replay)
-    with _kept(replay) as start:
+    with kept(replay) as start:
         passage = Passage(model, row % size)
         recorder = _Recorder(replay, passage, micro, window, batches)
         try:
@@ -113,6 +113,7 @@ def stage(
         proofs = _whole_proofs(replay, result, run_dir)
         replay.model.load_state_dict(start)
         prove_edges(replay, batches, recorder.edges, tell, seconds)
+    predicted_BT = torch.cat([batch.targets_BT for batch in batches]).cpu() != IGNORE
     play = {
         "version": VERSION, "step": step, "row": row, "position": focus, "window": [window.start, window.stop],
         "document": _document(replay, row, focus), "tokens": _tokens(replay, batch, row % size, window),
@@ -123,7 +124,8 @@ def stage(
         "step_result": {"loss": result.loss, "tokens": result.tokens, "gradient_norm": result.grad_norm,
                         "clip_factor": result.clip_factor, "gradient_clip": replay.config.training.gradient_clip,
                         "learning_rate": result.learning_rate, "balance_loss": result.balance_loss},
-        "losses": {"batch": [_mean(losses_BT), _mean(after_BT)], "row": [_mean(losses_BT[row]), _mean(after_BT[row])],
+        "losses": {"batch": _means(losses_BT, after_BT, predicted_BT),
+                   "row": _means(losses_BT[row], after_BT[row], predicted_BT[row]),
                    "held_out": [held_out["before"], held_out["after"]], "held_out_rows": held_out["rows"],
                    "tokens": [losses_BT[row, window].tolist(), after_BT[row, window].tolist()]},
     }  # fmt: skip
@@ -311,9 +313,9 @@ def _held_out(replay: Replay) -> dict[str, Any]:
     return {"before": loss, "rows": min(HELD_OUT_ROWS, len(split))}
 
 
-def _mean(losses: Tensor) -> float:
-    """Over the tokens that are predicted; a loss of exactly 0 would be certainty."""
-    return losses[losses != 0].double().mean().item()
+def _means(losses_BT: Tensor, after_BT: Tensor, predicted_BT: Tensor) -> list[float]:
+    """Before and after the step, over the tokens that are predicted (a loss of exactly 0 is certainty)."""
+    return [losses[predicted_BT].double().mean().item() for losses in (losses_BT, after_BT)]
 
 
 def _after(play: dict[str, Any], after_WV: Tensor) -> None:
@@ -371,7 +373,7 @@ def _document(replay: Replay, row: int, focus: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _kept(replay: Replay) -> Iterator[dict[str, Tensor]]:
+def kept(replay: Replay) -> Iterator[dict[str, Tensor]]:
     """Weights, optimizer state and step number as they were, again at the end; yields the weights."""
     model, optimizer, step = replay.model, replay.optimizer, replay.step
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -104,17 +104,21 @@ class Plays:
             if not self.making or "problem" in self.making:
                 self.making = {"step": step, "phase": "opening the run", "done": 0, "total": 1}
                 command = [sys.executable, "-P", "-m", "pellucid.observe.theatre", str(self.run_dir), str(step)]
-                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
                 threading.Thread(target=self._follow, args=(process, step), daemon=True).start()
         return self.making
 
     def _follow(self, process: subprocess.Popen, step: int) -> None:
-        told: dict[str, Any] = {}
+        """What the process says: a JSON object a line; anything else is a library's, and told only if the process fails."""
+        told, last_words = {}, "the process ended"
         for line in process.stdout:
-            told = json.loads(line)
+            try:
+                told = dict(json.loads(line))
+            except (ValueError, TypeError):
+                last_words = line.strip() or last_words
+                continue
             if "phase" in told:
                 self.making = {"step": step, **told}
-        last_words = process.stderr.read().strip().splitlines()
         process.wait()
-        problem = told.get("problem") or (None if "ready" in told else last_words[-1] if last_words else "the process ended")
+        problem = told.get("problem") or (None if "ready" in told else last_words)
         self.making = {"step": step, "problem": problem} if problem else None
