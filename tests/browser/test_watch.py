@@ -19,9 +19,10 @@ import pytest
 from pellucid.config import UserError
 from pellucid.observe.reader import Reader
 from pellucid.observe.store import Record, Row, Stat, Writer
-from pellucid.observe.web import feed as feeds_module
+from pellucid.observe.terminal import summarize
 from pellucid.observe.web import server
 from pellucid.observe.web.feed import Feed, answer
+from pellucid.observe.web.report import _questions
 
 from_cli = "from pellucid.cli import main; main()"
 
@@ -165,14 +166,55 @@ def test_a_network_file_system_is_looked_at_seldom_and_said(tmp_path, monkeypatc
     assert "network file system: looked at every 2 seconds" in capsys.readouterr().err
 
 
+def damage(path, kept: int):
+    content = bytearray(path.read_bytes())
+    content[kept:] = os.urandom(len(content) - kept)
+    path.write_bytes(content)
+
+
 def test_a_damaged_database_is_one_sentence(tmp_path):
     make_run(tmp_path / "run", 400).close()
-    path = tmp_path / "run" / "run.sqlite"
-    content = bytearray(path.read_bytes())
-    content[16384:] = os.urandom(len(content) - 16384)  # all but the first page
-    path.write_bytes(content)
+    damage(tmp_path / "run" / "run.sqlite", 16384)  # all but the first page
     problem = Feed(tmp_path / "run").pulse()["problem"]
     assert problem and "\n" not in problem and str(tmp_path / "run") in problem
+    summary = summarize(tmp_path / "run")
+    assert summary.step is None and str(tmp_path / "run") in summary.state
+
+
+def test_what_is_damaged_later_is_one_sentence_in_the_report_and_leaves_the_other_runs_on_the_page(tmp_path):
+    """The page that is asked for first is whole: the feed opens, and fails at a later question."""
+    make_run(tmp_path / "well", 9).close()
+    make_run(tmp_path / "run", 400).close()
+    feed = Feed(tmp_path / "run")
+    broken = sqlite3.DatabaseError("database disk image is malformed")
+    broken.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+
+    class Broken:
+        def execute(self, query, *rest):
+            if "FROM hist" in query or "FROM event WHERE id" in query:
+                raise broken
+            return whole.execute(query, *rest)
+
+        def close(self):
+            whole.close()
+
+    whole, feed.reader._run = feed.reader._run, Broken()
+    described = json.loads(answer([feed, Feed(tmp_path / "well")], "runs", {})[0])
+    assert "damaged" in described[0]["problem"] and described[1]["problem"] is None and described[1]["latest"] == 8
+    with pytest.raises(UserError, match=r"run\.sqlite: the telemetry file is damaged"):
+        list(_questions(feed))
+
+
+def test_a_run_begun_anew_shows_its_own_data_and_experts(tmp_path):
+    make_run(tmp_path / "run", 3).close()
+    feed = Feed(tmp_path / "run")
+    river = feed.river
+    feed._preferences = (3, {"of": "the run before"})
+    assert feed.pulse()["step"] == 2 and feed.river is river
+    shutil.rmtree(tmp_path / "run")
+    make_run(tmp_path / "run", 2).close()
+    assert feed.pulse()["step"] == 1
+    assert feed.river is not river and feed._preferences == (None, {})
 
 
 def test_a_run_begun_anew_in_the_same_place_is_opened_anew(tmp_path):
@@ -264,4 +306,3 @@ def test_questions_that_make_no_sense_are_answered_with_a_sentence(feeds):
         with pytest.raises(UserError) as raised:
             answer(feeds, path, query)
         assert "\n" not in str(raised.value)
-    assert feeds_module.explain_error(feeds[0].directory, sqlite3.OperationalError("locked")).count("\n") == 0

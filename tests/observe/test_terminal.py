@@ -13,8 +13,7 @@ from pellucid.observe.terminal import BARS, summarize, watch_terminal
 
 
 def write_run(folder, losses, max_steps=None, events=()) -> Writer:
-    config = {"training": {"max_steps": max_steps, "batch_size": 2}, "data": {"sequence_length": 8}}
-    writer = Writer(folder, meta={"config": config})
+    writer = Writer(folder, meta={"max_steps": max_steps})
     for stream, rows, stats in (("run", 1, RUN), ("param", 2, PARAM), ("router", 4, ROUTER), ("layer", 1, LAYER)):
         writer.define(stream, [Row(f"{stream}{i}") for i in range(rows)], stats, row_is="x")
     for step, loss in enumerate(losses):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +33,20 @@ def is_missing(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, dtype="<f4").view("<u4") == MISSING_BITS
 
 
+def explain_error(path: Path, error: sqlite3.Error) -> str:
+    """One sentence about telemetry that cannot be read now."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without its extension
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return f"{path}: the telemetry is busy ({error}); try again in a moment"
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return f"{path}: the telemetry file is damaged ({error}); what the run learnt is in its checkpoints and model"
+    return f"{path}: cannot be read ({error})"
+
+
 class Reader:
-    """Read-only view of a run, alive or ended. Safe to share between threads."""
+    """Read-only view of a run, alive or ended. Safe to share between threads.
+
+    Raises UserError, whatever is asked, where the file is damaged or locked for long."""
 
     def __init__(self, run_dir: str | Path):
         """`run_dir` is a run's folder or its run.sqlite. Raises UserError if there is none."""
@@ -57,9 +71,18 @@ class Reader:
                 problem = error
         raise UserError(f"{self.path}: cannot be read as telemetry ({problem})")
 
-    def _all(self, query: str, parameters: tuple = ()) -> list[sqlite3.Row]:
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """One reader at a time; what SQLite cannot do becomes one sentence."""
         with self._lock:
-            return self._run.execute(query, parameters).fetchall()
+            try:
+                yield self._run
+            except sqlite3.Error as error:
+                raise UserError(explain_error(self.path, error)) from None
+
+    def _all(self, query: str, parameters: tuple = ()) -> list[sqlite3.Row]:
+        with self._reading() as run:
+            return run.execute(query, parameters).fetchall()
 
     def _shape(self, stream: str) -> tuple[int, int]:
         found = self._all("SELECT rows, columns FROM stream WHERE name = ?", (stream,))
@@ -137,8 +160,8 @@ class Reader:
 
     def _open_bucket(self, stream: str, level: int, newest: int, rows: int, columns: int) -> np.ndarray:
         """The bucket of `newest`: what is closed below it, and the open bucket below it."""
-        with self._lock:
-            closed = gather_rollup(self._run, stream, level, newest // FAN**level, rows, columns)
+        with self._reading() as run:
+            closed = gather_rollup(run, stream, level, newest // FAN**level, rows, columns)
         if level == 1:
             return closed
         below = self._open_bucket(stream, level - 1, newest, rows, columns)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -77,7 +76,10 @@ def summarize(run_dir: str | Path) -> Summary:
     except UserError as error:
         return Summary(name, "no telemetry yet" if folder.is_dir() else str(error))
     with reader:
-        return _read(reader, name, folder)
+        try:
+            return _read(reader, name, folder)
+        except UserError as error:  # a damaged file; the other runs stay on the screen
+            return Summary(name, str(error))
 
 
 def _read(run: Reader, name: str, folder: Path) -> Summary:
@@ -88,7 +90,7 @@ def _read(run: Reader, name: str, folder: Path) -> Summary:
     missing = is_missing(values)
     numbers = {s["name"]: float(values[s["id"]]) for s in run.stats("run") if not missing[s["id"]]}
     written = run.query("SELECT time FROM frame WHERE stream = 'run' AND step = ?", (step,))[0]["time"]
-    summary = Summary(name, "", step, _max_steps(run.meta.get("config", {})), numbers, _trend(run, step))
+    summary = Summary(name, "", step, run.meta.get("max_steps"), numbers, _trend(run, step))
     summary.state = _state(summary, folder, time.time() - written)
     summary.held_out = _last(run, "evaluation", "loss", "max")
     summary.update_ratio = _last(run, "param", "update_ratio", "last")
@@ -105,14 +107,6 @@ def _state(summary: Summary, folder: Path, silent: float) -> str:
     if silent < max(SILENT, 5 * summary.numbers.get("step_seconds", 0.0)):
         return "training"
     return f"silent for {_duration(silent)}"
-
-
-def _max_steps(config: dict[str, Any]) -> int | None:
-    """Steps of the whole run, where the settings alone tell."""
-    training = config.get("training", {})
-    if training.get("max_tokens"):
-        return -(-training["max_tokens"] // (training["batch_size"] * config["data"]["sequence_length"]))
-    return training.get("max_steps")
 
 
 def _last(run: Reader, stream: str, stat: str, how: str) -> float | None:

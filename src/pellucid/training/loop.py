@@ -22,7 +22,7 @@ from pellucid.training.evaluate import split_batches
 from pellucid.training.interrupt import StopRequest
 from pellucid.training.optimizers import load_optimizer_state, optimizer_state
 from pellucid.training.progress import Quiet
-from pellucid.training.schedules import learning_rate_factor
+from pellucid.training.schedules import budget_in_steps, learning_rate_factor
 from pellucid.training.step import StepResult, training_step
 from pellucid.training.tasks import TASKS
 
@@ -171,22 +171,6 @@ class Loop:
             f"none of these steps was applied and the last good state is saved in {self.checkpoints}; "
             "lower optimizer.learning_rate or look at the data of these steps (pellucid trace)"
         )
-
-
-def budget_in_steps(config: Config, train_split: Any) -> int:
-    """Steps that spend the budget given in steps, tokens (rows * sequence_length) or epochs. Raises UserError: more than there are."""
-    settings = config.training
-    if settings.max_steps is not None:
-        steps = settings.max_steps
-    elif settings.max_tokens is not None:
-        steps = math.ceil(settings.max_tokens / (settings.batch_size * config.data.sequence_length))
-    else:
-        steps = math.ceil(settings.max_epochs * train_split.rows_per_epoch / settings.batch_size)
-    most = train_split.steps_in_all(settings.batch_size)
-    if most is not None and steps > most:
-        raise UserError(f"data.sources: with their epochs there is text for {most:,} steps, and the run asks for {steps:,}; set "
-                        f"training.max_steps = {most}, or let one source have more epochs")
-    return steps
 
 
 def decisive_settings(config: Config, dataset: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Learning rate over time, as a factor on the peak: a pure function of the step, so nothing is to be saved.
+"""How long a run is, and its learning rate over time: pure functions of the settings and the step, so nothing is to be saved.
 
 Sources: cosine, Loshchilov & Hutter 2017 (arXiv 1608.03983); inverse square root, Vaswani et al. 2017 (1706.03762);
 wsd, warm-up, stable, decay: Hu et al. 2024 (2404.06395), with the 1 - sqrt decay of Hägele et al. 2024 (2405.18392).
@@ -7,8 +7,25 @@ wsd, warm-up, stable, decay: Hu et al. 2024 (2404.06395), with the 1 - sqrt deca
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from pellucid.config import ScheduleConfig
+from pellucid.config import Config, ScheduleConfig, UserError
+
+
+def budget_in_steps(config: Config, train_split: Any) -> int:
+    """Steps that spend the budget given in steps, tokens (rows * sequence_length) or epochs. Raises UserError: more than there are."""
+    settings = config.training
+    if settings.max_steps is not None:
+        steps = settings.max_steps
+    elif settings.max_tokens is not None:
+        steps = math.ceil(settings.max_tokens / (settings.batch_size * config.data.sequence_length))
+    else:
+        steps = math.ceil(settings.max_epochs * train_split.rows_per_epoch / settings.batch_size)
+    most = train_split.steps_in_all(settings.batch_size)
+    if most is not None and steps > most:
+        raise UserError(f"data.sources: with their epochs there is text for {most:,} steps, and the run asks for {steps:,}; set "
+                        f"training.max_steps = {most}, or let one source have more epochs")
+    return steps
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:

@@ -1,7 +1,8 @@
 """One training step, the heart of picture 1: forward pass -> loss -> backward pass -> clipping -> parameter update.
 
-A batch may come in micro-batches: each is weighted by its share of the step's real tokens, so that their gradients
-add up to those of one big batch. (The balance losses are not linear in the tokens: they balance each micro-batch.)
+A batch may come in micro-batches: each is weighted by its share of the step's predictions (tokens, or labelled
+documents), so that their gradients add up to those of one big batch. (The balance losses, weighted alike, are not linear
+in the tokens: they balance each micro-batch.)
 What is predicted, and its loss, is the task's (see tasks.py); all else is the same for every task.
 A step whose loss or gradient is not finite changes nothing. Letters: N tokens, L layers, E experts.
 """

@@ -80,6 +80,8 @@ def _pack(feed: Feed, room: int, progress: Callable[[str, int, int, str], None])
 def _questions(feed: Feed) -> Iterator[tuple[str, float]]:
     """(question, its weight when room is shared out): what the page asks while its views are opened."""
     facts = feed.describe()
+    if facts["problem"]:
+        raise UserError(facts["problem"])
     yield from ((name, 0.1) for name in ("runs", "events?run=0", "rules?run=0", "river?run=0", "samples?run=0",
                                             "preferences?run=0"))
     streams = sorted((name for name in facts["streams"] if name != "param"), key=lambda name: (name != "run", name))
