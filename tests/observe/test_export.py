@@ -2,7 +2,8 @@
 
 import json
 import math
-import struct
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -54,37 +55,17 @@ def test_mlflow_reads_back_every_scalar(run_dir, tmp_path, expected):
         assert history == {step: value for (n, step), value in expected.items() if n == name}
 
 
-def log_records(data: bytes):
-    """Records of a LevelDB log (what a .wandb file is): blocks of 32 KiB, each piece with checksum, length and kind."""
-    at, pieces = 7, b""  # after the file's own header
-    while at + 7 <= len(data):
-        room = 32768 - at % 32768
-        if room < 7:
-            at += room
-            continue
-        _, length, kind = struct.unpack_from("<LHB", data, at)
-        pieces += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield pieces
-            pieces = b""
-
-
-def test_wandb_offline_file_reads_back_every_step(run_dir, tmp_path, expected):
+def test_wandb_reads_back_every_scalar_from_the_offline_run(run_dir, tmp_path, expected):
+    """`wandb leet inspect`: the reader that comes with wandb 0.31 and later."""
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-
-    folder = export(run_dir, "wandb", tmp_path / "wb")
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    found: dict[int, float] = {}
-    for data in log_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            if "run/loss" in items:
-                found[int(record.history.step.num)] = items["run/loss"]
-    assert found == {step: pytest.approx(value) for (n, step), value in expected.items() if n == "run/loss"}
+    (path,) = export(run_dir, "wandb", tmp_path / "wb").glob("wandb/offline-run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    records = [record for record in map(json.loads, said.splitlines()) if record["type"] == "history"]
+    items = [(int(r["history"]["step"]["num"]), r["history"]["item"]) for r in records]
+    found = {(name, step): float(value) for step, item in items for name, value in item.items() if name[0] != "_"}
+    assert found.keys() == expected.keys()
+    assert all(found[k] == v or (math.isnan(v) and math.isnan(found[k])) for k, v in expected.items())
 
 
 def test_parquet_holds_everything_with_nulls_where_nothing_was_measured(run_dir, tmp_path):
