@@ -9,13 +9,13 @@ import torch
 
 from pellucid.measure.bigram import bigram_loss
 from pellucid.measure.documents import answer, told
-from pellucid.model.generate import generate
 from pellucid.model.size import parameter_counts
+from pellucid.observe.writing import continued, prompt_of
 from pellucid.training.loop import Loop
 from pellucid.training.progress import Quiet
 
 BIGRAM_TOKENS = 20_000_000  # beyond this the baseline would cost more than a glance
-SAMPLE_PROMPT_LINES, SAMPLE_PROMPT_CHARACTERS, SAMPLE_TOKENS = 3, 200, 100
+SAMPLE_TOKENS = 100
 SAMPLE_DOCUMENTS, EXCERPT = 3, 60
 
 
@@ -53,20 +53,18 @@ def _labels(loop: Loop) -> str:
 
 def show_sample(progress: Quiet, when: str, loop: Loop) -> None:
     """Some of the model's own work on held-out text, so that learning can be read."""
-    split = loop.dataset.validation or loop.dataset.train
-    prompt, text = _labelled(loop, split) if loop.dataset.labels else _continued(loop, split)
+    prompt, text = _labelled(loop) if loop.dataset.labels else _continued(loop)
     progress.say(f"\n--- {when} ---\n{prompt}|{text}\n---\n" if not loop.dataset.labels else f"\n--- {when} ---\n{text}\n---\n")
     loop.observer.text_sample(loop.counters.step, prompt, text)
 
 
-def _continued(loop: Loop, split) -> tuple[str, str]:
-    lines = split.document(0)["text"].splitlines(keepends=True)
-    prompt = "".join(lines[len(lines) // 3 :][:SAMPLE_PROMPT_LINES])[:SAMPLE_PROMPT_CHARACTERS]
-    tokens = generate(loop.model, loop.dataset.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
-    return prompt, "".join(tokens)
+def _continued(loop: Loop) -> tuple[str, str]:
+    prompt = prompt_of(loop.dataset)
+    return prompt, continued(loop.model, loop.dataset.tokenizer, prompt, SAMPLE_TOKENS)
 
 
-def _labelled(loop: Loop, split) -> tuple[str, str]:
+def _labelled(loop: Loop) -> tuple[str, str]:
+    split = loop.dataset.validation or loop.dataset.train
     documents = [split.document(n) for n in range(min(SAMPLE_DOCUMENTS, len(split.labels)))]
     outputs_MK, _ = answer(loop.model, loop.dataset.tokenizer, [document["text"] for document in documents])
     lines = []

@@ -90,6 +90,7 @@ class ObserveConfig(Section):
 
     enabled: bool = True
     budget: float = Field(0.02, gt=0, le=1, description="share of step time that observation may take")
+    samples: bool = Field(True, description="at each evaluation the model continues a held-out text, to be read in the dashboard")
     plays: int = Field(1, ge=0, description="steps replayed in detail after training, at the last checkpoints before its end")
     export: list[Literal["tensorboard", "wandb", "mlflow", "parquet"]] = Field(
         default_factory=list, description="written to RUN/export/ for these tools when training ends")

@@ -7,7 +7,6 @@ zoom, a window's minimum, maximum and count of non-finite values are exact: they
 from __future__ import annotations
 
 import json
-import sqlite3
 import threading
 import time
 import tomllib
@@ -28,6 +27,7 @@ from pellucid.observe.web.river import River
 from pellucid.training.checkpoint import saved_steps
 
 COLUMNS = 2048  # the most columns of a window
+TEXTS = 40  # the most texts of the model listed
 READ_BYTES = 200e6  # the most read for one window; beyond it a coarser rollup is taken
 JSON_TYPE, BINARY_TYPE = "application/json", "application/octet-stream"
 
@@ -45,7 +45,8 @@ class Feed:
         self.problem: str | None = None
         self._reader: Reader | None = None
         self._file: tuple[int, int] | None = None  # which file the reader has open
-        self._preferring, self._preferences = threading.Lock(), (None, {})
+        self._preferring = threading.Lock()
+        self._preferences: tuple[int | None, dict] = (None, {})
         self.open()
 
     def open(self) -> Reader | None:
@@ -73,9 +74,9 @@ class Feed:
             return None
         try:
             version, latest = reader.meta.get("schema_version"), reader.latest_step()
-        except sqlite3.DatabaseError as error:
+        except UserError as error:
             reader.close()
-            self.problem = f"{self.directory}: the telemetry file is damaged ({error})"
+            self.problem = str(error)
             return None
         if version is not None and version > SCHEMA_VERSION:
             reader.close()
@@ -86,6 +87,8 @@ class Feed:
             self.problem = f"{self.directory}: no step is recorded yet; this page begins with the first one"
             return None
         self._reader, self._file, self.problem = reader, (found.st_dev, found.st_ino), None
+        self.__dict__.pop("river", None)  # of the run that was here before
+        self._preferences = (None, {})
         return self._reader
 
     def _close(self) -> None:
@@ -111,8 +114,8 @@ class Feed:
                 return {"step": None, "event": 0, "files": files, "problem": self.problem}
             newest = self.reader.query("SELECT (SELECT max(step) FROM frame WHERE stream = 'run') AS step, "
                                        "(SELECT coalesce(max(id), 0) FROM event) AS event")[0]  # fmt: skip
-        except (sqlite3.Error, UserError) as error:
-            return {"step": None, "event": 0, "files": files, "problem": explain_error(self.directory, error)}
+        except UserError as error:
+            return {"step": None, "event": 0, "files": files, "problem": str(error)}
         return {**newest, "files": files, "problem": None}
 
     @property
@@ -146,15 +149,19 @@ class Feed:
         facts = {"name": self.directory.resolve().name, "config": self.config, "manifest": self.manifest}
         facts["finished"] = self.finished
         facts["network"] = is_network(self.directory)
-        if self.open() is None:
-            return {**facts, "problem": self.problem, "streams": {}, "capsules": [], "latest": None}
+        try:
+            return {**facts, **self._axes()}
+        except UserError as error:  # one run that cannot be read leaves the others on the page
+            return {**facts, "problem": str(error), "streams": {}, "capsules": [], "latest": None}
+
+    def _axes(self) -> dict[str, Any]:
         reader = self.reader
         streams = {name: {**about, "rows": reader.rows(name), "stats": reader.stats(name)}
                    for name, about in reader.streams().items()}  # fmt: skip
         newest = reader.query(
             "SELECT max(step) AS step, max(time) AS time, min(time) AS began FROM frame WHERE stream = 'run'"
         )[0]
-        return {**facts, "problem": None, "streams": streams, "meta": reader.meta, "latest": newest["step"],
+        return {"problem": None, "streams": streams, "meta": reader.meta, "latest": newest["step"],
                 "age": time.time() - newest["time"], "began": newest["began"], "capsules": reader.capsules(),
                 "histograms": reader.query("SELECT count(*) AS n FROM hist")[0]["n"]}  # fmt: skip
 
@@ -245,7 +252,9 @@ class Feed:
         return self._preferences[1]
 
     def _texts(self) -> list[dict[str, Any]]:
-        return self.reader.query("SELECT step, subject AS prompt, text FROM event WHERE rule = 'text_sample' ORDER BY id")
+        """At most TEXTS of them, evenly over the run: the first and the last among them."""
+        found = self.reader.query("SELECT step, subject AS prompt, text FROM event WHERE rule = 'text_sample' ORDER BY id")
+        return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, min(TEXTS, len(found))).round().astype(int))]
 
 
 def pack(header: dict[str, Any], steps: np.ndarray, parts: np.ndarray) -> bytes:
@@ -257,10 +266,10 @@ def pack(header: dict[str, Any], steps: np.ndarray, parts: np.ndarray) -> bytes:
 
 def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[bytes, str]:
     """(body, media type) of one question of the page. Raises UserError with the sentence to show."""
-    if path == "runs":
-        return _json([feed.describe() for feed in feeds])
     feed = feeds[_number(query, "run", len(feeds))]
     try:
+        if path == "runs":
+            return _json([feed.describe() for feed in feeds])
         if path == "window":
             until = int(query["until"]) if "until" in query else None
             span = int(query["span"]) if "span" in query else None
@@ -290,18 +299,7 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
             return _json(feed.river.document(query["split"], int(query["index"]), feed.config, feed.pulse()["step"]))
     except (KeyError, ValueError) as error:
         raise UserError(f"/api/{path}: cannot read the question ({error})") from None
-    except sqlite3.Error as error:
-        raise UserError(explain_error(feed.directory, error)) from None
     raise UserError(f"/api/{path}: no such question")
-
-
-def explain_error(directory: Path, error: Exception) -> str:
-    """One sentence about telemetry that cannot be read now."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, sqlite3.OperationalError):
-        return f"{directory}: the telemetry is busy ({error}); what is shown is the last that was read, and it is tried again"
-    return f"{directory}: the telemetry file is damaged ({error}); what can be read of it is shown"
 
 
 def _number(query: dict[str, str], name: str, size: int) -> int:

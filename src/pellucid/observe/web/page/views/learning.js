@@ -62,7 +62,7 @@ function Epochs({ run, index, step }) {
   const river = useAnswer(`river?run=${index}`).data;
   const rows = river?.splits?.train?.packing?.rows, batch = run.config?.training?.batch_size;
   if (!rows || !batch) return null;
-  const seen = ((step + 1) * batch) / rows, total = run.config?.training?.max_steps ? (run.config.training.max_steps * batch) / rows : seen;
+  const seen = ((step + 1) * batch) / rows, total = run.meta?.max_steps ? (run.meta.max_steps * batch) / rows : seen;
   return html`<p class="epochs"><span>After step ${step} the model has read ${number(seen)} epochs: ${count((step + 1) * batch)} of ${count(rows)} rows${seen > 1 ? ", each more than once" : ""}.</span>
     <progress max=${Math.max(1, total)} value=${Math.min(seen, Math.max(1, total))} aria-label="epochs read"></progress></p>`;
 }
@@ -132,8 +132,9 @@ function Samples({ index, step }) {
       ${row ? html`<label>kept row of <select value=${at ?? rows.length - 1} onChange=${(e) => pick(Number(e.target.value))}>${rows.map((r, i) => html`<option value=${i} selected=${i === (at ?? rows.length - 1)}>step ${r.step}</option>`)}</select></label>
         <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${row.step}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${`${JSON.stringify(text)}: ${number(row.losses[i])} nats, probability ${percent(Math.exp(-row.losses[i]), 2)}`}>${text}</span>`)}</p>`
     : html`<${Nothing}>No row with the loss of each token was kept yet.<//>`}<//>
-    <${Panel} id="written-title" question="What does it write?" answer=${data.texts.length ? "The same prompt, continued by the model at different steps." : ""}>
-      ${data.texts.length ? data.texts.slice(-4).map((text) => html`<h3>after step ${text.step}</h3><pre class="text">${text.prompt}<mark class="written">${text.text}</mark></pre>`)
+    <${Panel} id="written-title" question="What does it write?" answer=${data.texts.length ? `The same words continued by the model, ${plural(data.texts.length, "time")} over the run; the newest on top.` : ""}>
+      ${data.texts.length ? html`<div class="scroll tall" tabindex="0" role="region" aria-label="texts the model wrote">${data.texts.toReversed().map((text) => html`<h3>after step ${text.step}</h3>
+        <pre class="text">${text.prompt}<mark class="written">${text.text}</mark></pre>`)}</div>`
     : html`<${Nothing}>No text was written during this run yet.<//>`}<//>
   </div>`;
 }
