@@ -38,7 +38,8 @@ def cases(unseen: bool, first_seed: int = 1000) -> list[tuple[str, int, int]]:
 
 def fingerprint() -> str:
     """Of the thresholds and the rules that apply them; comments behind code do not count."""
-    lines = (HERE.parent / "src" / "pellucid" / "observe" / "rules.py").read_text(encoding="utf-8").splitlines()
+    files = sorted((HERE.parent / "src" / "pellucid" / "observe").glob("rule*.py"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return hashlib.sha256("\n".join(line.partition("  #")[0].rstrip() for line in lines).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ step, or replayed from run.sqlite: rules cannot tell the difference.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from pellucid.observe.columns import INDEX
 from pellucid.observe.store import MISSING_BITS, Row
 
 WINDOW = 256
+DOCUMENT_STEPS = 128
 
 
 class Window:
@@ -53,6 +55,21 @@ class Run:
     batch_size: int = 1
 
 
+@dataclass(frozen=True)
+class Document:
+    """A piece of a document in one step, and how far its loss exceeds that of the batch: by chance, about as 1/sqrt(tokens)."""
+
+    loss: float
+    batch: float
+    tokens: int
+    row: int
+    segment: int
+
+    @property
+    def excess(self) -> float:
+        return (self.loss - self.batch) * self.tokens**0.5
+
+
 class History:
     """All windows, and this step's documents. A stream without a frame in this step is not `fresh`."""
 
@@ -62,11 +79,11 @@ class History:
         self.fresh: set[str] = set()
         self.step = -1
         self.first_step: int | None = None
-        self.worst_document: tuple[float, int, int] | None = None  # (loss, row in the batch, segment), of 8 tokens or more
+        self.worst_document: Document | None = None  # of this step
+        self.document_excess: deque[float] = deque(maxlen=DOCUMENT_STEPS)  # of each step's worst document, this step's last
         self.repeated_share: float | None = None
         self.unigram_entropy: float | None = None
         self.best_loss = float("inf")  # lowest mean of 20 steps
-        self.best_held_out = float("inf")
 
     def push(self, step: int, frames: dict[str, np.ndarray]) -> None:
         self.step, self.fresh = step, set(frames)

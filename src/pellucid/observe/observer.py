@@ -30,9 +30,11 @@ from pellucid.observe.rules import Watch
 from pellucid.observe.statistics import KINDS, ParameterProbe
 from pellucid.observe.store import MISSING, Record, Row, Writer
 from pellucid.observe.text_losses import TextLossProbe
+from pellucid.observe.writing import continued, prompt_of
+from pellucid.training.schedules import budget_in_steps
 
 DENSE_STEPS, KEEP_EVERY = 2000, 10  # later, older frames are thinned (rollups and the flight recorder keep all)
-LEAST_EVERY = 16  # steps: parameter statistics come at least that often, whatever the budget
+LEAST_EVERY = 8  # steps: parameter statistics come at least that often, whatever the budget
 HIST_ROW = "INSERT OR REPLACE INTO hist (step, row, kind, zero, subnormal, nan, inf, first, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 STAGE_ROW = "INSERT OR REPLACE INTO stage VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -68,7 +70,7 @@ class Observer(SilentObserver):
     """Writes run.sqlite. Never changes what training computes; errors while writing stop the telemetry only."""
 
     def __init__(self, run_dir: Path, model, optimizer, config: Config, dataset: Any = None):
-        self.model, self.optimizer, self.config = model, optimizer, config
+        self.model, self.optimizer, self.config, self.dataset = model, optimizer, config, dataset
         self.device = next(model.parameters()).device
         self.budget = Budget(config.observe.budget, self.device)
         shape = model.config
@@ -88,6 +90,8 @@ class Observer(SilentObserver):
         self._started: int | None = None  # first step of this session
         self._next_exact = 0
         self._count_nonfinite = False  # of weights, once a norm says there are some
+        self._prompt: str | None = None
+        self._written: int | None = None  # step of the last text
         self._ended, self._saved = time.perf_counter(), 0.0
         self.writer = Writer(run_dir, meta=self._meta(dataset))
         self._define(shape)
@@ -98,8 +102,9 @@ class Observer(SilentObserver):
 
     def _meta(self, dataset: Any) -> dict:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {"config": self.config.model_dump(mode="json"), "budget": self.config.observe.budget, "device": device,
-                "flops_per_token": self.flops, "peak_flops": self.peak, "torch": torch.__version__,
+        steps = budget_in_steps(self.config, dataset.train) if dataset is not None else self.config.training.max_steps
+        return {"config": self.config.model_dump(mode="json"), "max_steps": steps, "budget": self.config.observe.budget,
+                "device": device, "flops_per_token": self.flops, "peak_flops": self.peak, "torch": torch.__version__,
                 "data_directory": str(dataset.directory) if dataset is not None else None}  # fmt: skip
 
     def _define(self, shape) -> None:
@@ -291,12 +296,29 @@ class Observer(SilentObserver):
         record = Record(max(step - 1, 0), {"evaluation": np.array(frame, dtype=np.float32)})
         record.events += self.watch.judge(record)
         self.writer.write(record)
+        if self.config.observe.samples and self.dataset is not None and self.model.config.head is None:
+            self._write_text(step)
+
+    def _write_text(self, step: int) -> None:
+        """What the model makes of a held-out text now. Its failure is a note, never the training's."""
+        if self._written == step:
+            return
+        try:
+            self._prompt = prompt_of(self.dataset) if self._prompt is None else self._prompt
+            self.text_sample(step, self._prompt, continued(self.model, self.dataset.tokenizer, self._prompt))
+        except Exception as error:
+            event = {"rule": "no_text_sample", "severity": "note", "subject": "run", "text": f"no text was written: {error}"}
+            self.writer.write(Record(max(step - 1, 0), events=[event]))
 
     def saved(self, seconds: float) -> None:
         """A checkpoint was written between two steps."""
         self._saved += seconds
 
     def text_sample(self, step: int, prompt: str, text: str) -> None:
+        """A text the model wrote after `step` steps; the first one of a step is kept."""
+        if self._written == step:
+            return
+        self._written = step
         self._start(step)
         event = {"rule": "text_sample", "severity": "note", "subject": prompt, "text": text}
         self.writer.write(Record(max(step - 1, 0), events=[event]))

@@ -1,0 +1,91 @@
+"""What a rule is: a pure function of the recent past that yields findings; and all thresholds, in one table.
+
+The rules themselves: rules_loss.py, rules_data.py, rules_updates.py, rules_experts.py; rules.py runs them.
+docs/diagnosis.md has the confusion table of planted faults and healthy runs that these thresholds give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pellucid.observe.history import History
+
+LIMITS = {
+    "spike_sigmas": 6.0,  # OLMo-core's SpikeScore; of a loss by its last 32 differences, of a norm by its last 128 values
+    "spike_window": 128,
+    "spike_share": 0.1,  # and at least that far above the median: batches differ
+    "update_spike": 4.0,  # times the median of update norm / learning rate
+    "gradient_explosion": 10.0,  # times the median
+    "gradient_vanishing": 1e-6,
+    "dead_steps": 100,
+    "overload": 2.5,  # load, mean of 50 steps; E/k is the most there can be
+    "easing": 0.95,  # of the load before: less, and the balance loss is at work
+    "collapse": 0.45,  # experts effectively in use
+    "unmoved": 0.1,
+    "clip_factor": 0.2,  # median over 100 steps
+    "ratio_high": 3e-2,
+    "ratio_low": 1e-6,
+    "rising": 0.4,  # nats above the best mean of 20 steps
+    "impossible": 1.05,  # times the largest step that Adam's averages allow
+    "staleness": 2.3,  # Wortsman et al. 2023
+    "bad_document": 1.5,  # nats above the batch
+    "unusual": 1.5,  # times the largest excess of a document's loss in the steps before, where guessing would be better
+    "odd_document": 3.0,  # the same, where it would not
+    "documents": 20,  # steps known before one is judged
+    "held_out": 0.03,  # share above the best held-out loss
+    "patience": 4,  # evaluations without a better one
+    "gap": 0.1,  # share of the best held-out loss by which held-out and training loss moved apart meanwhile
+    "starved": 0.3,  # median of 20 steps
+    "repeated": 0.2,
+    "context_steps": 200,
+    "settling_steps": 100,  # routers begin uneven; their balance is judged later
+    "frames": 3,  # of `param` in a row: one may be chance, and they may be 8 steps apart
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of evidence about one subject."""
+
+    subject: str
+    value: float
+    threshold: float
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """severity: alarm (something is wrong) or warning (something is off)."""
+
+    name: str
+    severity: str
+    cause: str
+    remedy: str
+    source: str
+    check: Callable[[History], Iterator[Finding]]
+
+
+RULES: list[Rule] = []
+
+
+def rule(name: str, severity: str, *, cause: str, remedy: str, source: str):
+    """Registers a check as a rule."""
+
+    def register(check):
+        RULES.append(Rule(name, severity, cause, remedy, source, check))
+        return check
+
+    return register
+
+
+def center(values: np.ndarray) -> tuple[float, float]:
+    """Median and a robust standard deviation (1.4826 times the median absolute deviation) of the finite values."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return math.nan, math.nan
+    middle = float(np.median(values))
+    return middle, 1.4826 * float(np.median(np.abs(values - middle)))

@@ -1,0 +1,47 @@
+"""Rules on the data: one bad document, the same rows again, a batch that is waited for.
+
+Read with rule.py, which has the thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from pellucid.observe.history import History
+from pellucid.observe.rule import LIMITS, Finding, rule
+
+
+@rule("bad_document", "alarm", cause="a document unlike the rest: noise, another language, a broken or poisoned file",
+      remedy="see its text with pellucid trace RUN --step N; remove it or filter its source",
+      source="OLMo 2 (arXiv 2501.00656) on repeated n-grams and spikes")
+def bad_document(h: History) -> Iterator[Finding]:
+    worst, before = h.worst_document, list(h.document_excess)[:-1]
+    if worst is None or len(before) < LIMITS["documents"]:
+        return
+    usual, guessing = max(before), math.log(h.run.vocab_size)
+    hopeless = worst.loss > guessing and worst.excess > LIMITS["unusual"] * usual
+    if worst.loss - worst.batch > LIMITS["bad_document"] and (hopeless or worst.excess > LIMITS["odd_document"] * usual):
+        yield Finding(f"row {worst.row}, piece {worst.segment}", worst.loss, worst.batch + LIMITS["bad_document"],
+                      f"mean loss {worst.loss:.3g} on a document of {worst.tokens} tokens, the batch has {worst.batch:.3g} and "
+                      f"guessing {guessing:.3g}: {worst.excess / usual:.1f} times the largest excess before")
+
+
+@rule("repeated_data", "warning", cause="the same rows come again within an epoch: duplicates in the sources or a stuck loader",
+      remedy="deduplicate the sources; check weights of small sources", source="Hernandez et al. 2022, arXiv 2205.10487")
+def repeated_data(h: History) -> Iterator[Finding]:
+    if h.repeated_share is not None and h.repeated_share > LIMITS["repeated"]:
+        yield Finding("run", h.repeated_share, LIMITS["repeated"], f"{h.repeated_share:.0%} of recent rows had been seen before")
+
+
+@rule("data_starvation", "warning", cause="the step waits for its batch", remedy="prepare data on a faster disk; use packed shards",
+      source="TraceML's verdicts")
+def data_starvation(h: History) -> Iterator[Finding]:
+    data, steps = h.scalars("data_seconds", 20), h.scalars("step_seconds", 20)
+    if len(data) == 20 and np.isfinite(data).all():
+        share = float(np.median(data / steps))  # one long wait is another program's
+        if share > LIMITS["starved"]:
+            yield Finding("run", share, LIMITS["starved"], f"half of the last 20 steps spent {share:.0%} of their time or more "
+                          "waiting for data")  # fmt: skip

@@ -1,0 +1,48 @@
+"""Rules on the router's work: experts without tokens, with too many, or all tokens with few.
+
+Read with rule.py, which has the thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pellucid.observe.history import History
+from pellucid.observe.rule import LIMITS, Finding, rule
+
+
+@rule("dead_expert", "alarm", cause="the router never chooses it, so it never learns to be chosen",
+      remedy="raise training.balance_loss_weight or balance_bias_rate; add router z-loss",
+      source="Fedus et al. 2021 (Switch), arXiv 2101.03961")
+def dead_expert(h: History) -> Iterator[Finding]:
+    idle = h.now("router", "idle_steps")
+    if idle is not None:
+        for i in np.flatnonzero(idle >= LIMITS["dead_steps"])[:5]:
+            subject = f"layers.{i // h.run.experts}.experts.{i % h.run.experts}"
+            yield Finding(subject, idle[i], LIMITS["dead_steps"], f"no token for {idle[i]:.0f} steps")
+
+
+@rule("overloaded_expert", "warning", cause="the router prefers one expert; others learn little, and it becomes the bottleneck",
+      remedy="raise training.balance_loss_weight or balance_bias_rate", source="Wang et al. 2024, arXiv 2408.15664")
+def overloaded_expert(h: History) -> Iterator[Finding]:
+    load = h.table("router", "load", 50)
+    settled = h.step >= LIMITS["settling_steps"]
+    if settled and len(load) == 50 and h.run.experts > h.run.experts_per_token:
+        mean, before, lately = load.mean(0), load[:25].mean(0), load[25:].mean(0)
+        limit = min(LIMITS["overload"], 0.9 * h.run.experts / h.run.experts_per_token)
+        for i in np.flatnonzero((mean > limit) & (lately > LIMITS["easing"] * before))[:5]:
+            subject = f"layers.{i // h.run.experts}.experts.{i % h.run.experts}"
+            yield Finding(subject, mean[i], limit, f"{mean[i]:.2f} times its fair load over 50 steps")
+
+
+@rule("router_collapse", "alarm", cause="all tokens go to the same few experts",
+      remedy="raise training.balance_loss_weight; lower the router's learning rate; add router z-loss",
+      source="Zoph et al. 2022 (ST-MoE), arXiv 2202.08906")
+def router_collapse(h: History) -> Iterator[Finding]:
+    used = h.table("layer", "load_entropy", 20)
+    if len(used) == 20 and h.run.experts > h.run.experts_per_token:
+        mean = used.mean(0)
+        for i in np.flatnonzero(mean < LIMITS["collapse"]):
+            yield Finding(f"layers.{i}", mean[i], LIMITS["collapse"], f"{mean[i] * h.run.experts:.1f} experts effectively in use")

@@ -1,0 +1,90 @@
+"""Rules on the loss: spikes, a rise, nothing learnt from context, overfitting, numbers that are none.
+
+Read with rule.py, which has the thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from pellucid.observe.columns import INDEX
+from pellucid.observe.history import WINDOW, History
+from pellucid.observe.rule import LIMITS, Finding, center, rule
+
+
+@rule("loss_spike", "alarm", cause="unusual documents in this batch, or a too large update in the last 1 to 8 steps",
+      remedy="look at the documents (pellucid trace RUN --step N); lower the learning rate or beta2 if spikes recur",
+      source="OLMo-core SpikeScore; Wortsman et al. 2023, arXiv 2304.13013")
+def loss_spike(h: History) -> Iterator[Finding]:
+    losses = h.scalars("loss", 33)
+    if len(losses) <= 20:
+        return
+    middle, _ = center(losses[-17:-1])  # a window of a hundred steps would take the fall of the loss for its spread
+    _, sigma = center(np.diff(losses[-33:-1]))
+    limit = middle + max(LIMITS["spike_sigmas"] * sigma / math.sqrt(2), LIMITS["spike_share"] * abs(middle))
+    if losses[-1] > limit:
+        yield Finding("run", losses[-1], limit, f"loss {losses[-1]:.4g}; the 16 steps before had {middle:.4g}")
+
+
+@rule("loss_rising", "alarm", cause="the learning rate is too high for this stage, or the data changed",
+      remedy="go back to a checkpoint before the rise with a lower learning rate; compare sources (stream `source`)",
+      source="Chowdhery et al. 2022 (PaLM), section 5.1")
+def loss_rising(h: History) -> Iterator[Finding]:
+    losses = h.scalars("loss", 20)
+    if len(losses) < 20:
+        return
+    mean = float(np.mean(losses))
+    limit = h.best_loss + LIMITS["rising"]
+    h.best_loss = min(h.best_loss, mean)
+    if mean > limit:
+        yield Finding("run", mean, limit, f"mean loss of 20 steps {mean:.4g}, its lowest was {limit - LIMITS['rising']:.4g}")
+
+
+@rule("context_unused", "alarm", cause="targets do not follow from inputs: shuffled labels, a wrong shift, broken text",
+      remedy="look at inputs and targets of a batch (pellucid data inspect); check tokenizer and data stages",
+      source="a model that only knows word frequencies has exactly the entropy of its targets")
+def context_unused(h: History) -> Iterator[Finding]:
+    losses = h.scalars("loss", 40)
+    if h.unigram_entropy is None or h.step < LIMITS["context_steps"] or len(losses) < 40:
+        return
+    mean, limit = float(np.mean(losses)), h.unigram_entropy - 0.1
+    if mean > limit:
+        yield Finding("run", mean, limit, f"after {h.step} steps the loss {mean:.4g} is still no better than word "
+                      f"frequencies alone ({h.unigram_entropy:.4g})")  # fmt: skip
+
+
+@rule("non_finite", "alarm", cause="overflow, a division by zero, or damaged data; a first sign often is a growing norm",
+      remedy="see which tensor was first; lower the learning rate; look at the documents of this step",
+      source="IEEE 754: NaN spreads through every later sum")
+def non_finite(h: History) -> Iterator[Finding]:
+    if "run" in h.fresh and h.scalars("applied", 1)[-1] == 0:
+        loss, norm = h.scalars("loss", 1)[-1], h.scalars("gradient_norm", 1)[-1]
+        yield Finding("run", math.nan, 0, f"loss {loss:.4g}, gradient norm {norm:.4g}: the step was skipped")
+    for name in ("weight_nonfinite", "gradient_nan", "gradient_inf"):
+        counts = h.now("param", name)
+        if counts is None:
+            continue
+        for i in np.flatnonzero(counts[:-1] > 0)[:3]:
+            yield Finding(h.run.param_rows[i].name, counts[i], 0, f"{name.replace('_', ' ')}: {counts[i]:.0f} elements")
+
+
+@rule("overfitting", "warning", cause="the model learns its training text by heart",
+      remedy="stop here (the best checkpoint is kept), add data, or regularise", source="Prechelt 1998, early stopping")
+def overfitting(h: History) -> Iterator[Finding]:
+    if "evaluation" not in h.fresh:
+        return
+    column = INDEX["evaluation"]
+    frames = h.windows["evaluation"].last(WINDOW)[:, 0]
+    size = frames[:, [column["tokens"], column["documents"]]].view(np.uint32)
+    alike = (size == size[-1]).all(1)  # the last one takes all rows: its loss is not comparable
+    losses, gaps = frames[alike, column["loss"]], frames[alike, column["gap"]]
+    at = int(np.argmin(losses))
+    best, limit = float(losses[at]), float(losses[at]) * (1 + LIMITS["held_out"])
+    if len(losses) >= 3 and losses[-1] > losses[-2] and losses[-1] > limit:
+        yield Finding("run", losses[-1], limit, f"held-out loss {losses[-1]:.4g}, best was {best:.4g}, and rising")
+    elif len(losses) - 1 - at >= LIMITS["patience"] and gaps[-1] - gaps[at] > LIMITS["gap"] * best:
+        yield Finding("run", losses[-1], best, f"held-out loss {losses[-1]:.4g}, {len(losses) - 1 - at} evaluations without one "
+                      f"below {best:.4g}, while the training loss fell away from it by {gaps[-1] - gaps[at]:.3g}")  # fmt: skip

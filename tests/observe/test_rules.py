@@ -1,0 +1,125 @@
+"""Each rule by hand: what it must find, and what only looks like it. The rules as a whole: tests/faults."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pellucid.observe.columns import INDEX
+from pellucid.observe.history import Run
+from pellucid.observe.rules import Watch
+from pellucid.observe.store import MISSING, Record, Row
+
+DOCUMENTS = "INSERT INTO document_loss"
+
+
+def frame(stream, rows=1, **values):
+    """A frame whose other statistics are missing."""
+    made = np.full((rows, len(INDEX[stream])), MISSING, dtype=np.float32)
+    for name, value in values.items():
+        made[:, INDEX[stream][name]] = value
+    return made
+
+
+def names(watch, step, frames, documents=()):
+    record = Record(step, frames)
+    if documents:
+        record.rows.append((DOCUMENTS, [(step, row, 1, tokens, loss, loss) for row, (tokens, loss) in enumerate(documents)]))
+    return [event["rule"] for event in watch.judge(record)]
+
+
+def losses_said(losses):
+    watch = Watch(Run())
+    return [names(watch, step, {"run": frame("run", loss=loss, applied=1)}) for step, loss in enumerate(losses)]
+
+
+def test_a_jump_of_the_loss_is_a_spike_also_while_the_loss_still_falls():
+    """The fall from 6 to 3 must not count as spread: with it, a jump by one nat would pass."""
+    rng = np.random.default_rng(0)
+    falling = 3 + 3 * np.exp(-np.arange(90) / 25) + rng.normal(0, 0.08, 90)
+    assert not any(losses_said(falling))
+    assert "loss_spike" in losses_said([*falling, 4.1])[-1]
+
+
+def test_the_noise_of_small_batches_is_no_spike():
+    rng = np.random.default_rng(1)
+    assert not any("loss_spike" in said for said in losses_said(3 + rng.normal(0, 0.25, 2000)))
+
+
+def documents_said(series, vocab_size=260):
+    """series: for each step, its loss and its documents (tokens, loss)."""
+    watch = Watch(Run(vocab_size=vocab_size))
+    return [names(watch, step, {"run": frame("run", loss=loss)}, documents) for step, (loss, documents) in enumerate(series)]
+
+
+def test_a_document_worse_than_guessing_is_told_and_a_hard_or_short_one_is_not():
+    usual = [(3.0, [(64, 3.2 + 0.1 * (n % 4)), (9, 5.0)]) for n in range(30)]
+    assert not any(documents_said(usual))
+    assert "bad_document" in documents_said([*usual, (3.2, [(64, 5.8)])])[-1]
+    assert documents_said([*usual, (3.2, [(64, 4.6)])])[-1] == [], "hard, not hopeless"
+    assert documents_said([*usual, (3.2, [(9, 5.9)])])[-1] == [], "nine tokens prove little"
+    assert "bad_document" in documents_said([*usual, (3.2, [(64, 6.2)])], vocab_size=100_000)[-1], "guessing would be 11.5"
+    assert documents_said([*usual, (6.0, [(64, 6.5)])])[-1] == ["loss_spike"], "where all are bad, it is not the document"
+
+
+def impossible(sizes, betas=(0.9, 0.95)):
+    watch = Watch(Run(param_rows=[Row("a"), Row("all")]))
+    run = frame("run", beta1=betas[0], beta2=betas[1], loss=3, applied=1)
+    return "impossible_step" in names(watch, 0, {"run": run, "param": frame("param", 2, adam_rms=sizes)})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=60), st.sampled_from([(0.9, 0.95), (0.9, 0.999), (0.8, 0.9)]))
+def test_no_gradients_whatever_make_adams_step_impossible(gradients, betas):
+    """torch's own Adam gives the moments."""
+    weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=1.0, betas=betas, eps=1e-30)
+    for gradient in gradients:
+        before, weight.grad = weight.item(), torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        assert not impossible(abs(weight.item() - before), betas)
+
+
+def test_a_second_moment_far_too_small_makes_an_impossible_step_of_one_tensor():
+    assert impossible([1.4, 0.3]) and not impossible([1.1, 0.3]) and not impossible(MISSING)
+    assert not impossible([5.0, 5.0], (0.9, 0.999)) and impossible([8.0, 8.0], (0.9, 0.999))
+
+
+def evaluations_said(rows):
+    """rows: held-out loss, gap, tokens."""
+    watch = Watch(Run())
+    frames = [frame("evaluation", loss=loss, gap=gap, tokens=tokens) for loss, gap, tokens in rows]
+    return [names(watch, 20 * n, {"evaluation": made}) for n, made in enumerate(frames)]
+
+
+def test_overfitting_is_a_held_out_loss_that_rises_or_stands_while_the_training_loss_falls():
+    rising = [(3.0, 0.1, 512), (2.5, 0.2, 512), (2.45, 0.3, 512), (2.5, 0.5, 512), (2.55, 0.7, 512)]
+    assert evaluations_said(rising) == [[], [], [], [], ["overfitting"]]
+    standing = [(2.2, 0.3, 512), (2.21, 0.5, 512), (2.2, 0.7, 512), (2.21, 0.9, 512), (2.2, 1.1, 512)]
+    assert evaluations_said(standing) == [[], [], [], [], ["overfitting"]]
+    converged = [(2.2, 0.1, 512)] * 8
+    assert not any(evaluations_said(converged))
+
+
+def test_the_last_evaluation_on_all_rows_is_not_compared_with_those_on_a_few():
+    assert not any(evaluations_said([(3.0, 0.1, 512), (2.5, 0.1, 512), (2.4, 0.1, 512), (2.7, 0.4, 9000)]))
+
+
+@pytest.mark.parametrize("lately, said", [(3.6, True), (2.6, False)])
+def test_an_expert_that_is_losing_its_excess_of_tokens_is_left_to_the_balance_loss(lately, said):
+    watch, found = Watch(Run(param_rows=[Row("all")])), []
+    for step in range(120):
+        load = np.array([3.6 if step < 75 else lately, *[(8 - 3.6) / 7] * 7])
+        found += names(watch, step, {"router": frame("router", 8, load=load, idle_steps=0)})
+    assert ("overloaded_expert" in found) is said
+
+
+def test_one_long_wait_is_no_starvation():
+    def said(seconds):
+        watch = Watch(Run())
+        return [rule for step, data in enumerate(seconds)
+                for rule in names(watch, step, {"run": frame("run", loss=3, data_seconds=data, step_seconds=data + 0.1)})]  # fmt: skip
+
+    assert "data_starvation" not in said([0.001] * 15 + [9.0] + [0.001] * 10)
+    assert "data_starvation" in said([0.001] * 15 + [0.1] * 20)
