@@ -120,9 +120,10 @@ def test_experts_show_the_recorded_loads(open_page, address, reader):
     assert shown == [float(value) for value in frames[:, column]]
     page.locator(".expert-cell").nth(5).click()
     page.wait_for_selector("h2:has-text('What about expert 1 of layer 1?')")
-    for name in ("credit", "update / weight", "ghost"):
+    for name in ("credit", "update / weight", "ghost share"):
         page.locator(".choice button", has_text=name).first.click()
         assert page.locator(".ledger").count() == 1
+    assert {cell.get_attribute("data-value") for cell in page.locator(".expert-cell").all()} == {"0"}, "none moves without tokens"
 
 
 def test_learning_shows_losses_documents_and_texts(open_page, address, reader, number):
@@ -135,8 +136,10 @@ def test_learning_shows_losses_documents_and_texts(open_page, address, reader, n
     cells = page.locator("[aria-label='documents of the step'] tbody tr td:nth-child(4)").all_inner_texts()
     assert cells[: len(recorded)] == [number(document["loss"]) for document in recorded]
     written = [event["step"] for event in reader.events() if event["rule"] == "text_sample"]
-    assert written[0] == 0 and len(written) >= 2  # before training and after
+    assert written == [0, 15, 31, 47]  # with each evaluation: before training, after 16 and 32 steps, at the end
     page.wait_for_selector("h3:has-text('after step 0')")
+    shown = page.locator("[aria-label='texts the model wrote'] h3").all_inner_texts()
+    assert shown == [f"after step {at}" for at in reversed(written)]
     held = reader.series("held-out", "loss", stream="evaluation")
     assert f"Held-out: {number(float(held[1][-1]))}" in page.locator("#loss-title + .answer").inner_text()
     page.locator("figure button", has_text="table").first.click()

@@ -10,6 +10,7 @@ from conftest import STEPS, small_config, write_corpus
 import pellucid
 from pellucid.observe.columns import INDEX
 from pellucid.observe.reader import Reader, is_missing
+from pellucid.observe.writing import continued
 from pellucid.training import checkpoint
 
 
@@ -69,7 +70,7 @@ def test_router_frames_agree_with_each_other(run_dir):
     np.testing.assert_allclose(router[..., column["load"]].max(2) - 1, layer[..., 0], rtol=1e-4, atol=1e-5)
     gate = router[..., column["gate_mass"]].sum(2)  # over all tokens; top_mass is the same while all tokens are looked at
     np.testing.assert_allclose(gate, layer[..., INDEX["layer"]["top_mass"]], rtol=1e-4)
-    assert (router[..., column["ghost"]] == 0).all() and (router[..., column["frozen"]] == 0).all()
+    assert all((router[..., column[name]] == 0).all() for name in ("ghost", "ghost_share", "frozen"))
     assert (layer[..., INDEX["layer"]["margin"]] > 0).all()
     entropy = layer[..., INDEX["layer"]["token_entropy"]]
     assert (entropy > 0).all() and (entropy <= 1 + 1e-5).all()
@@ -126,6 +127,37 @@ def test_observation_changes_no_weight_and_can_be_switched_off(run_dir, tmp_path
     assert one.tensors["model"].keys() == two.tensors["model"].keys()
     for name, tensor in one.tensors["model"].items():
         assert torch.equal(tensor, two.tensors["model"][name]), name
+
+
+def texts(folder):
+    with Reader(folder) as run:
+        return [(e["step"], e["subject"], e["text"]) for e in run.events() if e["rule"] == "text_sample"]
+
+
+def test_at_each_evaluation_the_same_held_out_words_are_continued(run_dir):
+    written = texts(run_dir)
+    assert [step for step, _, _ in written] == [0, 19, 39, 59]
+    (prompt,) = {prompt for _, prompt, _ in written}
+    assert prompt and prompt in pellucid.Run(run_dir).dataset().validation.document(0)["text"]
+    assert len({text for _, _, text in written}) == 4, "the model has changed"
+    model, tokenizer = pellucid.load(run_dir)
+    before = torch.random.get_rng_state()
+    assert continued(model, tokenizer, prompt, 5) == continued(model, tokenizer, prompt, 5), "the same seed"
+    assert torch.equal(torch.random.get_rng_state(), before), "which is not torch's own"
+
+
+def test_a_text_that_fails_is_a_note_and_texts_can_be_switched_off(tiny_tables, tmp_path, monkeypatch):
+    off = pellucid.train(tiny_tables(max_steps=4, evaluate_every=2) | {"observe": {"samples": False}}, run_dir=tmp_path / "off")
+    assert [step for step, _, _ in texts(off.directory)] == [0, 3], "before and after training, as printed"
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("pellucid.observe.observer.continued", fails)
+    failed = pellucid.train(tiny_tables(max_steps=4, evaluate_every=2), run_dir=tmp_path / "failed").directory
+    with Reader(failed) as run:
+        notes = [(e["step"], e["severity"], e["text"]) for e in run.events() if e["rule"] == "no_text_sample"]
+    assert notes == [(1, "note", "no text was written: out of memory"), (3, "note", "no text was written: out of memory")]
 
 
 def test_a_resumed_run_s_telemetry_has_no_step_twice_and_none_missing(tmp_path):

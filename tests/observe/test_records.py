@@ -163,6 +163,19 @@ def test_ghost_and_missing_updates_are_told_from_tokens_and_changes():
     assert found["frozen"].tolist() == [[False, True, False, False]], "it had tokens and did not move"
 
 
+def test_the_ghost_share_is_the_part_of_an_expert_s_way_that_it_went_without_tokens():
+    """By hand: ways of 5, 3 and 2, of which the second without a token; each step back counts 1 % less."""
+    probe = observing.RoutingProbe(1, 2, 1)
+    rows = np.arange(2).reshape(1, 2, 1)
+    for way, tokens in ((5, 4), (3, 0), (2, 1)):
+        param = np.zeros((2, len(INDEX["param"])), np.float32)
+        param[0, INDEX["param"]["update_norm"]] = way
+        with np.errstate(all="ignore"):
+            found = probe._moved(np.array([[tokens, 0]]), param, rows)
+    assert found["ghost_share"][0, 0] == pytest.approx(3 * 0.99 / (5 * 0.99**2 + 3 * 0.99 + 2))
+    assert is_missing(np.float32(found["ghost_share"][0, 1])), "it never moved"
+
+
 def test_times_and_mfu_are_those_of_the_step(tiny_tables, tmp_path, monkeypatch):
     monkeypatch.setattr(observing, "peak_flops", lambda device: 1e12)
     folder = pellucid.train(tiny_tables(max_steps=5), run_dir=tmp_path / "run").directory

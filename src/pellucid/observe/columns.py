@@ -57,6 +57,9 @@ ROUTER = (
     Stat("update_norm", scale="log", low=1e-8, high=1e1, meaning="Of its slices of all stacked tensors together."),
     Stat("ghost", low=0, high=1, meaning="1: it moved without having served a token (momentum or decay alone).", healthy="0",
          source="PaddleFormers issue 4405"),
+    Stat("ghost_share", "share", low=0, high=1, formula="sum ||dw_e|| of steps without tokens / sum ||dw_e||", healthy="0",
+         meaning="How much of its way, over about the last 100 measured steps, it went in steps in which it served no token; "
+         "null before it moves."),
     Stat("frozen", low=0, high=1, meaning="1: it served tokens and did not move, while other experts did.", healthy="0",
          source="DeepSpeed issue 8354"),
     Stat("idle_steps", "steps", low=0, high=100, meaning="Steps since it last served a token.", healthy="below 100"),

@@ -17,6 +17,7 @@ from pellucid.observe.columns import INDEX, LAYER, ROUTER
 from pellucid.observe.store import MISSING, Row
 
 TOKENS = 512
+KEPT = 0.99  # of the way gone so far, at each measured step
 MEANS = ("count", "entropy", "top_mass", "margin", "router_z")
 
 
@@ -26,6 +27,7 @@ class RoutingProbe:
     def __init__(self, layers: int, experts: int, experts_per_token: int):
         self.L, self.E, self.k = layers, experts, experts_per_token
         self.idle_LE = np.zeros((layers, experts), dtype=np.float32)
+        self.way_2LE = np.zeros((2, layers, experts))  # sums of update norms, fading: of all steps, of those without tokens
         self._sums: dict[str, Tensor] = {}
 
     def rows(self) -> tuple[list[Row], list[Row]]:
@@ -104,7 +106,10 @@ class RoutingProbe:
         whole = lambda name: np.sqrt((param[expert_rows, column[name]].astype(np.float64) ** 2).sum(-1))
         update = whole("update_norm")
         others_moved = (update > 0).any()
+        self.way_2LE = KEPT * self.way_2LE + np.nan_to_num(np.stack([update, np.where(tokens == 0, update, 0)]), posinf=0)
+        all_LE, ghost_LE = self.way_2LE
         return {
+            "ghost_share": np.where(all_LE > 0, ghost_LE / all_LE, MISSING),
             "gradient_norm": whole("gradient_norm"),
             "update_norm": update,
             "ghost": (tokens == 0) & (update > 0),

@@ -6,7 +6,7 @@ import { ColourBar, Heatmap } from "../heatmap.js";
 import { Lines } from "../line.js";
 import { count, number, percent, plural, visible, withUnit } from "../format.js";
 
-const SHOWN = [["load", "load"], ["per_token", "gradient per token"], ["ratio", "update / weight"], ["credit", "credit"], ["mean_gate", "mean gate"], ["ghost", "ghost"], ["idle_steps", "idle steps"]];
+const SHOWN = [["load", "load"], ["per_token", "gradient per token"], ["ratio", "update / weight"], ["credit", "credit"], ["mean_gate", "mean gate"], ["ghost", "ghost"], ["ghost_share", "ghost share"], ["idle_steps", "idle steps"]];
 const OWN = { // statistics formed here from recorded ones
   per_token: { name: "per_token", scale: "log", low: 1e-8, high: 1e-2, unit: "", meaning: "Norm of the expert's gradient divided by the tokens it served in the step.", formula: "||g_e|| / tokens_e" },
   ratio: { name: "ratio", scale: "log", low: 1e-6, high: 1e-1, unit: "", meaning: "Relative size of the change of the expert's matrices, together.", formula: "||dw_e|| / ||w_e||" },
