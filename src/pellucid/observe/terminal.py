@@ -16,7 +16,7 @@ from rich.text import Text
 from pellucid.config import UserError
 from pellucid.observe.columns import PHASES
 from pellucid.observe.reader import Reader, is_missing
-from pellucid.observe.store import FAN, LEVELS
+from pellucid.observe.store import FAN, FILE_NAME, LEVELS
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND = 24  # characters
@@ -74,7 +74,8 @@ def summarize(run_dir: str | Path) -> Summary:
     try:
         reader = Reader(folder)
     except UserError as error:
-        return Summary(name, "no telemetry yet" if folder.is_dir() else str(error))
+        begun = (folder / FILE_NAME).is_file() or not folder.is_dir()
+        return Summary(name, str(error) if begun else "no telemetry yet")
     with reader:
         try:
             return _read(reader, name, folder)
