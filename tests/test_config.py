@@ -107,6 +107,10 @@ def test_override_of_a_budget_replaces_that_of_the_file(tmp_path):
     assert (config.training.max_tokens, config.training.max_epochs, config.training.max_steps) == (1000, None, None)
 
 
+def test_two_budgets_on_one_command_line_are_refused(tmp_path):
+    assert "give one budget" in refusal(None, ["training.max_steps=3", "training.max_epochs=2"])
+
+
 def test_one_budget_always():
     assert make_config({"model": {"hidden_size": 16}}).training.max_steps == 1000
     for name in BUDGETS:

@@ -33,6 +33,35 @@ def test_config_of_a_run_is_fully_resolved(tiny_run):
     assert Run(tiny_run.directory).config == load_config(tiny_run.directory / "config.toml")
 
 
+def test_a_run_on_relative_sources_is_resumed(tiny_folder, tiny_tables, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder / "corpus", tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    tables = tiny_tables()
+    tables["data"] |= {"sources": ["corpus"], "directory": "data"}
+    train(tables, run_dir="run")
+    assert max(saved_steps(train(None, run_dir="run", resume=True).directory / "checkpoints")) == 12
+    tables["training"]["max_steps"] = 14
+    assert max(saved_steps(train(tables, run_dir="run", resume=True).directory / "checkpoints")) == 14
+
+
+@pytest.mark.parametrize(("section", "values", "named"), [
+    ("model", {"hidden_size": 32}, "model.hidden_size was 16, is 32"),
+    ("data", {"sources": ["elsewhere"]}, "data.sources was"),
+    ("data", {"sequence_length": 16}, "data.sequence_length was 32, is 16"),
+    ("data", {"tokenizer": {"kind": "bpe", "vocab_size": 300}}, "data.tokenizer.kind was 'bytes', is 'bpe'"),
+])  # fmt: skip
+def test_a_refused_resume_names_the_difference_and_changes_nothing(section, values, named, tiny_tables, tmp_path):
+    train(tiny_tables(), run_dir=tmp_path / "run")
+    tables = tiny_tables()
+    tables[section] |= values
+    tables["data"]["directory"] = str(tmp_path / "data")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=f"cannot resume, these settings have changed: .*{named}"):
+        train(tables, run_dir=tmp_path / "run", resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "data").exists(), "nothing is prepared for it"
+
+
 def test_auto_precision_is_written_down_as_what_it_became(tiny_tables, tmp_path):
     run = train(tiny_tables(max_steps=1, precision="auto"), run_dir=tmp_path / "run")
     assert run.config.training.precision == resolve_precision("auto", torch.device("cpu")) != "auto"
@@ -109,6 +138,8 @@ def test_devices_and_precisions():
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="not usable on this machine"):
         choose_device("cuda:99")
+    with pytest.raises(UserError, match="not usable on this machine"):
+        choose_device("meta")
     cpu = torch.device("cpu")
     assert choose_precision("fp32", cpu) == (torch.float32, False)
     assert choose_precision("bf16", cpu) == (torch.bfloat16, False)

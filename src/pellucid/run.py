@@ -29,7 +29,7 @@ from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
 from pellucid.observe.export import check_tools, export
-from pellucid.observe.observer import open_observer
+from pellucid.observe.observer import SilentObserver, open_observer
 from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
@@ -54,6 +54,8 @@ class Run:
             self.manifest = json.loads((self.directory / "manifest.json").read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.directory}: not a run directory (manifest.json cannot be read: {error})") from None
+        if not isinstance(self.manifest, dict):
+            raise UserError(f"{self.directory}: not a run directory (manifest.json is not that of a run)")
         self.stopped_by: str | None = None  # the signal that ended training early, in the process that trained
 
     def __repr__(self) -> str:
@@ -99,7 +101,7 @@ def train(
     check_tools(config.observe.export)
     shown = Shown() if progress else Quiet()
     try:
-        run = _train(config.model_copy(deep=True), folder, resume, shown)
+        run = _train(resolved_config(config), folder, resume, shown)
         for tool in config.observe.export:
             shown.say(f"exported: {export(folder, tool)}")
         return run
@@ -109,6 +111,8 @@ def train(
 
 def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     device = choose_device(config.training.device)  # before any work is spent
+    if resume:
+        _refuse_other_settings(Run(folder), config, device)
     origin = start_from(config) if config.model.init_from is not None and not (resume and saved_steps(folder / "checkpoints")) else None
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
@@ -127,12 +131,14 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     run = Run(folder)
     if resume and device.type == "cpu" and (note := keep_threads(run.threads)):
         progress.say(note)
-    with open_observer(folder, model, optimizer, config, dataset) as observer:
-        loop = Loop(config, model, optimizer, dataset, folder, observer, progress)
+    loop = Loop(config, model, optimizer, dataset, folder, SilentObserver(), progress)
+    if resume:
+        loop.resume()
+        if run.manifest["data"]["fingerprint"] != dataset.fingerprint:
+            raise UserError(f"{folder}: cannot resume, its data has changed since ({run.manifest['data']['directory']})")
+    with _observing(loop, new=not resume) as observer:
+        loop.observer = observer
         if resume:
-            loop.resume()
-            if run.manifest["data"]["fingerprint"] != dataset.fingerprint:
-                raise UserError(f"{folder}: cannot resume, its data has changed since ({run.manifest['data']['directory']})")
             observer.resume(loop.counters.step)
             forget_capsules(folder, loop.counters.step)
             note_changes(run, config, loop.counters.step)
@@ -153,6 +159,40 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
         summary.show_result(progress, loop)
     _stage_plays(progress, loop)
     return run
+
+
+def _observing(loop: Loop, new: bool) -> SilentObserver:
+    """The run's observer. A new run that cannot be observed (a full disk, say) leaves no folder behind."""
+    try:
+        return open_observer(loop.run_dir, loop.model, loop.optimizer, loop.config, loop.dataset)
+    except UserError:
+        if new:
+            shutil.rmtree(loop.run_dir, ignore_errors=True)
+        raise
+
+
+def _refuse_other_settings(run: Run, config: Config, device: torch.device) -> None:
+    """What is known to differ before any data is prepared; the rest is compared with the checkpoint (Loop.resume)."""
+    before, after = (_decisive(c, device) for c in (resolved_config(run.config), config))
+    if config.data.prepared is not None or run.config.data.prepared is not None:
+        del before["data"], after["data"]
+    if config.model.init_from is not None:  # its shape is that of other weights
+        del before["model"], after["model"]
+    differences = diff_settings(before, after)
+    if differences:
+        raise UserError(f"{run.directory}: cannot resume, these settings have changed: {'; '.join(differences)}")
+
+
+def _decisive(config: Config, device: torch.device) -> dict[str, Any]:
+    data = config.data.model_dump(mode="json", exclude={"directory", "workers", "mixture", "prepared"})
+    del data["tokenizer"]["encoder"]
+    for source in data["sources"]:
+        source.pop("weight"), source.pop("epochs", None)
+    from_data = {"preset", "init_from", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "head"}
+    training = config.training.model_dump(mode="json", include={"seed", "batch_size", "task"})
+    return {"model": config.model.model_dump(mode="json", exclude=from_data), "data": data,
+            "training": training | {"precision": resolve_precision(config.training.precision, device)},
+            "optimizer": {"name": config.optimizer.name}}  # fmt: skip
 
 
 def _stage_plays(progress: Quiet, loop: Loop) -> None:

@@ -128,6 +128,7 @@ def test_context_longer_than_the_data(here, write, refused):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        ("max_steps=4", "unknown key 'max_steps'; did you mean 'training.max_steps'?"),
         ("training.batchsize=4", "unknown key 'training.batchsize'; did you mean 'batch_size'?"),
         ("model.hidden_size=15", "hidden_size 15 is not a multiple"),
         ("model.num_experts_per_tok=9", "num_experts_per_tok 9 exceeds num_experts 4"),
@@ -240,8 +241,11 @@ def test_other_arguments_that_cannot_be(tiny_run, here, refused, command):
     assert "float8" in refused("generate", tiny_run.directory, "--dtype", "float8")
     assert "smal" in refused("plan", "smal")
     assert "none" in refused("data", "inspect", "none")
+    assert "--stop" in refused("generate", tiny_run.directory, "--stop", "")
+    assert "not valid UTF-8" in refused("generate", tiny_run.directory, "--prompt", "caf\udce9")
     assert "give either --data FILE or --harness TASK" in refused("evaluate", tiny_run.directory)
-    for arguments in (["generate"], ["evaluate"], ["trains"], ["generate", "x", "--temperature", "-1"]):
+    for arguments in (["generate"], ["evaluate"], ["trains"], ["generate", "x", "--temperature", "-1"],
+                      ["generate", "x", "--seed", str(10**23)]):
         code, _, errors = command(*arguments)
         assert code == 2 and "Usage:" in errors and "Traceback" not in errors
 
@@ -278,6 +282,35 @@ def test_full_disk_while_a_checkpoint_is_written_costs_nothing_but_that_checkpoi
     code, _, errors = command("train", "--run-dir", "run", "--resume")
     assert code == 0, errors
     assert (here / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("limit", [20_000, 100_000, 200_000])
+def test_full_disk_as_telemetry_begins(limit, write, here):
+    """Cut in its tables, its axes, its first facts: SQLite calls a file that may not grow an I/O error."""
+    write()
+    before = None
+    for folder in ("prepared first", "run"):
+        ended = limited(2**40 if before is None else limit, "train", "tiny.toml", "--run-dir", folder, cwd=here)
+        before = before or tree(here)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1 and "run.sqlite: cannot be used" in ended.stderr, ended.stderr
+    assert not (here / "run").exists()
+
+
+def test_manifest_of_something_else(tiny_run, here, refused):
+    shutil.copytree(tiny_run.directory, here / "run")
+    (here / "run" / "manifest.json").write_text("[]")
+    assert "not a run directory" in refused("train", "--run-dir", "run", "--resume")
+
+
+def test_tokenizer_put_into_a_run(tiny_run, here, refused, write):
+    """Of fewer tokens than the model: only the run's own manifest tells."""
+    shutil.copytree(tiny_run.directory, here / "run")
+    other = load_tokenizer(here / "run" / "model" / "tokenizer.json")
+    text = (here / "run" / "model" / "tokenizer.json").read_text()
+    (here / "run" / "model" / "tokenizer.json").write_text(text.replace('"<unk>"', '"<nobody>"'))
+    assert load_tokenizer(here / "run" / "model" / "tokenizer.json").fingerprint != other.fingerprint
+    assert "not the one it was trained with" in refused("generate", "run", "--prompt", "a")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="a matter of POSIX permissions")

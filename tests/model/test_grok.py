@@ -208,6 +208,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     kept = filter_scores(scores, 1.0, None, 0.7)
     torch.testing.assert_close(kept, torch.tensor([0.5, 0.3, 0, 0]) / 0.8)
     assert filter_scores(scores, 1.0, 1, 1.0).tolist() == [1, 0, 0, 0]
+    assert filter_scores(scores, 1.0, None, 0.0).tolist() == [1, 0, 0, 0], "the likeliest always stays"
 
 
 class Letters:

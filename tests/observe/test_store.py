@@ -236,3 +236,12 @@ def test_plain_sql_decodes_every_kind_of_float(tmp_path):
         else:
             kind = "missing" if pattern == store.MISSING_BITS else str(expected).replace("inf", "+inf").replace("-+", "-")
             assert value is None and state == kind
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    writer = Writer(tmp_path)
+    pages = writer._connection.execute("PRAGMA page_count").fetchone()[0]
+    writer._connection.execute(f"PRAGMA max_page_count = {pages + 1}")
+    with pytest.raises(UserError, match=r"run\.sqlite: the disk is full; free some space"):
+        writer.define("param", [Row(f"tensor {n}") for n in range(20_000)], STATS, row_is="tensor")
+    writer.close()

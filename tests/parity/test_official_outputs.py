@@ -1,4 +1,4 @@
-"""Our model against outputs of the official JAX implementation (tests/fixtures, see docs/parity.md)."""
+"""Our model against outputs of the official JAX implementation (tests/fixtures, see docs/promises)."""
 
 import json
 from pathlib import Path
@@ -145,3 +145,15 @@ def test_prefill_and_decode_equal_the_official_decode(name):
         steps = [model(prompt, cache=cache)[:, -1:]]
         steps += [model(token[None, None], cache=cache) for token in continuation[0]]
     assert relative_to_max(torch.cat(steps, dim=1)[0], io["decode_logits_fp32"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_decode_is_at_most_twice_as_far_from_fp32_as_the_official_one(name):
+    model, io = open_fixture(name, dtype=torch.bfloat16)
+    prompt, continuation = io["decode_prompt"].long()[None], io["decode_cont"].long()[None]
+    cache = model.new_cache()
+    with torch.no_grad():
+        steps = [model(prompt, cache=cache)[:, -1:]]
+        steps += [model(token[None, None], cache=cache) for token in continuation[0]]
+    official = (io["decode_logits_bf16"].float() - io["decode_logits_fp32"]).abs().max()
+    assert (torch.cat(steps, dim=1)[0] - io["decode_logits_fp32"]).abs().max() <= 2 * official

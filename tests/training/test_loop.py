@@ -287,8 +287,8 @@ def test_run_without_any_checkpoint_starts_over(copied, recorded, tiny_run, fina
 CHANGES = {
     "model.num_experts_per_tok": ("model", {"num_experts_per_tok": 1}),
     "model.max_attn_value": ("model", {"max_attn_value": 20.0}),
-    "data.fingerprint": ("data", {"sequence_length": 16}),
-    "data.tokenizer": ("data", {"tokenizer": {"kind": "bpe", "vocab_size": 300}}),
+    "data.sequence_length": ("data", {"sequence_length": 16}),
+    "data.tokenizer.kind": ("data", {"tokenizer": {"kind": "bpe", "vocab_size": 300}}),
     "training.seed": ("training", {"seed": 5}),
     "training.batch_size": ("training", {"batch_size": 2}),
     "optimizer.name": ("optimizer", {"name": "sgd"}),
@@ -307,14 +307,15 @@ def test_changed_settings_refuse_to_resume_and_are_named(key, copied, tiny_table
     assert (copied / "config.toml").read_text() == before
 
 
-def test_changed_text_refuses_to_resume(copied, tiny_folder, tiny_tables, tmp_path, recorded):
+def test_changed_text_refuses_to_resume(tiny_folder, tiny_tables, tmp_path, recorded):
     shutil.copytree(tiny_folder / "corpus", tmp_path / "corpus")
-    with open(tmp_path / "corpus" / "03.txt", "a") as file:
-        file.write("one more line\n")
     tables = tiny_tables()
     tables["data"] |= {"sources": [str(tmp_path / "corpus")], "directory": str(tmp_path / "data")}
+    recorded(tables, tmp_path / "run")
+    with open(tmp_path / "corpus" / "03.txt", "a") as file:
+        file.write("one more line\n")
     with pytest.raises(UserError, match=r"cannot resume.*data\.fingerprint was .*, is "):
-        recorded(tables, copied, resume=True)
+        recorded(tables, tmp_path / "run", resume=True)
 
 
 def test_longer_budget_continues_is_written_down_and_lasts(copied, tiny_tables, recorded):

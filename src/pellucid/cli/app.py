@@ -52,6 +52,11 @@ def load_with_tokenizer(model: str, tokenizer: Path | None, dtype: str) -> tuple
         if tokens is not None and given.fingerprint != tokens.fingerprint:
             raise UserError(f"{tokenizer}: not the tokenizer that {model} was trained with and brings along; leave it out")
         tokens = given
+    record = Path(model) / "manifest.json"
+    if tokens is not None and record.is_file():
+        trained_with = json.loads(record.read_bytes()).get("tokenizer", {}).get("fingerprint")
+        if trained_with not in (None, tokens.fingerprint):
+            raise UserError(f"{model}: the tokenizer in its folder is not the one it was trained with; put that one back")
     if tokens is None:
         raise UserError(f"{model}: brings no tokenizer; give the one it was trained with: --tokenizer FILE")
     if tokens.vocab_size > network.config.vocab_size:

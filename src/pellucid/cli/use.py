@@ -20,7 +20,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="smallest set of tokens that reaches p")] = 0.95,
     top_k: Annotated[int | None, typer.Option(min=1, help="only the k most likely tokens")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="end before this text; may be given several times")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer file, for a model that brings none")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
@@ -31,6 +31,10 @@ def generate(
     """
     from pellucid.model.generate import generate as generate_text
 
+    if "" in (stop or []):
+        raise UserError("--stop: an empty text would end before the first token; leave it out")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("--prompt: not valid UTF-8")
     network, tokens = load_with_tokenizer(model, tokenizer, dtype)
     print(prompt, end="", flush=True)
     pieces = generate_text(

@@ -33,6 +33,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             raise UserError(f"{path}: not valid TOML: {error}") from None
         _resolve_paths(tables, Path(path).resolve().parent)
     tables.setdefault("model", {"preset": "small"})  # so that an override changes the default model, not replaces it
+    budgets = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -47,8 +48,9 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise UserError(f"{key}: '{parent}' is a value, not a table")
-        if key.startswith("training.max_"):  # a budget given on the command line replaces the file's
-            for budget in BUDGETS:
+        if parents == ["training"] and leaf in BUDGETS:  # a budget given on the command line replaces the file's
+            budgets.append(leaf)
+            for budget in set(BUDGETS) - set(budgets):
                 table.pop(budget, None)
         table[leaf] = value
     return make_config(tables, where=str(path) if path else "configuration")
@@ -75,6 +77,9 @@ def explain_validation_error(error: ValidationError, root: type[BaseModel]) -> s
             annotation = section.model_fields[part].annotation if isinstance(part, str) else section
             choices = [annotation, *get_args(annotation)]  # X | None is X
             section = next((choice for choice in choices if hasattr(choice, "model_fields")), SourceConfig)
+        if len(location) == 1 and (home := [f"{name}.{key}" for name, field in root.model_fields.items()
+                                            if key in getattr(field.annotation, "model_fields", {})]):  # fmt: skip
+            return f"unknown key '{key}'; did you mean '{home[0]}'?"
         return f"unknown key '{key}'{nearest(str(location[-1]), list(section.model_fields))}"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")

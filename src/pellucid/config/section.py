@@ -13,6 +13,3 @@ class Section(BaseModel):
     """A table of the configuration. Unknown keys are errors; assignments are validated."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-# ---------------------------------------------------------------------------------------------- model

@@ -166,6 +166,7 @@ def _fits(folder: Path, settings_hash: str, files: list[SourceFile], progress: P
 def _work_folder(target: Path, progress: Progress) -> Iterator[Path]:
     """The build's own folder, held by one process at a time. Kept after a kill, and after an error if it holds much."""
     folder = target.parent / f".{target.name}.building"
+    fresh = not target.parent.exists()
     with _explained(target):
         lock = _hold(folder, progress)
     try:
@@ -185,6 +186,9 @@ def _work_folder(target: Path, progress: Progress) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
+        if fresh:
+            with contextlib.suppress(OSError):
+                target.parent.rmdir()  # where nothing was built in it
 
 
 def _hold(folder: Path, progress: Progress) -> int:

@@ -127,7 +127,7 @@ class _Reading:
             start = self.part.span.start if file.format != "parquet" else 0
             for item in read_documents(file, lambda at, base=before - start: self._at(base + at), self.part.span):
                 if isinstance(item, Unreadable) and on_error == "stop":
-                    raise UserError(item.message)
+                    raise UserError(f'{item.message}; data.on_error = "skip" leaves out what cannot be read, and counts it')
                 yield item
             _unchanged(file)
             before += file.size

@@ -37,11 +37,16 @@ def evaluate_files(
     result = Evaluation()
     for file in files:
         for text in _texts(file, normalization or NormalizeConfig()):
-            batches = _windows(tokenizer, text, context)
-            result += evaluate_batches(model, batches, tokenizer.byte_lengths)
-            done += len(text.encode())
-            if progress is not None:
-                progress("evaluating", min(done, total), total)
+            stream = torch.tensor([tokenizer.eos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id])
+            bytes_per_token = len(text.encode()) / (len(stream) - 1)
+
+            def tell(tokens: int, share: float = bytes_per_token) -> None:
+                nonlocal done
+                done += tokens * share
+                if progress is not None:
+                    progress("evaluating", min(round(done), total), total)
+
+            result += evaluate_batches(model, _windows(tokenizer, stream, context), tokenizer.byte_lengths, tell)
     if not result.tokens:
         raise UserError(f"{path}: holds no text to evaluate")
     return result
@@ -54,10 +59,9 @@ def _texts(file: Any, normalization: NormalizeConfig) -> Iterator[str]:
         yield normalize(document.text, normalization)
 
 
-def _windows(tokenizer: Any, text: str, T: int) -> Iterator[Batch]:
+def _windows(tokenizer: Any, stream: torch.Tensor, T: int) -> Iterator[Batch]:
     """Batches of up to WINDOWS rows; the last row of a document is padded."""
-    eos = tokenizer.eos_token_id
-    stream = torch.tensor([eos, *tokenizer.encode(text), eos])
+    T = min(T, len(stream) - 1)
     rows = -(-(len(stream) - 1) // T)
     tokens = torch.full((rows * T,), tokenizer.pad_token_id)
     targets = torch.full((rows * T,), IGNORE)

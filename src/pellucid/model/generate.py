@@ -15,6 +15,8 @@ from torch import Tensor
 from pellucid.config import UserError
 from pellucid.model.grok import Grok1
 
+LOWEST_TEMPERATURE = 1e-4  # below it the most likely token is taken: scores over it would overflow
+
 
 class Decoder(Protocol):
     """What of a tokenizer is needed to speak."""
@@ -34,6 +36,7 @@ def filter_scores(scores_V: Tensor, temperature: float, top_k: int | None, top_p
     if top_p < 1.0:
         ranked, index = probabilities.sort(descending=True, stable=True)
         beyond = ranked.cumsum(-1) - ranked >= top_p  # the token that crosses p stays in
+        beyond[0] = False
         probabilities = probabilities.index_fill(0, index[beyond], 0.0)
         probabilities = probabilities / probabilities.sum()
     return probabilities
@@ -69,7 +72,7 @@ def generate_ids(
         scores = model.logits(hidden[0, -1]).float().cpu()
         if not torch.isfinite(scores).all():
             raise UserError("the model's scores are not finite: its weights hold NaN or infinity, or overflow")
-        if temperature == 0:
+        if temperature < LOWEST_TEMPERATURE:
             token = int(scores.argmax())
         else:
             token = int(torch.multinomial(filter_scores(scores, temperature, top_k, top_p), 1, generator=random))

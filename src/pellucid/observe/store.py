@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -154,7 +156,7 @@ class Writer:
         known = [r[0] for r in self._connection.execute("SELECT name FROM stat WHERE stream = ? ORDER BY id", (stream,))]
         if known and known != [stat.name for stat in stats]:
             raise UserError(f"{self.path}: stream '{stream}' was recorded by another version; use a new run directory")
-        with self._connection as connection:
+        with self._transaction() as connection:
             sizes = (len(rows), len(stats), row_is, about, dense_steps, keep_every)
             connection.execute("INSERT OR REPLACE INTO stream VALUES (?, ?, ?, ?, ?, ?, ?)", (stream, *sizes))
             connection.executemany("INSERT OR REPLACE INTO row VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [
@@ -167,15 +169,23 @@ class Writer:
     def set_meta(self, values: dict) -> None:
         """Values are stored as JSON."""
         self.flush()
-        with self._connection as connection:
+        with self._transaction() as connection:
             pairs = [(key, json.dumps(value)) for key, value in values.items()]
             connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
 
     def insert(self, statement: str, rows: list[tuple]) -> None:
         """Rows that belong to no step (the stages of the data, for example)."""
         self.flush()
-        with self._connection as connection:
+        with self._transaction() as connection:
             connection.executemany(statement, rows)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._connection as connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise UserError(_sentence(self.path, error)) from None
 
     def submit(self, make: Callable[[], Record]) -> None:
         """Hand over one step. `make` runs on the writer's thread (it may wait for the device, divide, judge).
@@ -338,12 +348,18 @@ def _open(path: Path, wal: bool) -> sqlite3.Connection:
         run.executescript(TABLES + VIEWS)
         found = run.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
     except sqlite3.Error as error:
-        advice = "move it away or use a new run directory"
-        raise UserError(f"{path}: cannot be opened as a telemetry file ({error}); {advice}") from None
+        raise UserError(_sentence(path, error)) from None
     if found and json.loads(found[0]) != SCHEMA_VERSION:
         expected = f"schema {found[0]}, expected {SCHEMA_VERSION}"
         raise UserError(f"{path}: written by another version ({expected}); use a new run directory")
     return run
+
+
+def _sentence(path: Path, error: sqlite3.Error) -> str:
+    free = shutil.disk_usage(path.parent).free
+    if "full" in str(error) or (free < 1 << 20 and "I/O" in str(error)):
+        return f"{path}: the disk is full; free some space, or choose another --run-dir"
+    return f"{path}: cannot be used as a telemetry file ({error}); move it away or use a new run directory"
 
 
 def is_network(folder: Path) -> bool:
