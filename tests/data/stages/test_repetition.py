@@ -53,6 +53,9 @@ def test_counts_are_those_made_the_slow_way(parts, n):
     assert top_ngram(view, n)[0] == plain_top(words, n)
     assert repeated_characters(view, n) == plain_repeated(words, n) <= covered_characters(view, n)
     assert covered_characters(view, n) >= covered_characters(view, n + 1)
+    for limit in (1, 10, 40):
+        exact, bound = covered_characters(view, n), covered_characters(view, n, at_least=limit)
+        assert bound == exact or exact < bound <= limit
 
 
 @given(REPETITIVE, st.floats(0, 0.5), st.floats(0, 0.5))

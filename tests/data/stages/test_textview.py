@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellucid.data.stages import textview
-from pellucid.data.stages.repetition import _lines
+from pellucid.data.stages.repetition import _lines, _paragraphs
 from pellucid.data.stages.textview import WORD, TextView, Vocabulary
 
 TEXT = st.text(st.sampled_from("aB1_ .,'’-\n\t\x1c\u2028\u00a0漢か…é\u0301#"), max_size=60) | st.text(max_size=40)
@@ -59,6 +59,12 @@ def test_equal_ngrams_have_equal_hashes_and_others_not(words, n, folded):
 @given(st.text("ab\n", max_size=30))
 def test_lines_are_those_of_the_regular_expression(text):
     assert _lines(text) == re.split(r"\n+", text)
+    assert _paragraphs(text.strip()) == re.split(r"\n{2,}", text.strip())
+
+
+@given(st.text(st.sampled_from("aB1_.,'’-…é漢\x00("), min_size=1, max_size=6))
+def test_tokens_of_usual_shapes_are_taken_apart_as_by_the_expression(token):
+    assert list(textview._parts(token)) == WORD.findall(token)
 
 
 def test_mixing_changes_half_of_the_bits():

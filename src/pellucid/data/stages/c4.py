@@ -28,12 +28,11 @@ def c4(view: TextView, rules: C4Filter) -> Outcome:
     lorem_ipsum = rules.lorem_ipsum and "lorem ipsum" in lower
     curly_bracket = rules.curly_bracket and "{" in text
     citations = rules.citations and "[" in text
-    long_words = re.search(rf"(?<!\S)\S{{{rules.max_word_length + 1}}}", text) is not None
     kept: list[str] = []
     sentences = 0
     for line in view.lines:
         original = line = line.strip()
-        if long_words and any(len(word) > rules.max_word_length for word in line.split()):
+        if len(line) > rules.max_word_length and max(map(len, line.split())) > rules.max_word_length:
             continue
         if citations:
             line = CITATION.sub("", line)

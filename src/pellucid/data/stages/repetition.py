@@ -7,14 +7,10 @@ characters under any repeated 5-gram bound the repeated characters of every n >=
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from pellucid.config import GopherRepetitionFilter
 from pellucid.data.stages.textview import TextView
-
-PARAGRAPH = re.compile(r"\n{2,}")
 
 
 def gopher_repetition(view: TextView, limits: GopherRepetitionFilter) -> str | None:
@@ -23,7 +19,7 @@ def gopher_repetition(view: TextView, limits: GopherRepetitionFilter) -> str | N
     if not text:
         return "empty"
     for name, parts, most_parts, most_characters in (
-        ("paragraph", PARAGRAPH.split(text.strip()), limits.duplicate_paragraphs, limits.duplicate_paragraph_characters),
+        ("paragraph", _paragraphs(text.strip()), limits.duplicate_paragraphs, limits.duplicate_paragraph_characters),
         ("line", _lines(text), limits.duplicate_lines, limits.duplicate_line_characters),
     ):
         repeated, characters = duplicates(parts)
@@ -37,6 +33,12 @@ def gopher_repetition(view: TextView, limits: GopherRepetitionFilter) -> str | N
         if characters / len(text) > most:
             return f"most frequent {n}-gram"
     return _repeated_ngrams(view, limits)
+
+
+def _paragraphs(text: str) -> list[str]:
+    """re.split(r"\\n{2,}", text) of a stripped text, several times as fast."""
+    parts = text.split("\n\n")
+    return [part.lstrip("\n") for part in parts if part] if "\n\n\n" in text else parts
 
 
 def _lines(text: str) -> list[str]:
@@ -85,20 +87,28 @@ def _repeated_ngrams(view: TextView, limits: GopherRepetitionFilter) -> str | No
     bound = None
     for n, most in wanted:
         if bound is None or bound / size > most:  # what repeats n words also repeats fewer: the bound falls with n
-            bound = covered_characters(view, n)
+            bound = covered_characters(view, n, at_least=most * size)
             if bound / size > most and repeated_characters(view, n) / size > most:
                 return f"repeated {n}-grams"
     return None
 
 
-def covered_characters(view: TextView, n: int) -> int:
-    """Characters of words that lie in any n-gram equal to an earlier one: at least `repeated_characters`."""
+def covered_characters(view: TextView, n: int, at_least: float = 0.0) -> int:
+    """Characters of words that lie in any n-gram equal to an earlier one: at least `repeated_characters`.
+
+    Where they cannot exceed `at_least`, an upper bound that does not either.
+    """
     grams = view.grams(n)
+    ordered = np.sort(grams)
+    repeats = int(np.count_nonzero(ordered[1:] == ordered[:-1]))
+    if not repeats:
+        return 0
+    most = repeats * int((view.word_ends[n:] - view.word_ends[:-n]).max())
+    if most <= at_least:
+        return most
     order = np.argsort(grams)
     ordered = grams[order]
     same = ordered[1:] == ordered[:-1]
-    if not same.any():
-        return 0
     several = np.append(same, False) | np.append(False, same)
     places, values = order[several], ordered[several]
     first = np.minimum.reduceat(places, np.flatnonzero(np.append(True, values[1:] != values[:-1])))

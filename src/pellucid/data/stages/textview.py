@@ -9,6 +9,7 @@ comparing is then numpy on integers. Hashes are blake2b: the same in every proce
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
@@ -66,8 +67,7 @@ class Vocabulary(dict):
         return Words(self.hash[words], self.length[words], self.alphabetic[words], self.symbol[words], words, self)
 
     def __missing__(self, token: str) -> int:
-        words, plain = self.words, token.isalpha() and token.isascii()
-        parts = (token,) if plain else WORD.findall(token)
+        words, parts = self.words, _parts(token)
         for word in parts:
             number = words.get(word)
             if number is None:
@@ -91,6 +91,18 @@ class Vocabulary(dict):
                 table[self.described : words] = np.array(column, table.dtype)
         self.tokens, self.used, self.described = tokens, pieces, words
         self.new, self.new_pieces, self.new_counts = [], [], []
+
+
+def _parts(token: str) -> Sequence[str]:
+    """WORD.findall(token), at once for the usual shapes: a word, or one with a sign before or after it."""
+    if token.isascii():
+        if token.isalnum():
+            return (token,)
+        if token[:-1].isalnum() and token[-1] != "_":
+            return token[:-1], token[-1]
+        if token[1:].isalnum() and token[0] != "_":
+            return token[0], token[1:]
+    return WORD.findall(token)
 
 
 def _describe(word: str) -> tuple[int, int, int, bool, bool]:
