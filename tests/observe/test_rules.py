@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pellucid.observe.columns import INDEX
@@ -69,7 +69,7 @@ def impossible(sizes, betas=(0.9, 0.95)):
     return "impossible_step" in names(watch, 0, {"run": run, "param": frame("param", 2, adam_rms=sizes)})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=60), st.sampled_from([(0.9, 0.95), (0.9, 0.999), (0.8, 0.9)]))
 def test_no_gradients_whatever_make_adams_step_impossible(gradients, betas):
     """torch's own Adam gives the moments."""
