@@ -89,7 +89,7 @@ class Ray:
                 ray.init(self.address, **quiet)
         except Exception as error:  # Ray raises a bare one where a node does not start in time
             raise UserError(f"--ray {self.address}: no Ray cluster answers there ({str(error).splitlines()[0][:160]}); start one "
-                            "(ray start --head), or give --ray local") from None
+                            "(ray start --head), set RAY_AUTH_MODE=token if that one wants a token, or give --ray local") from None
         return ray
 
 
