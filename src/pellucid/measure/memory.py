@@ -270,19 +270,23 @@ def largest_context(
 def _longest(config: Config, mode: str, memory: int, device: str, tell) -> tuple[int, Peak] | None:
     """By secants, to 1 %: the peak grows all but linearly, faster where another phase takes the lead."""
     known: dict[int, Peak] = {}
-    tokens = low = GRANULE
+    tokens = 8 * GRANULE
     while tokens not in known:
         tell(tokens)
         known[tokens] = predict_peak(at_context(config, tokens, mode), device)
-        if tokens == GRANULE:
-            if known[tokens].total > memory:
+        fitting = [t for t, peak in known.items() if peak.total <= memory]
+        if not fitting:
+            if tokens == GRANULE:
                 return None
-            tokens = min(8 * GRANULE, LONGEST)
+            tokens = GRANULE
             continue
-        low = max(t for t, peak in known.items() if peak.total <= memory)
+        low = max(fitting)
         if low == LONGEST or known[low].total > 0.99 * memory:
             break
         above = [t for t in known if t > low]
+        if len(known) == 1:
+            tokens *= 4
+            continue
         a, b = (low, min(above)) if above else sorted(known)[-2:]
         rise = (known[b].total - known[a].total) / (b - a)
         tokens = a + int((memory - known[a].total) / rise) if rise > 0 else LONGEST

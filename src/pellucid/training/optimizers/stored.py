@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 from torch.optim.sgd import sgd as torch_sgd
 
+from pellucid.model.kernels import native
 from pellucid.training.optimizers.lion import lion_
 from pellucid.training.optimizers.muon import muon_
 from pellucid.training.optimizers.rounding import round_plain, round_stochastically, rounding_key
@@ -137,7 +138,7 @@ def _keys(group: dict) -> tuple[str, ...]:
 def _slices(weight: Tensor) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
     """(first element, how to cut it out of a tensor of this shape), for rules that treat every element alike."""
     size = PIECE.get(weight.device.type, PIECE["cuda"])
-    for first in range(0, weight.numel(), size):
+    for first in native.starts(weight.numel(), size):
         yield first, lambda tensor, first=first: tensor.view(-1)[first : first + size]
 
 
