@@ -93,11 +93,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="a part of the names of the cases to run; others keep their last result")
     parser.add_argument("--as-is", action="store_true", help="leave malloc as it is")
+    parser.add_argument("--predict", action="store_true", help="only predict anew; what was measured stays")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(case(json.loads(options.case))))
         return
+    if options.predict:
+        return predict_anew()
     environment = dict(os.environ, OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1")
     if not options.as_is:
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -117,6 +120,21 @@ def main() -> None:
         results |= {key: found, "about": about()}
         results[f"largest_error_{key}"] = max(abs(result["error"]) for result in found.values())
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def predict_anew() -> None:
+    from pellucid.config import load_config
+    from pellucid.measure import memory
+    from pellucid.model.size import with_vocabulary
+
+    results = json.loads(RESULTS.read_text())
+    for key in {"cases", "cases_as_is"} & results.keys():
+        for name, found in results[key].items():
+            peak = memory.predict_peak(with_vocabulary(load_config(None, found["settings"])))
+            found |= {"predicted": peak.total, "phase": peak.phase, "kinds": peak.kinds, "error": peak.total / found["measured"] - 1}
+            print(f"{name:<36} error {found['error']:+.1%}", flush=True)
+        results[f"largest_error_{key}"] = max(abs(found["error"]) for found in results[key].values())
+    RESULTS.write_text(json.dumps(results | {"about": about()}, indent=1) + "\n")
 
 
 def about() -> dict:

@@ -2,8 +2,9 @@
 
 The training step itself runs, on tensors that have shapes but no memory (torch's FakeTensorMode), so what is allocated and
 freed is the program's own doing, kernels and observation included, and no formula can fall behind it. Values decide
-little: every gradient is taken to be finite, every expert to get its share of the tokens. What libraries allocate inside
-one operation is not seen; bench/memory.py compares with what the system measured.
+little: every gradient is taken to be finite, one expert to get twice its share of the tokens and the others the rest, as
+routers do before they learn. What libraries allocate inside one operation is not seen; bench/memory.py compares with what
+the system measured.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from pellucid.training.step import training_step
 aten = torch.ops.aten
 LONGEST = 131_072  # tokens; the longest context that is looked for
 TRACED = 4  # layers
+BUSIEST = 1  # the expert that is taken to be
 GRANULE = 128  # tokens; contexts are multiples of it
 RECOMPUTE = ("none", "attention", "all")
 
@@ -110,6 +112,8 @@ class Ledger(TorchDispatchMode):
 class DryLedger(Ledger):
     """A Ledger over tensors without memory, which answers where the program asks for a value."""
 
+    experts_per_token = 1
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
@@ -132,8 +136,12 @@ class DryLedger(Ledger):
             return total != 0  # what is asked of `any` is not so; all else is
         if total is None:
             return 1.0 if tensor.dtype.is_floating_point else 1
-        number, at = tensor.untyped_storage().nbytes() // tensor.element_size(), tensor.storage_offset()
-        return total // number + (at < total % number)
+        experts, e = tensor.untyped_storage().nbytes() // tensor.element_size(), tensor.storage_offset()
+        busiest = min(total // self.experts_per_token, 2 * total // experts)  # no token chooses an expert twice
+        if e == BUSIEST or experts == 1:
+            return busiest
+        rest, e = total - busiest, e - (e > BUSIEST)
+        return rest // (experts - 1) + (e < rest % (experts - 1))
 
 
 def _shared(tensor: Tensor) -> int | None:
@@ -173,6 +181,7 @@ def trace_step(config: Config, device: torch.device, ledger: Ledger) -> Ledger:
 
 def _step(config: Config, device: torch.device, ledger: Ledger) -> None:
     settings = config.training
+    ledger.experts_per_token = config.model.num_experts_per_tok
     with _as(ledger, "weights"):
         model = Grok1(config.model, device=device)
         if not isinstance(ledger, DryLedger):
