@@ -165,6 +165,20 @@ def test_results_are_json_files(tmp_path):
     assert [p.name for p in (tmp_path / "jobs").iterdir()] == ["job-0.json"]
 
 
+def test_a_local_ray_gives_the_same_results(tmp_path, monkeypatch):
+    ray = __import__("ray") if os.environ.get("PELLUCID_REQUIRE_ALL") else pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: on a busy machine its workers would starve
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        assert Plan(jobs(tmp_path, 3), tmp_path).run(ray="local") == {f"job-{x}": {"square": x * x} for x in range(3)}
+        assert ran(tmp_path) == [0, 1, 2]
+        with pytest.raises(UserError, match="this job cannot be done"):
+            Plan(jobs(tmp_path, 1, "fails"), tmp_path / "failing").run(ray="local")
+    finally:
+        ray.shutdown()
+
+
 def test_no_ray_cluster_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="ray job submit"):
         Plan(jobs(tmp_path, 1), tmp_path).run(ray="ray://somewhere:10001")
