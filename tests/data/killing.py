@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 from pellucid.config import DataConfig
+from pellucid.data.pipeline import Job
 
 BLOCK_BYTES, TOKENS_PER_SHARD = 20_000, 60_000
 BUILD = f"""
 import sys
 from pathlib import Path
 from pellucid.config import DataConfig
+from pellucid.data.pipeline import Job
 from pellucid.data import blocks, shards, build
 from pellucid.data.workers import InThisProcess, Processes
 blocks.BLOCK_BYTES, shards.TOKENS_PER_SHARD = {BLOCK_BYTES}, {TOKENS_PER_SHARD}
@@ -65,3 +67,21 @@ def killed_often(config: DataConfig, folder: Path, workers: int, kills: int, see
     process = start(config, folder, workers)
     assert process.wait(timeout=250) == 0 and not (folder / ".out.building").exists()
     return in_the_middle
+
+
+class Steps(Job):
+    """Two steps that get on, each of which kills its worker once it is reported; or one that says nothing for ever."""
+
+    def __init__(self, left: int, silent: bool = False):
+        self.left, self.silent = left, silent
+
+    def run(self, setup):
+        for step in range(self.left):
+            yield "position", step
+            time.sleep(600 if self.silent else 0.1)
+            yield "step", step
+            time.sleep(0.2)  # until the caller has heard
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(self, report):
+        return Steps(self.left - 1) if report[0] == "step" else self

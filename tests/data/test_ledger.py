@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from killing import BLOCK_BYTES, TOKENS_PER_SHARD, contents, killed_often, start
+from killing import BLOCK_BYTES, TOKENS_PER_SHARD, Steps, contents, killed_often, start
 from pyarrow import feather
 from warcio import warcwriter
 from warcio.statusandheaders import StatusAndHeaders
@@ -263,24 +263,6 @@ def test_work_that_kills_every_worker_is_a_sentence_and_a_fault_of_ours_is_shown
         list(Processes(2).do([Fatal()], None))
     with pytest.raises(RuntimeError, match="ZeroDivisionError: ours"):
         list(Processes(1).do([Faulty()], None))
-
-
-class Steps(Job):
-    """Two steps that get on, each of which kills its worker once it is reported; or one that says nothing for ever."""
-
-    def __init__(self, left: int, silent: bool = False):
-        self.left, self.silent = left, silent
-
-    def run(self, setup):
-        for step in range(self.left):
-            yield "position", step
-            time.sleep(600 if self.silent else 0.1)
-            yield "step", step
-            time.sleep(0.2)  # until the caller has heard
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def after(self, report):
-        return Steps(self.left - 1) if report[0] == "step" else self
 
 
 def test_a_worker_may_die_often_as_long_as_the_work_gets_on(monkeypatch):
