@@ -24,7 +24,8 @@ demo: $(VENV)/.installed
 	$(BIN)/pellucid train
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile --ignore tests/browser
+	$(BIN)/pytest tests/browser
 
 clean:
 	rm -rf $(VENV)

@@ -112,7 +112,7 @@ def train(
 def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     device = choose_device(config.training.device)  # before any work is spent
     if resume:
-        _refuse_other_settings(Run(folder), config, device)
+        _refuse_other_settings(Run(folder), config)
     origin = start_from(config) if config.model.init_from is not None and not (resume and saved_steps(folder / "checkpoints")) else None
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
@@ -171,9 +171,9 @@ def _observing(loop: Loop, new: bool) -> SilentObserver:
         raise
 
 
-def _refuse_other_settings(run: Run, config: Config, device: torch.device) -> None:
-    """What is known to differ before any data is prepared; the rest is compared with the checkpoint (Loop.resume)."""
-    before, after = (_decisive(c, device) for c in (resolved_config(run.config), config))
+def _refuse_other_settings(run: Run, config: Config) -> None:
+    """What would prepare other data, or is another model; the rest is compared with the checkpoint (Loop.resume)."""
+    before, after = (_known_before_preparing(c) for c in (resolved_config(run.config), config))
     if config.data.prepared is not None or run.config.data.prepared is not None:
         del before["data"], after["data"]
     if config.model.init_from is not None:  # its shape is that of other weights
@@ -183,16 +183,11 @@ def _refuse_other_settings(run: Run, config: Config, device: torch.device) -> No
         raise UserError(f"{run.directory}: cannot resume, these settings have changed: {'; '.join(differences)}")
 
 
-def _decisive(config: Config, device: torch.device) -> dict[str, Any]:
+def _known_before_preparing(config: Config) -> dict[str, Any]:
     data = config.data.model_dump(mode="json", exclude={"directory", "workers", "mixture", "prepared"})
     del data["tokenizer"]["encoder"]
-    for source in data["sources"]:
-        source.pop("weight"), source.pop("epochs", None)
     from_data = {"preset", "init_from", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "head"}
-    training = config.training.model_dump(mode="json", include={"seed", "batch_size", "task"})
-    return {"model": config.model.model_dump(mode="json", exclude=from_data), "data": data,
-            "training": training | {"precision": resolve_precision(config.training.precision, device)},
-            "optimizer": {"name": config.optimizer.name}}  # fmt: skip
+    return {"model": config.model.model_dump(mode="json", exclude=from_data), "data": data}
 
 
 def _stage_plays(progress: Quiet, loop: Loop) -> None:

@@ -136,7 +136,7 @@ def open_page(chromium):
     def open_one(url: str, *, theme: str = "light", wait: str | None = "main .panel", tolerate: tuple[str, ...] = (), **options):
         context = chromium.new_context(viewport={"width": 1440, "height": 900}, color_scheme=theme, **options)
         contexts.append(context)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(20_000)
         page = context.new_page()
         note = lambda text: None if any(word in text for word in tolerate) else wrong.append(text)
         page.on("console", lambda message: message.type in ("error", "warning") and note(f"console: {message.text}"))

@@ -65,7 +65,7 @@ def killed_often(config: DataConfig, folder: Path, workers: int, kills: int, see
         in_the_middle += bool(now) and not done
         before = now
     process = start(config, folder, workers)
-    assert process.wait(timeout=250) == 0 and not (folder / ".out.building").exists()
+    assert process.wait(timeout=120) == 0 and not (folder / ".out.building").exists()
     return in_the_middle
 
 

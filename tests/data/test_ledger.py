@@ -92,7 +92,7 @@ def expected(config, tmp_path_factory):
 @pytest.mark.parametrize("workers", [2, 3])
 def test_any_number_of_workers_writes_the_same_bytes(config, expected, tmp_path, workers):
     process = start(config, tmp_path, workers)
-    assert process.wait(timeout=250) == 0
+    assert process.wait(timeout=120) == 0
     assert contents(tmp_path / "out") == expected
 
 
@@ -165,7 +165,7 @@ def test_a_worker_that_dies_is_replaced(config, expected, tmp_path):
                 os.kill(child, signal.SIGKILL)
                 killed.add(child)
                 break
-    assert process.wait(timeout=250) == 0 and killed
+    assert process.wait(timeout=120) == 0 and killed
     assert contents(tmp_path / "out") == expected
 
 
@@ -290,7 +290,7 @@ def test_workers_that_cannot_start_are_a_sentence(monkeypatch, program, says):
 
 def test_two_builds_of_the_same_data_become_one(config, tmp_path):
     first, second = start(config, tmp_path, 1), start(config, tmp_path, 1)
-    assert first.wait(timeout=250) == 0 and second.wait(timeout=120) == 0
+    assert first.wait(timeout=120) == 0 and second.wait(timeout=120) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"out", "config.json"}
 
 

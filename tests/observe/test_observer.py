@@ -33,7 +33,7 @@ def test_run_frame_holds_the_step_s_own_numbers_and_nulls_what_is_undefined(run_
         assert is_missing(values[name]).all(), name
     assert values["loss"][0] == pytest.approx(np.log(260), rel=0.05) and values["loss"][-1] < values["loss"][0] - 0.5
     phases = sum(values[f"{phase}_seconds"] for phase in ("data", "forward", "loss", "backward", "clip", "update"))
-    assert (phases <= values["step_seconds"]).all() and np.median(phases / values["step_seconds"]) > 0.3
+    assert (phases <= values["step_seconds"]).all() and (phases > 0.3 * values["step_seconds"]).all()
     np.testing.assert_allclose(values["tokens_per_second"], values["tokens"] / values["step_seconds"], rtol=1e-5)
     assert np.isfinite(values["noise_scale"]).any(), "two micro-batches give a noise scale"
     assert (values["applied"] == 1).all() and values["beta1"][0] == np.float32(0.9)

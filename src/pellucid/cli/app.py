@@ -44,6 +44,7 @@ def split_settings(settings: list[str]) -> tuple[Path | None, list[str]]:
 
 def load_with_tokenizer(model: str, tokenizer: Path | None, dtype: str) -> tuple[Any, Any]:
     from pellucid.data.tokenizer import load_tokenizer
+    from pellucid.exchange.folder import read_json
     from pellucid.exchange.load import load
 
     network, tokens = load(model, dtype=dtype)
@@ -54,8 +55,8 @@ def load_with_tokenizer(model: str, tokenizer: Path | None, dtype: str) -> tuple
         tokens = given
     record = Path(model) / "manifest.json"
     if tokens is not None and record.is_file():
-        trained_with = json.loads(record.read_bytes()).get("tokenizer", {}).get("fingerprint")
-        if trained_with not in (None, tokens.fingerprint):
+        recorded = read_json(record).get("tokenizer")
+        if isinstance(recorded, dict) and recorded.get("fingerprint", tokens.fingerprint) != tokens.fingerprint:
             raise UserError(f"{model}: the tokenizer in its folder is not the one it was trained with; put that one back")
     if tokens is None:
         raise UserError(f"{model}: brings no tokenizer; give the one it was trained with: --tokenizer FILE")

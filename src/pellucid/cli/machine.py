@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pellucid.cli.app import Json, app
+from pellucid.cli.app import Json, app, progress
 from pellucid.config import load_config, preset_names
 
 
@@ -67,17 +67,16 @@ def plan(
     named = names or (["small"] if overrides or memory else [])
     configs = {name: _planned(name, overrides) for name in named or preset_names()}
     rows = sizes(configs)
-    shown = _shown(as_json)
     budget = peaks.parse_bytes(memory) if memory is not None else None
-    for name in named:
-        config = with_vocabulary(configs[name])
-        shown.stage(f"{name}: a dry step", 0, None)
-        rows[name] |= {"peak": peaks.predict_peak(config, device).as_dict(), "program": peaks.program_bytes(device)}
-        if budget is not None:
-            tell = lambda tokens, name=name: shown.stage(f"{name}: dry steps", 0, None, f"{tokens:,} tokens")
-            found = peaks.largest_context(config, budget - rows[name]["program"], device, tell)
-            rows[name]["contexts"] = {mode: fit and {"tokens": fit[0], **fit[1].as_dict()} for mode, fit in found.items()}
-    shown.close()
+    with progress() as shown:
+        for name in named:
+            config = with_vocabulary(configs[name])
+            shown.stage(f"{name}: a dry step", 0, None)
+            rows[name] |= {"peak": peaks.predict_peak(config, device).as_dict(), "program": peaks.program_bytes(device)}
+            if budget is not None:
+                tell = lambda tokens, name=name: shown.stage(f"{name}: dry steps", 0, None, f"{tokens:,} tokens")
+                found = peaks.largest_context(config, budget - rows[name]["program"], device, tell)
+                rows[name]["contexts"] = {mode: fit and {"tokens": fit[0], **fit[1].as_dict()} for mode, fit in found.items()}
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -94,14 +93,6 @@ def _planned(name: str, overrides: list[str]) -> Any:
     if name.endswith(".toml"):
         return load_config(name, overrides)
     return load_config(None, [f"model.preset={name}", *overrides])
-
-
-def _shown(quiet: bool) -> Any:
-    from rich.console import Console
-
-    from pellucid.training.progress import Quiet, Shown
-
-    return Quiet() if quiet else Shown(Console(stderr=True, highlight=False))
 
 
 def _print_memory(name: str, config: Any, row: dict[str, Any], memory: str | None) -> None:

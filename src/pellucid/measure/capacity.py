@@ -28,7 +28,6 @@ BATCH = 64  # sequences
 # Tuned for adamw. Weights that a norm follows grow with every step and so slow themselves down: only large steps keep learning
 # to the end (bits a parameter after the same 800 epochs of a model of 8,288: 2.18 at 0.01, 2.41 at 0.03, 2.59 at 0.08).
 LEARNING_RATE = {"adamw": 6e-2, "adam": 6e-2, "muon": 6e-2, "lion": 6e-3, "adafactor": 6e-2, "sgd": 1.0}
-NORMAL_POINT = 1.959963984540054  # 97.5 % of the normal distribution lie below
 LEAST = 38_200  # parameters, of which the embedding is most
 
 
@@ -139,13 +138,23 @@ def student(values: np.ndarray) -> dict[str, float | None]:
 
 
 def student_point(degrees: int) -> float:
-    """The 97.5 % point of Student's t: exact for 1 and 2 degrees of freedom, else Abramowitz & Stegun 26.7.5 (to 0.2 %)."""
-    if degrees < 3:
-        return math.tan(0.475 * math.pi) if degrees == 1 else 0.95 * (2 / (4 * 0.975 * 0.025)) ** 0.5
-    z, v = NORMAL_POINT, degrees
-    return (z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-            + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4))  # fmt: skip
+    """The 97.5 % point of Student's t, by bisection of its finite sum (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+
+    def inside(angle: float) -> float:
+        """P(|t| < sqrt(degrees) tan(angle))."""
+        term = total = 1.0 if degrees % 2 == 0 else math.cos(angle)
+        for n in range(2 if degrees % 2 == 0 else 3, degrees, 2):
+            term *= (n - 1) / n * math.cos(angle) ** 2
+            total += term
+        if degrees % 2 == 0:
+            return math.sin(angle) * total
+        return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
 
 
 def _describe(outcome: Outcome) -> None:
