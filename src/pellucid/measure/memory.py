@@ -154,8 +154,12 @@ def _shared(tensor: Tensor) -> int | None:
 def predict_peak(config: Config, device: str | torch.device = "cpu") -> Peak:
     """The peak of training by `config`, whose model.vocab_size is known, on a device of this machine.
 
-    Of many layers the fourth and fifth are traced: each phase needs as much more for every other one, forward as backward.
+    Raises UserError for another task than language modelling. Of many layers the fourth and fifth are traced: each phase
+    needs as much more for every other one, forward as backward.
     """
+    if config.training.task != "language_modeling":
+        raise UserError(f"training.task = '{config.training.task}': the memory of training is predicted for language models only; "
+                        "leave the task out")  # fmt: skip
     device, layers = torch.device(device), config.model.num_hidden_layers
     if layers <= TRACED + 1:
         return trace_step(config, device, DryLedger(device.type)).peak
