@@ -32,8 +32,10 @@ def test_run_frame_holds_the_step_s_own_numbers_and_nulls_what_is_undefined(run_
     for name in ("router_z_loss", "z_loss", "mfu", "device_memory"):
         assert is_missing(values[name]).all(), name
     assert values["loss"][0] == pytest.approx(np.log(260), rel=0.05) and values["loss"][-1] < values["loss"][0] - 0.5
-    phases = sum(values[f"{phase}_seconds"] for phase in ("data", "forward", "loss", "backward", "clip", "update"))
-    assert (phases <= values["step_seconds"]).all() and (phases > 0.3 * values["step_seconds"]).all()
+    phases = np.stack([values[f"{phase}_seconds"] for phase in ("data", "forward", "loss", "backward", "clip", "update")])
+    assert (phases > 0).all(), "each was measured at every step"
+    whole = phases.sum(0) / values["step_seconds"]
+    assert (whole <= 1).all() and np.median(whole) > 0.3, "a step that waits for the processor, between phases, is no fault"
     np.testing.assert_allclose(values["tokens_per_second"], values["tokens"] / values["step_seconds"], rtol=1e-5)
     assert np.isfinite(values["noise_scale"]).any(), "two micro-batches give a noise scale"
     assert (values["applied"] == 1).all() and values["beta1"][0] == np.float32(0.9)
