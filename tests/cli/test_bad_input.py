@@ -88,8 +88,8 @@ BAD_TEXT = {
     "odd.xyz": (b"text", "no known extension"),
     "broken.jsonl": (b'{"text": "good"}\n{"text": "cut off\n', "broken.jsonl:2: not a JSON object"),
     "field.jsonl": (b'{"body": "good"}\n', "no field 'text'; the fields are 'body'"),
-    "number.jsonl": (b'{"text": 3}\n', "field 'text' is a int, not text"),
-    "list.jsonl": (b"[1]\n", "a JSON list, not an object"),
+    "number.jsonl": (b'{"text": 3}\n', "field 'text' is an integer, not text"),
+    "list.jsonl": (b"[1]\n", "a list, not a JSON object"),
     "cut.txt.gz": (b"\x1f\x8b\x08\x00rubbish", "gzip file"),
     "cut.parquet": (b"PAR1 rubbish", "parquet"),
 }

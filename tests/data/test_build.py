@@ -12,6 +12,9 @@ import pytest
 from pellucid.config import DataConfig, UserError
 from pellucid.data import pipeline, readers
 from pellucid.data.build import prepare
+from pellucid.data.stages.corpus import Deduplicate
+from pellucid.data.stages.decontaminate import HeldOut
+from pellucid.data.stages.repeats import CutRepeats
 
 
 def write_jsonl(path: Path, texts: list[str]) -> str:
@@ -118,6 +121,17 @@ def test_the_manifest_tells_all(tmp_path):
     assert sum(row["tokens"] for row in rows) == manifest["splits"]["train"]["tokens"]
 
 
+@pytest.mark.parametrize("kind", [Deduplicate, CutRepeats, HeldOut])
+def test_data_of_another_version_of_a_corpus_pass_is_not_used_again(tmp_path, monkeypatch, kind):
+    path = write_jsonl(tmp_path / "a.jsonl", [f"text {n} " * 20 for n in range(50)])
+    config = configure(tmp_path, [path], deduplicate={"exact": True, "substring_words": 50}, decontaminate={"held_out": True})
+    first = prepare(config)
+    assert prepare(config).reused
+    monkeypatch.setattr(kind, "version", kind.version + 1)
+    second = prepare(config)
+    assert not second.reused and second.directory != first.directory
+
+
 def test_two_builds_are_the_same_bytes(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [f"text {n} " * 20 for n in range(50)])
     settings = {"tokenizer": {"kind": "bpe", "vocab_size": 300}}
@@ -199,9 +213,11 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(pipeline, "write_shard", fail)
     path = write_jsonl(tmp_path / "a.jsonl", ["some text of a certain length", "and another one beside it"])
-    with pytest.raises(UserError, match="disk is full" if code == errno.ENOSPC else "Permission denied"):
-        prepare(configure(tmp_path, [path]))
-    assert not list((tmp_path / "data").glob("*"))
+    for out, advice in ((None, "set data.directory to"), (tmp_path / "data" / "out", "give --out a folder on")):
+        says = f"disk is full; free some space, or {advice}" if code == errno.ENOSPC else "Permission denied"
+        with pytest.raises(UserError, match=says):
+            prepare(configure(tmp_path, [path]), directory=out)
+        assert not list((tmp_path / "data").glob("*"))
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):

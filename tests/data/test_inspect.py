@@ -21,10 +21,11 @@ def test_counts_samples_splits_and_statistics_are_told(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"windows\r\nline ends and enough text\r\n")
     (tmp_path / "b.txt").write_bytes(b"  \n")
     (tmp_path / "c.txt").write_bytes(b"plain\n")
+    (tmp_path / "d.txt").write_bytes(b"")
     dataset = prepare(configure(tmp_path))
     numbers = statistics(dataset)["train"]
     said = describe(dataset.manifest, {"train": numbers}).plain
-    assert "3 files, 45 bytes as stored, 3 documents" in said
+    assert "4 files, 45 bytes as stored, 3 documents; 1 gave no document\n" in said
     assert "documents  3 -> 2" in said and "dropped    1 empty" in said
     assert r"'windows\r\nline ends" in said and r"'windows\nline ends" in said
     assert "train      2 documents, 42 tokens" in said and "of positions used" in said

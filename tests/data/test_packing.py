@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pellucid.data.packing import best_fit_decreasing, make_plan
+from pellucid.data.packing import best_fit_decreasing, count_rows, make_plan
 
 
 def plain_best_fit_decreasing(sizes, capacity):
@@ -66,3 +66,12 @@ def test_documents_of_real_sizes_use_almost_every_position(T):
     rng = np.random.default_rng(0)
     lengths = np.maximum(1, rng.lognormal(6.5, 1.3, size=30_000)).astype(np.int64)  # like web text
     assert make_plan(lengths, np.zeros(len(lengths), dtype=int), 1, T, "best_fit").utilization > 0.995
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 2)), max_size=60), st.integers(2, 12), st.integers(1, 9),
+       st.sampled_from(["best_fit", "concatenate"]), st.sampled_from([None, "left", "right"]))
+def test_rows_are_counted_in_parts_as_the_plan_makes_them(documents, T, size, packing, side):
+    lengths, sources = np.array(documents, np.int64).reshape(-1, 2).T
+    plan = make_plan(lengths, sources, 3, T, packing, side)
+    parts = [(lengths[i : i + size], sources[i : i + size]) for i in range(0, len(lengths), size)]
+    assert count_rows(parts, 3, T, packing, side) == (plan.rows, plan.utilization, plan.truncated)

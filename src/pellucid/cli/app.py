@@ -32,6 +32,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import pellucid
+
+        print(pellucid.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")] = False,
+) -> None: ...
+
+
 Json = Annotated[bool, typer.Option("--json", help="print the answer as JSON")]
 
 

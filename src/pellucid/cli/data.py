@@ -37,8 +37,18 @@ def data_build(
     with closing(Shown()) as shown:
         cluster = Ray(ray, config.workers) if ray else None
         dataset = prepare(config, directory=out, progress=shown.stage, workers=cluster)
+    _say_left_out(shown, dataset.manifest)
     _say_splits(shown, dataset)
     shown.say(f"{'found ready' if dataset.reused else 'written'}: {out}")
+
+
+def _say_left_out(shown: Any, manifest: dict[str, Any]) -> None:
+    for stage in manifest["stages"]:
+        if stage["dropped"]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in stage["dropped"].items())
+            shown.say(f"{stage['name']}: {sum(stage['dropped'].values()):,} left out ({reasons})")
+    if silent := [file["uri"] for file in manifest["sources"] if not file["documents"]]:
+        shown.say(f"files without a document: {len(silent):,}, the first {silent[0]}")
 
 
 def _say_splits(shown: Any, dataset: Any) -> None:

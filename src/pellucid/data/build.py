@@ -26,7 +26,7 @@ from pellucid.data import shards
 from pellucid.data.augment.identity import identity, materialized
 from pellucid.data.augment.materialize import merged
 from pellucid.data.blocks import Block
-from pellucid.data.dataset import FORMAT, MANIFEST, Dataset, split_plan
+from pellucid.data.dataset import FORMAT, MANIFEST, Dataset, packing_of
 from pellucid.data.document import SourceFile, StageRecord
 from pellucid.data.labels import summarize
 from pellucid.data.passes import Build, Progress
@@ -34,7 +34,7 @@ from pellucid.data.pipeline import Setup, forget, stages
 from pellucid.data.shards import damage, describe_files, file_sha256
 from pellucid.data.sources import list_files
 from pellucid.data.splitting import Splitter
-from pellucid.data.stages.assemble import corpus_passes, held_out_passes
+from pellucid.data.stages.assemble import corpus_passes, held_out_passes, pass_versions
 from pellucid.data.stages.refine import refine
 from pellucid.data.tokenizer import load_tokenizer
 from pellucid.data.tokenizer_training import SAMPLE_BYTES, train_tokenizer
@@ -76,7 +76,8 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
     dataset = ready()
     if dataset is None:
         target = Path(directory) if directory is not None else _free_name(Path(config.directory), settings_hash[:16])
-        with _work_folder(target, progress) as folder:
+        advice = "set data.directory to a larger disk" if directory is None else "give --out a folder on a larger disk"
+        with _work_folder(target, progress, advice) as folder:
             dataset = ready()  # another process may have built it meanwhile
             if dataset is None:
                 if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
@@ -125,6 +126,7 @@ def _settings(config: DataConfig) -> dict[str, Any]:
         settings["tokenizer"]["path"] = os.path.abspath(config.tokenizer.path)
         content = load_tokenizer(config.tokenizer.path).fingerprint
     versions = [(stage.name, stage.version, stage.settings.get("fingerprint")) for stage in stages(config)]
+    versions += pass_versions(config)
     layout = [ledger.BLOCK_BYTES, ledger.BLOCK_DOCUMENTS, shards.TOKENS_PER_SHARD]
     return {"format": FORMAT, "layout": layout, "stages": versions, "tokenizer_file": content,
             "augmentation": identity(config), **settings}
@@ -163,14 +165,14 @@ def _fits(folder: Path, settings_hash: str, files: list[SourceFile], progress: P
 
 
 @contextlib.contextmanager
-def _work_folder(target: Path, progress: Progress) -> Iterator[Path]:
+def _work_folder(target: Path, progress: Progress, advice: str) -> Iterator[Path]:
     """The build's own folder, held by one process at a time. Kept after a kill, and after an error if it holds much."""
     folder = target.parent / f".{target.name}.building"
     fresh = not target.parent.exists()
-    with _explained(target):
+    with _explained(target, advice):
         lock = _hold(folder, progress)
     try:
-        with _explained(target, folder):
+        with _explained(target, advice):
             yield folder
     except KeyboardInterrupt:
         _clear_small(folder)
@@ -220,14 +222,13 @@ def _clear_small(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(target: Path, folder: Path | None = None) -> Iterator[None]:
+def _explained(target: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         full = "No space left" in str(error) or "requested and" in str(error)  # the latter is numpy's word for it
         if full or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{target.parent}: the disk is full; free some space, or set data.directory to a larger "
-                            "disk") from None
+            raise UserError(f"{target.parent}: the disk is full; free some space, or {advice}") from None
         raise UserError(f"{target}: cannot write the data ({error.strerror or error})") from None
 
 
@@ -284,10 +285,7 @@ def _fill(config: DataConfig, files: list[SourceFile], folder: Path, progress: P
                         "less than one row; give more text or a shorter sequence_length")
     labelled = _labels(config, result, splits)
     for name, split in splits.items():
-        plan = split_plan(result, split, config, name)
-        split["packing"] = {"rows": plan.rows, "utilization": plan.utilization}
-        if labelled:
-            split["packing"]["truncated_documents"] = plan.truncated
+        split["packing"] = packing_of(result, split, config, name)
     return {
         **labelled,
         "tokenizer": {"kind": config.tokenizer.kind, "vocab_size": tokenizer.vocab_size,

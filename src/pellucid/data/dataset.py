@@ -23,7 +23,7 @@ from pellucid.config import DataConfig, MixtureSegment, SourceConfig, TokenMaski
 from pellucid.data.augment.token_masking import mask_tokens
 from pellucid.data.labels import encode
 from pellucid.data.order import Mixture, make_mixture, mixed_rows, permute, sample_rows
-from pellucid.data.packing import Plan, make_plan
+from pellucid.data.packing import Plan, count_rows, make_plan
 from pellucid.data.shards import ShardReader, damage
 from pellucid.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -84,8 +84,16 @@ class Dataset:
                 source.weight, source.epochs = wanted.weight, wanted.epochs
         self.labels: dict[str, Any] | None = self.manifest.get("labels")  # names, and counts or mean and std
         self.tokenizer: Tokenizer = load_tokenizer(self.directory / "tokenizer")
-        self.train = self.split("train")
-        self.validation = self.split("validation") if "validation" in self.manifest["splits"] else None
+        if self.mixture:
+            self.train  # noqa: B018  says at once which shares cannot be
+
+    @cached_property
+    def train(self) -> Split:
+        return self.split("train")
+
+    @cached_property
+    def validation(self) -> Split | None:
+        return self.split("validation") if "validation" in self.manifest["splits"] else None
 
     def split(self, name: str, seed: int = 0) -> Split:
         """The "train" or "validation" split in the order of `seed` (training.seed)."""
@@ -335,15 +343,22 @@ class Split:
         return {"byte_start": origin["byte_start"] + bounds[0], "byte_end": origin["byte_start"] + bounds[1], "exact": True}
 
 
-def split_plan(folder: Path, split: dict[str, Any], config: DataConfig, name: str) -> Plan:
-    """The plan of a split whose shards lie in folder/shards."""
-    return _plan(ShardReader(folder / "shards", split["shards"]), config, name)
+def packing_of(folder: Path, split: dict[str, Any], config: DataConfig, name: str) -> dict[str, Any]:
+    """The manifest's `packing` of a split whose shards lie in folder/shards: what its plan will be, without making it."""
+    readers = (ShardReader(folder / "shards", [shard]) for shard in split["shards"])
+    lengths = ((reader.lengths, reader.source_index) for reader in readers)
+    rows, utilization, truncated = count_rows(lengths, *_packed(config, name))
+    counts = {"rows": rows, "utilization": utilization}
+    return counts | ({"truncated_documents": truncated} if config.label_fields else {})
 
 
 def _plan(reader: ShardReader, config: DataConfig, name: str) -> Plan:
+    return make_plan(reader.lengths, reader.source_index, *_packed(config, name))
+
+
+def _packed(config: DataConfig, name: str) -> tuple[int, int, str, str | None]:
     sources = config.validation if name == "validation" and config.validation else config.sources
-    side = config.truncation_side if config.label_fields else None
-    return make_plan(reader.lengths, reader.source_index, len(sources), config.sequence_length, config.packing, side)
+    return len(sources), config.sequence_length, config.packing, config.truncation_side if config.label_fields else None
 
 
 def _settings(manifest: dict[str, Any], directory: Path) -> DataConfig:

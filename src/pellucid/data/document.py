@@ -95,6 +95,12 @@ class Span:
 WHOLE = Span()
 
 
+def kind_of(value: Any) -> str:
+    """What a value of a record is, in words: "an integer"."""
+    known = {bool: "true or false", int: "an integer", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    return "null" if value is None else known.get(type(value), f"a value of the type {type(value).__name__}")
+
+
 def unreadable_field(where: str, field: str, present: list[str], setting: str = "text_field") -> Unreadable:
     """A record or table without the field that should hold its text (or its label)."""
     names = ", ".join(f"'{name}'" for name in present[:12]) or "none"

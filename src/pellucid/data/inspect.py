@@ -43,8 +43,10 @@ def describe_origin(found: dict[str, Any]) -> Text:
 def _sources(files: list[dict[str, Any]]) -> Text:
     size, documents = sum(file["size"] for file in files), sum(file["documents"] for file in files)
     names = [file["uri"] for file in files]
+    silent = sum(not file["documents"] for file in files)
     shown = names if len(names) <= 4 else [*names[:3], f"... and {len(names) - 3:,} more"]
-    head = Text(f"sources: {len(files):,} files, {size:,} bytes as stored, {documents:,} documents\n  ", style="bold")
+    head = Text(f"sources: {len(files):,} files, {size:,} bytes as stored, {documents:,} documents"
+                f"{f'; {silent:,} gave no document' if silent else ''}\n  ", style="bold")
     return Text.assemble(head, ("\n  ".join(shown), "cyan"))
 
 

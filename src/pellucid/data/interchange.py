@@ -21,7 +21,7 @@ import numpy as np
 from pellucid.config import DataConfig, UserError
 from pellucid.data import shards
 from pellucid.data.blocks import hash_number
-from pellucid.data.dataset import FORMAT, MANIFEST, Dataset, split_plan
+from pellucid.data.dataset import FORMAT, MANIFEST, Dataset, packing_of
 from pellucid.data.document import Document
 from pellucid.data.formats import (
     NANOGPT_TYPES,
@@ -128,8 +128,7 @@ def import_tokens(source: str, out: str | Path, *, tokenizer: str | Path | None 
             raise UserError(f"{source}: holds no documents to train on")
         tokens.save(folder / "tokenizer", convert=False)
         for name, made in splits.items():
-            plan = split_plan(folder, made, settings, name)
-            made["packing"] = {"rows": plan.rows, "utilization": plan.utilization}
+            made["packing"] = packing_of(folder, made, settings, name)
         manifest = _manifest(settings, tokens, splits, read, writer) | {"files": describe_files(folder, written)}
         shards.write_file(folder / MANIFEST, [(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()])
     return Dataset(out, verify=False)

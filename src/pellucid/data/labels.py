@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pellucid.config import DataConfig, UserError
-from pellucid.data.document import SourceFile, Unreadable, unreadable_field
+from pellucid.data.document import SourceFile, Unreadable, kind_of, unreadable_field
 
 SHOWN = 5  # names of classes in a sentence
 
@@ -48,7 +48,7 @@ def _category(value: Any, where: str) -> str | Unreadable:
         value = int(value)
     if isinstance(value, str | int):
         return str(value)
-    kind = "NaN" if value != value else f"a {type(value).__name__}"
+    kind = "NaN" if value != value else kind_of(value)
     return Unreadable("wrong label", f"{where} is {kind}; a class is a name or an integer")
 
 
@@ -60,7 +60,7 @@ def _numbers(value: Any, where: str) -> list[float] | Unreadable:
         except (ValueError, OverflowError):
             number = None
         if number is None:
-            shown = repr(part) if isinstance(part, str | bool) else f"a {type(part).__name__}"
+            shown = repr(part) if isinstance(part, str | bool) else kind_of(part)
             return Unreadable("wrong label", f"{where} is {shown[:60]}, not a number")
         if not math.isfinite(number):
             return Unreadable("wrong label", f"{where} is {number}; a label must be finite: leave the record out or mend it")

@@ -8,6 +8,7 @@ Lengths count predicted tokens: a document of n tokens has n + 1, with its closi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,52 @@ def make_plan(lengths: np.ndarray, sources: np.ndarray, number_of_sources: int, 
         start = start + (whole - lengths)[document]
     truncated = int((whole > lengths).sum())
     return Plan(sequence_length, document, start, length, row_first, np.array(counts, dtype=np.int64), truncated)
+
+
+def count_rows(parts: Iterable[tuple[np.ndarray, np.ndarray]], number_of_sources: int, sequence_length: int, packing: str,
+               truncation_side: str | None = None) -> tuple[int, float, int]:
+    """(rows, utilization, truncated) of the plan that make_plan makes of all parts together; holds one part at a time.
+
+    `parts` gives (lengths, sources) of some documents each.
+    """
+    T, truncated, tokens = sequence_length, 0, np.zeros(number_of_sources, np.int64)
+    rests = np.zeros((number_of_sources, T), np.int64)  # of each source: documents by what remains after whole rows
+    for lengths, sources in parts:
+        truncated += 0 if truncation_side is None else int((lengths > T).sum())
+        lengths = lengths if truncation_side is None else np.minimum(lengths, T)
+        np.add.at(tokens, sources, lengths)
+        np.add.at(rests, (sources, lengths % T), 1)
+    if packing == "concatenate":
+        rows = int((-(-tokens // T)).sum())
+    else:
+        rows = int(((tokens - rests @ np.arange(T)) // T).sum()) + sum(_bins_needed(counts.tolist(), T) for counts in rests)
+    return rows, int(tokens.sum()) / max(1, rows * T), truncated
+
+
+def _bins_needed(counts: list[int], capacity: int) -> int:
+    """How many bins best_fit_decreasing opens for counts[size] items of each size."""
+    free = [0] * (capacity + 1)  # bins by free space
+    present = opened = 0
+    for size in range(len(counts) - 1, 0, -1):
+        left = counts[size]
+        while left:
+            fitting = present >> size
+            space = size + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+            if not fitting:
+                free[space] = -(-left // (capacity // size))
+                opened += free[space]
+            bins, free[space] = free[space], 0
+            present &= ~(1 << space)
+            each = space // size
+            used = min(bins, -(-left // each))
+            placed = min(left, used * each)
+            left -= placed
+            last = placed - (used - 1) * each
+            for number, remaining in ((used - 1, space - each * size), (1, space - last * size), (bins - used, space)):
+                if number and remaining:
+                    free[remaining] += number
+                    present |= 1 << remaining
+    return opened
 
 
 def _concatenate(lengths: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

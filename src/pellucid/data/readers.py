@@ -16,7 +16,7 @@ from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 from pellucid.data.compression import OPENERS
-from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, unreadable_field
+from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, kind_of, unreadable_field
 from pellucid.data.labels import read_label
 from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet
 from pellucid.data.readers_web import read_html, read_warc
@@ -194,7 +194,10 @@ def _json_text(body: bytes, where: str, file: SourceFile) -> tuple[str, str | No
     except UnicodeDecodeError as error:
         return Unreadable("wrong encoding", f"{where}: not UTF-8 (0x{body[error.start]:02x} at column {error.start + 1})")
     except (json.JSONDecodeError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        reason = "nested too deep"
+        if isinstance(error, json.JSONDecodeError):  # "Unterminated string starting at", "Expecting value"
+            what = error.msg.removesuffix(" at").removesuffix(" starting")
+            reason = f"{what[:1].lower()}{what[1:]} at column {error.colno}"
         return Unreadable("bad JSON", f"{where}: not a JSON object ({reason})")
     return _record_text(record, where, file)
 
@@ -202,14 +205,14 @@ def _json_text(body: bytes, where: str, file: SourceFile) -> tuple[str, str | No
 def _record_text(record: object, where: str, file: SourceFile) -> tuple[str, str | None] | Unreadable:
     """(text, label) of a JSON value."""
     if not isinstance(record, dict):
-        return Unreadable("bad JSON", f"{where}: a JSON {type(record).__name__}, not an object with a '{file.text_field}'")
+        return Unreadable("bad JSON", f"{where}: {kind_of(record)}, not a JSON object with a '{file.text_field}'")
     if file.text_field not in record:
         return unreadable_field(where, file.text_field, list(record))
     text = record[file.text_field]
     if text is None:
         return Unreadable("no text", f"{where}: field '{file.text_field}' is null")
     if not isinstance(text, str):
-        return Unreadable("wrong field", f"{where}: field '{file.text_field}' is a {type(text).__name__}, not text")
+        return Unreadable("wrong field", f"{where}: field '{file.text_field}' is {kind_of(text)}, not text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

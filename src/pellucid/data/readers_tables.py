@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pellucid.config import UserError
-from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, unreadable_field
+from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, kind_of, unreadable_field
 from pellucid.data.labels import read_label
 
 
@@ -80,7 +80,7 @@ def read_hugging_face(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) ->
         elif not isinstance(text, str):
             kind = "no text" if text is None else "wrong field"
             yield Unreadable(kind, f"{file.uri}: row {number}: field '{file.text_field}' is "
-                             f"{'null' if text is None else f'a {type(text).__name__}, not text'}")
+                             f"{'null' if text is None else f'{kind_of(text)}, not text'}")
         else:
             label = read_label(row, file, f"{file.uri}: row {number}")
             yield label if isinstance(label, Unreadable) else Document(

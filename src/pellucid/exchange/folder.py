@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")
+        raise UserError(f"{path}: holds JSON that is no object")
     return value
 
 

@@ -8,8 +8,10 @@ also stands in the training text (as in Brown et al. 2020, appendix C).
 from __future__ import annotations
 
 import lzma
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -153,8 +155,10 @@ def near_duplicates(views: Sequence[TextView]) -> dict:
             pairs |= {tuple(sorted((int(order[i + 1]), int(other)))) for i in same for other in (order[i], heads[i])}
     alike = lambda a, b: float(np.mean(signatures[a] == signatures[b]))
     edges = np.array([[owners[a], owners[b]] for a, b in sorted(pairs) if alike(a, b) >= SIMILAR], np.int64).reshape(-1, 2)
-    label = components(len(views), lambda: [edges])
-    extra = (label != np.arange(len(views))).astype(float)
+    extra = np.zeros(len(views))
+    with tempfile.TemporaryDirectory() as folder:
+        for rows in components([edges.astype(np.uint64)], Path(folder)):
+            extra[rows[rows[:, 0] != rows[:, 1], 0].astype(np.int64)] = 1.0
     return {"rate": intervals.ratio(extra, np.ones(len(views))), "documents": int(extra.sum()), "judged": len(owners)}
 
 

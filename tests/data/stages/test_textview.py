@@ -22,7 +22,7 @@ def test_what_a_word_is():
 @given(TEXT)
 @settings(deadline=None)
 def test_words_from_the_vocabulary_are_those_of_the_whole_text(text):
-    words, expected = Vocabulary(4096).split(text), WORD.findall(text)
+    words, expected = Vocabulary().split(text), WORD.findall(text)
     assert words.length.tolist() == [len(word) for word in expected]
     assert words.symbol.tolist() == [not any(c.isalnum() for c in word) for word in expected]
     assert words.alphabetic.tolist() == [any(re.match(r"[^\W\d_]", c) is not None for c in word) for word in expected]
@@ -33,18 +33,28 @@ def test_words_from_the_vocabulary_are_those_of_the_whole_text(text):
 @given(st.lists(TEXT, max_size=6))
 @settings(deadline=None)
 def test_what_was_seen_before_changes_nothing(texts):
-    vocabulary = Vocabulary(4096)
+    vocabulary = Vocabulary()
     for text in texts:
-        assert (vocabulary.split(text).hash == Vocabulary(4096).split(text).hash).all()
+        assert (vocabulary.split(text).hash == Vocabulary().split(text).hash).all()
 
 
 def test_a_full_vocabulary_starts_afresh(monkeypatch):
+    """Full of words, or of few long ones: what is kept is bounded by that and one document."""
     monkeypatch.setattr(textview, "VOCABULARY", 64)
-    monkeypatch.setattr(textview, "_vocabulary", Vocabulary(64))
-    for n in range(50):
-        view = TextView(f"these are words number {n} " + "x" * n)
-        assert view.words.length.tolist() == [5, 3, 5, 6, len(str(n))] + [n] * (n > 0)
-        assert len(textview._vocabulary) <= textview._vocabulary.capacity
+    monkeypatch.setattr(textview, "_vocabulary", Vocabulary())
+    for n in range(200):
+        view = TextView(f"these are words number {n} " + "x" * 10 * n)
+        assert view.words.length.tolist() == [5, 3, 5, 6, len(str(n))] + [10 * n] * (n > 0)
+        kept = textview._vocabulary
+        assert len(kept) <= 64 + 6 and sum(map(len, kept)) <= 16 * 64 + len(view.text) + 16
+
+
+def test_a_long_document_leaves_no_large_tables(monkeypatch):
+    monkeypatch.setattr(textview, "VOCABULARY", 64)
+    monkeypatch.setattr(textview, "_vocabulary", Vocabulary())
+    TextView(" ".join(map(str, range(5000)))).words  # noqa: B018
+    TextView("a b").words  # noqa: B018
+    assert len(textview._vocabulary) == len(textview._vocabulary.pieces) == 2
 
 
 @given(st.lists(st.sampled_from(["a", "B", "b", ","]), max_size=30), st.integers(1, 6), st.booleans())

@@ -75,6 +75,13 @@ def held_out_passes(config: DataConfig, folder: Path, splitter: Splitter) -> lis
     return [decontaminate.HeldOut(config.decontaminate, folder, is_held_out)]
 
 
+def pass_versions(config: DataConfig) -> list[tuple[str, int]]:
+    """(name, version) of the passes of both kinds that are on."""
+    wanted = {Deduplicate: config.deduplicate.exact or config.deduplicate.near, CutRepeats: config.deduplicate.substring_words,
+              decontaminate.HeldOut: config.decontaminate.held_out}
+    return [(kind.name, kind.version) for kind, on in wanted.items() if on]
+
+
 def _filter(name: str, judge: Callable[[TextView, Any], str | None], limits: Any) -> list[Stage]:
     if limits is None:
         return []

@@ -19,11 +19,13 @@ from pellucid.config import DeduplicateConfig
 from pellucid.data.document import Document, Dropped, StageRecord
 from pellucid.data.stages.components import components
 from pellucid.data.stages.minhash import MinHash
-from pellucid.data.stages.sorted_rows import SortedRows, with_group_heads
+from pellucid.data.stages.sorted_rows import InTurn, SortedRows, distinct, with_group_heads
 from pellucid.data.stages.textview import view
 
 Documents = Callable[[], Iterable[tuple[Document, bytes]]]  # (document, hash of its text), afresh at each call
 HALF = 1 << 63
+EXACT, NEAR = 1, 2  # the smaller holds where both do
+REASONS = ("", "exact duplicate", "near-duplicate")
 
 
 def identity(document: Document, content_hash: bytes) -> tuple[int, int]:
@@ -78,7 +80,10 @@ def run_pass(stage: CorpusPass, documents: Documents, seen: bool = False) -> Ite
 
 
 class Deduplicate(CorpusPass):
-    """Drops exact duplicates (case and whitespace aside) and near-duplicates (MinHash-LSH, linked by chains)."""
+    """Drops exact duplicates (case and whitespace aside) and near-duplicates (MinHash-LSH, linked by chains).
+
+    On disk: 40 bytes a document for exact, 250 for near (14 bands); in memory nothing of any one document.
+    """
 
     name = "deduplicate"
 
@@ -86,10 +91,11 @@ class Deduplicate(CorpusPass):
         super().__init__(folder, config.model_dump(mode="json", exclude={"substring_words"}))
         self.exact, self.near = config.exact, config.near
         self.minhash = MinHash(config.bands, config.rows, config.ngram, config.seed)
-        self.identities = _Column(2)
         self.texts = SortedRows(folder, "exact", 5)  # two halves of the text's hash, identity, number
         self.bands = SortedRows(folder, "bands", 2)  # band key, number
-        self.reasons = np.zeros(0, np.uint8)
+        self.dropped = SortedRows(folder, "dropped", 2)  # number, place in REASONS
+        self.identities = SortedRows(folder, "identities", 3)  # number, identity
+        self._judged: InTurn | None = None
 
     def see(self, number: int, document: Document, content_hash: bytes) -> None:
         first, second = identity(document, content_hash)
@@ -97,68 +103,44 @@ class Deduplicate(CorpusPass):
             plain = " ".join(document.text.lower().split()).encode("utf-8", "surrogatepass")
             digest = blake2b(plain, digest_size=16).digest()
             self.texts.add(_number(digest[:8]), _number(digest[8:]), first, second, number)
-        if self.near and (signature := self.minhash.signature(view(document.text))) is not None:
-            self.bands.add(self.minhash.band_keys(signature), number)
-        self.identities.append(first, second)
+        if self.near:
+            self.identities.add(number, first, second)
+            if (signature := self.minhash.signature(view(document.text))) is not None:
+                self.bands.add(self.minhash.band_keys(signature), number)
 
     def settle(self) -> None:
-        self.reasons = np.zeros(self.identities.rows, np.uint8)
         if self.near:
-            for rows, heads in with_group_heads(iter(self._members()), 1):
-                self.reasons[_index(rows[rows[:, 3] != heads[:, 3], 3])] = 2
-        for rows, heads in with_group_heads(iter(self.texts), 2):
-            self.reasons[_index(rows[rows[:, 4] != heads[:, 4], 4])] = 1
+            members = self._members()
+            for rows, heads in with_group_heads(members, 1):
+                self.dropped.add(rows[rows[:, 3] != heads[:, 3], 3], NEAR)
+            members.remove()
+        for rows, heads in with_group_heads(self.texts, 2):
+            self.dropped.add(rows[rows[:, 4] != heads[:, 4], 4], EXACT)
         self.texts.remove()
+        self._judged = InTurn(self.dropped, 2)
 
     def apply(self, number: int, document: Document) -> Document | Dropped:
-        reason = self.reasons[number]
-        return Dropped(("", "exact duplicate", "near-duplicate")[reason]) if reason else document
+        found = self._judged.until(number + 1)
+        return Dropped(REASONS[int(found[0, 1])]) if len(found) else document
+
+    def close(self) -> None:
+        self.dropped.remove()
 
     def _members(self) -> SortedRows:
         """Rows (component, identity, number) of all documents that are linked to another."""
-        links = self.folder / "links.rows"
-        with open(links, "wb") as file:
-            for rows, heads in with_group_heads(iter(self.bands), 1):
-                linked = rows[:, 1] != heads[:, 1]
-                np.stack([heads[linked, 1], rows[linked, 1]], axis=1).tofile(file)
+        links = ((heads[:, 1:], rows[:, 1:]) for rows, heads in with_group_heads(self.bands, 1))
+        label = components((np.concatenate(pair, axis=1) for pair in links), self.folder)
         self.bands.remove()
-        label = components(self.identities.rows, lambda: _pairs(links))
-        links.unlink()
-        linked = np.zeros(len(label), bool)
-        moved = np.flatnonzero(label != np.arange(len(label)))
-        linked[moved] = linked[label[moved]] = True
-        numbers = np.flatnonzero(linked)
         members = SortedRows(self.folder, "members", 4)
-        identities = self.identities.take(numbers)
-        members.add(label[numbers].astype(np.uint64), identities[:, 0], identities[:, 1], numbers.astype(np.uint64))
+        linked = InTurn(distinct(label), 2)
+        for part in self.identities:
+            number, component = linked.until(int(part[-1, 0]) + 1).T
+            _, first, second = part[np.searchsorted(part[:, 0], number)].T
+            members.add(component, first, second, number)
+        self.identities.remove()
+        label.remove()
         return members
-
-
-class _Column:
-    """uint64 rows that grow."""
-
-    def __init__(self, columns: int):
-        self.rows, self._array = 0, np.empty((1024, columns), np.uint64)
-
-    def append(self, *values: int) -> None:
-        if self.rows == len(self._array):
-            self._array = np.concatenate([self._array, np.empty_like(self._array)])
-        self._array[self.rows] = values
-        self.rows += 1
-
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        return self._array[numbers]
 
 
 def _number(digest: bytes) -> int:
     return int.from_bytes(digest, "big")
-
-
-def _index(numbers: np.ndarray) -> np.ndarray:
-    return numbers.astype(np.int64)
-
-
-def _pairs(path: Path, rows: int = 1 << 20) -> Iterator[np.ndarray]:
-    with open(path, "rb") as file:
-        while len(part := np.fromfile(file, np.uint64, 2 * rows)):
-            yield part.reshape(-1, 2)

@@ -16,6 +16,7 @@ from pellucid.config import DecontaminateConfig, UserError
 from pellucid.data.document import Document, Dropped, Unreadable
 from pellucid.data.sources import list_files, read_documents
 from pellucid.data.stages.corpus import CorpusPass
+from pellucid.data.stages.sorted_rows import InTurn, SortedRows, with_group_heads
 from pellucid.data.stages.textview import TextView, mix, view
 
 VERSION = 1
@@ -53,27 +54,52 @@ def read_benchmarks(config: DecontaminateConfig) -> tuple[np.ndarray, dict[str, 
 
 
 class HeldOut(CorpusPass):
-    """Drops training documents that share n-grams with held-out ones; 8 bytes of memory a held-out n-gram."""
+    """Drops training documents that share n-grams with held-out ones, in fixed memory.
+
+    The first sweep marks hashes of held-out n-grams in a table; the second sorts those of training documents that hit a
+    mark among the held-out ones: 24 bytes on disk each.
+    """
 
     name = "decontaminate held-out"
+    version = VERSION
+    sweeps = 2
 
-    def __init__(self, config: DecontaminateConfig, folder: Path, is_held_out: Callable[[Document, bytes], bool]):
+    def __init__(self, config: DecontaminateConfig, folder: Path, is_held_out: Callable[[Document, bytes], bool],
+                 slots: int = 1 << 25):
         super().__init__(folder, config.model_dump(mode="json", exclude={"against"}))
         self.ngram, self.max_overlap, self.is_held_out = config.ngram, config.max_overlap, is_held_out
-        self.numbers: list[int] = []
-        self.parts: list[np.ndarray] = []
-        self.known = np.zeros(0, np.uint64)
+        self.marks = np.zeros(slots, bool)
+        self.grams = SortedRows(folder, "grams", 3)  # hash, 0 if held out, number of the document
+        self.shared = SortedRows(folder, "shared", 1)  # number of the document, once for each n-gram
+        self.sweep = 0
+        self._in_turn: InTurn | None = None
 
     def see(self, number: int, document: Document, content_hash: bytes) -> None:
-        if self.is_held_out(document, content_hash):
-            self.numbers.append(number)
-            self.parts.append(np.unique(ngrams(view(document.text), self.ngram)))
+        held_out = self.is_held_out(document, content_hash)
+        if held_out != (self.sweep == 0):
+            return
+        grams = ngrams(view(document.text), self.ngram)
+        slots = (grams & np.uint64(len(self.marks) - 1)).astype(np.int64)
+        if held_out:
+            self.marks[slots] = True
+            self.grams.add(np.unique(grams), 0, 0)
+        else:
+            self.grams.add(grams[self.marks[slots]], 1, number)
 
     def settle(self) -> None:
-        self.known = np.unique(np.concatenate(self.parts)) if self.parts else self.known
-        self.held_out, self.parts = frozenset(self.numbers), []
+        self.sweep += 1
+        if self.sweep == 2:
+            self.marks = np.zeros(0, bool)
+            for rows, heads in with_group_heads(self.grams, 1):
+                self.shared.add(rows[(heads[:, 1] == 0) & (rows[:, 1] == 1), 2])
+            self.grams.remove()
+            self._in_turn = InTurn(self.shared, 1)
 
     def apply(self, number: int, document: Document) -> Document | Dropped:
-        if number in self.held_out or overlap(view(document.text), self.known, self.ngram) <= self.max_overlap:
+        shared = len(self._in_turn.until(number + 1))
+        if not shared or shared / len(ngrams(view(document.text), self.ngram)) <= self.max_overlap:
             return document
         return Dropped("shares text with held-out documents")
+
+    def close(self) -> None:
+        self.shared.remove()

@@ -7,7 +7,6 @@ word always has an equal at a smaller (identity, position), so the smallest copy
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 from pellucid.config import DeduplicateConfig
 from pellucid.data.document import Document, Dropped
 from pellucid.data.stages.corpus import CorpusPass, identity
-from pellucid.data.stages.sorted_rows import SortedRows, with_group_heads
+from pellucid.data.stages.sorted_rows import InTurn, SortedRows, with_group_heads
 from pellucid.data.stages.textview import MULTIPLIER, WORD, mix, view
 
 
@@ -36,8 +35,7 @@ class CutRepeats(CorpusPass):
         self.windows = SortedRows(folder, "windows", 4)  # hash, identity, number << 32 | position
         self.cuts: SortedRows | None = None
         self.sweep = 0
-        self._stream: Iterator[np.ndarray] | None = None
-        self._pending = np.zeros(0, np.uint64)
+        self._in_turn: InTurn | None = None
 
     def see(self, number: int, document: Document, content_hash: bytes) -> None:
         hashes = window_hashes(document.text, self.window)
@@ -55,15 +53,16 @@ class CutRepeats(CorpusPass):
     def settle(self) -> None:
         self.sweep += 1
         if self.sweep == 2:
-            self.marks = self.marks[:0]
+            self.marks = np.zeros(0, np.uint8)
             self.cuts = SortedRows(self.folder, "cuts", 1)
-            for rows, heads in with_group_heads(iter(self.windows), 1):
+            for rows, heads in with_group_heads(self.windows, 1):
                 self.cuts.add(rows[rows[:, 3] != heads[:, 3], 3])
             self.windows.remove()
-            self._stream = iter(self.cuts)
+            self._in_turn = InTurn(self.cuts, 1)
 
     def apply(self, number: int, document: Document) -> Document | Dropped:
-        positions = self._positions(number)
+        cuts = self._in_turn.until((number + 1) << 32)[:, 0]  # documents come in order
+        positions = (cuts & np.uint64(0xFFFFFFFF)).astype(np.int64)  # where the windows to be cut start, in words
         if not len(positions):
             return document
         text = cut_words(document.text, positions, self.window)
@@ -71,19 +70,6 @@ class CutRepeats(CorpusPass):
 
     def close(self) -> None:
         self.cuts.remove()
-
-    def _positions(self, number: int) -> np.ndarray:
-        """Where the windows to be cut start, in words; documents must be asked for in order."""
-        end = np.uint64((number + 1) << 32)
-        parts = []
-        while True:
-            count = int(np.searchsorted(self._pending, end))
-            parts.append(self._pending[:count])
-            self._pending = self._pending[count:]
-            if len(self._pending) or (rows := next(self._stream, None)) is None:
-                break
-            self._pending = rows[:, 0]
-        return (np.concatenate(parts) & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def window_hashes(text: str, window: int) -> np.ndarray:

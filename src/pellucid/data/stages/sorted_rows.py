@@ -6,18 +6,20 @@ uint64 columns in lexicographic order. The order in which rows were added leaves
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-MEMORY_ROWS = 1 << 20
+MEMORY_ROWS = 1 << 18
+LEAST = 256  # rows of a run that are read at once
+MOST_RUNS = MEMORY_ROWS // LEAST  # that are read side by side; then they become one
 
 
 class SortedRows:
     """Add rows in any order, then iterate: all of them, sorted, as arrays [n, columns].
 
-    Uses about 3 * memory_rows rows of memory and, in `folder`, files of the size of all rows.
+    Uses about 3 * memory_rows rows of memory, however many there are, and, in `folder`, files of the size of all rows.
     """
 
     def __init__(self, folder: Path, name: str, columns: int, memory_rows: int = MEMORY_ROWS):
@@ -25,7 +27,7 @@ class SortedRows:
         self.runs: list[tuple[Path, int]] = []
         self.rows = 0
         self._buffer = np.empty((memory_rows, columns), np.uint64)
-        self._used = 0
+        self._used = self._fresh = self._written = 0  # rows in the buffer; runs not merged yet; files made
 
     def add(self, *columns: np.ndarray | int) -> None:
         """Append rows given column by column; a number stands for a column of it."""
@@ -48,27 +50,59 @@ class SortedRows:
             return
         if self._used:
             self._spill()
-        yield from self._merge()
+        yield from self._merge(self.runs)
 
     def remove(self) -> None:
         """Delete the files and let go of the memory."""
         for path, _ in self.runs:
             path.unlink()
-        self.runs, self._used, self._buffer = [], 0, self._buffer[:0]
+        self.runs, self._used, self._buffer = [], 0, np.empty((0, self.columns), np.uint64)
 
     def _spill(self) -> None:
-        path = self.folder / f"{self.name}-{len(self.runs):05d}.rows"
-        sort_rows(self._buffer[: self._used]).tofile(path)
-        self.runs.append((path, self._used))
-        self._used = 0
+        """The buffer becomes a run, and MOST_RUNS of them become one."""
+        self._write([sort_rows(self._buffer[: self._used])])
+        self._used, self._fresh = 0, self._fresh + 1
+        if self._fresh == MOST_RUNS:
+            whole, parts = self.runs[: -self._fresh], self.runs[-self._fresh :]
+            self.runs, self._fresh = whole, 0
+            self._write(self._merge(parts))
+            for path, _ in parts:
+                path.unlink()
 
-    def _merge(self) -> Iterator[np.ndarray]:
+    def _write(self, chunks: Iterable[np.ndarray]) -> None:
+        path, rows = self.folder / f"{self.name}-{self._written:05d}.rows", 0
+        self._written += 1
+        with open(path, "wb") as file:
+            for chunk in chunks:
+                chunk.tofile(file)
+                rows += len(chunk)
+        self.runs.append((path, rows))
+
+    def _merge(self, parts: list[tuple[Path, int]]) -> Iterator[np.ndarray]:
         """All rows up to the smallest of the blocks' last rows are complete: sort and give them, then read on."""
-        block = max(256, self.memory_rows // len(self.runs))
-        runs = [_Run(path, rows, self.columns, block) for path, rows in self.runs]
+        block = max(LEAST, self.memory_rows // len(parts))
+        runs = [_Run(path, rows, self.columns, block) for path, rows in parts]
         while runs := [run for run in runs if run.fill()]:
             pivot = min(tuple(run.block[-1].tolist()) for run in runs)
             yield sort_rows(np.concatenate([run.take(pivot) for run in runs]))
+
+
+class InTurn:
+    """Sorted rows, handed out as far as they are asked for."""
+
+    def __init__(self, chunks: Iterable[np.ndarray], columns: int):
+        self._chunks, self._pending = iter(chunks), np.empty((0, columns), np.uint64)
+
+    def until(self, end: int) -> np.ndarray:
+        """The rows not given yet whose first column is below `end`, [n, columns]."""
+        parts = []
+        while True:
+            count = int(np.searchsorted(self._pending[:, 0], np.uint64(end)))
+            parts.append(self._pending[:count])
+            self._pending = self._pending[count:]
+            if len(self._pending) or (rows := next(self._chunks, None)) is None:
+                return np.concatenate(parts) if len(parts) > 1 else parts[0]
+            self._pending = rows
 
 
 class _Run:
@@ -103,7 +137,19 @@ def sort_rows(rows: np.ndarray) -> np.ndarray:
     return rows[np.lexsort(rows.T[::-1])]
 
 
-def with_group_heads(chunks: Iterator[np.ndarray], key_columns: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def distinct(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Sorted rows, each once."""
+    last: np.ndarray | None = None
+    for rows in chunks:
+        new = np.ones(len(rows), bool)
+        new[1:] = (rows[1:] != rows[:-1]).any(axis=1)
+        new[0] = last is None or bool((rows[0] != last).any())
+        last = rows[-1].copy()
+        if new.any():
+            yield rows[new]
+
+
+def with_group_heads(chunks: Iterable[np.ndarray], key_columns: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each sorted chunk: (rows, head), where head[i] is the first row of all that share row i's key.
 
     A group may reach over chunks; its head is carried along.

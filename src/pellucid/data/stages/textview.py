@@ -19,7 +19,7 @@ import numpy as np
 IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{IDEOGRAPH}]|[^\W{IDEOGRAPH}]+(?:[.'’][^\W{IDEOGRAPH}]+)*|\.{{2,}}|-{{2,}}|\S")
 LETTERS = re.compile(r"[^\W\d_]")
-VOCABULARY = 1 << 20  # distinct words kept before starting afresh: bounds memory to about 200 MB
+VOCABULARY = 1 << 18  # distinct words kept before starting afresh: bounds memory, see Vocabulary.full
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd; golden ratio
 
 
@@ -37,22 +37,22 @@ class Words(NamedTuple):
 class Vocabulary(dict):
     """Whitespace-separated tokens met so far; each is a row that says of which words, rows of other tables, it is made."""
 
-    def __init__(self, capacity: int = VOCABULARY):
-        self.capacity = capacity
+    def __init__(self) -> None:
         self.words: dict[str, int] = {}
         self.new: list[tuple[int, int, int, bool, bool]] = []  # words to be appended to the tables
         self.new_pieces: list[int] = []
         self.new_counts: list[int] = []
         self.tokens = self.described = self.used = 0  # rows filled of the three kinds of tables
-        self.pieces = np.empty(2 * capacity, np.int64)  # word numbers, token after token
-        self.start, self.count = np.empty(capacity, np.int64), np.empty(capacity, np.int32)  # of each token, in pieces
-        self.hash, self.folded = np.empty(capacity, np.uint64), np.empty(capacity, np.uint64)
-        self.length = np.empty(capacity, np.int32)
-        self.alphabetic, self.symbol = np.empty(capacity, bool), np.empty(capacity, bool)
+        self.characters = 0  # of all tokens
+        self.pieces = np.empty(0, np.int64)  # word numbers, token after token
+        self.start, self.count = np.empty(0, np.int64), np.empty(0, np.int32)  # of each token, in pieces
+        self.hash, self.folded, self.length = np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int32)
+        self.alphabetic, self.symbol = np.empty(0, bool), np.empty(0, bool)
 
-    def room_for(self, text: str) -> bool:
-        """Whether any text of this length still fits."""
-        return max(self.used - self.capacity, self.tokens, self.described) + len(text) <= self.capacity
+    @property
+    def full(self) -> bool:
+        """Whether it holds as much as may outlive a document, many words or few long ones: some 60 MB."""
+        return max(self.tokens, self.described, self.used // 2, self.characters // 16) > VOCABULARY
 
     def split(self, text: str) -> Words:
         """The words of a text; what is new is learned on the way."""
@@ -68,6 +68,7 @@ class Vocabulary(dict):
 
     def __missing__(self, token: str) -> int:
         words, parts = self.words, _parts(token)
+        self.characters += len(token)
         for word in parts:
             number = words.get(word)
             if number is None:
@@ -81,16 +82,25 @@ class Vocabulary(dict):
     def _settle(self) -> None:
         """Move what is new into the tables."""
         count = np.array(self.new_counts, np.int64)
-        tokens, pieces, words = self.tokens + len(count), self.used + len(self.new_pieces), self.described + len(self.new)
-        self.count[self.tokens : tokens] = count
-        self.start[self.tokens : tokens] = self.used + np.cumsum(count) - count
-        self.pieces[self.used : pieces] = self.new_pieces
+        self.start = _appended(self.start, self.tokens, self.used + np.cumsum(count) - count)
+        self.count = _appended(self.count, self.tokens, count)
+        self.pieces = _appended(self.pieces, self.used, self.new_pieces)
         if self.new:
-            tables = (self.hash, self.folded, self.length, self.alphabetic, self.symbol)
-            for table, column in zip(tables, zip(*self.new, strict=True), strict=True):
-                table[self.described : words] = np.array(column, table.dtype)
-        self.tokens, self.used, self.described = tokens, pieces, words
+            for name, column in zip(("hash", "folded", "length", "alphabetic", "symbol"), zip(*self.new, strict=True), strict=True):
+                setattr(self, name, _appended(getattr(self, name), self.described, column))
+        self.tokens += len(count)
+        self.used += len(self.new_pieces)
+        self.described += len(self.new)
         self.new, self.new_pieces, self.new_counts = [], [], []
+
+
+def _appended(table: np.ndarray, used: int, values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The table with values from row `used` on, twice as long where they find no room."""
+    end = used + len(values)
+    if end > len(table):
+        table = np.concatenate([table[:used], np.empty(max(end, 2 * len(table)) - used, table.dtype)])
+    table[used:end] = np.asarray(values, table.dtype)
+    return table
 
 
 def _parts(token: str) -> Sequence[str]:
@@ -123,8 +133,8 @@ _vocabulary = Vocabulary()
 
 def _words(text: str) -> Words:
     global _vocabulary
-    if not _vocabulary.room_for(text):
-        _vocabulary = Vocabulary(max(VOCABULARY, 2 * len(text)))
+    if _vocabulary.full:
+        _vocabulary = Vocabulary()
     return _vocabulary.split(text)
 
 
