@@ -33,7 +33,7 @@ from pellucid.observe.observer import SilentObserver, open_observer
 from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
-from pellucid.training.device import choose_device, choose_precision, keep_threads, resolve_precision
+from pellucid.training.device import choose_device, choose_precision, keep_freed_memory, keep_threads, resolve_precision
 from pellucid.training.loop import Loop, budget_in_steps
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
@@ -111,6 +111,8 @@ def train(
 
 def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     device = choose_device(config.training.device)  # before any work is spent
+    if device.type == "cpu":
+        keep_freed_memory()
     if resume:
         _refuse_other_settings(Run(folder), config)
     origin = start_from(config) if config.model.init_from is not None and not (resume and saved_steps(folder / "checkpoints")) else None

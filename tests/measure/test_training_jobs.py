@@ -31,6 +31,13 @@ def test_a_job_is_the_run_of_the_same_settings(tiny_run, tiny_tables, tmp_path):
     assert result["tokens"] > 0 and result["parameters"]["total"] == sum(p.numel() for p in model.parameters())
 
 
+def test_points_are_at_equal_shares_of_training_when_steps_do_not_divide(tiny_run, tiny_tables, tmp_path):
+    """Or the last share that was to be a quarter is the last step alone."""
+    settings = job(tiny_tables(max_steps=13), tiny_run.dataset(), points=4)
+    result = train_once(settings, tmp_path / "job", lambda done: None)
+    assert [point["step"] for point in result["curve"]] == [3, 6, 10, 13]
+
+
 def test_losses_by_document_are_those_of_each_document_alone(tiny_run):
     model, tokenizer = tiny_run.load()
     split = tiny_run.dataset().validation

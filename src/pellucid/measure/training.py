@@ -34,7 +34,7 @@ TRIAL_STEPS = 3  # by which the speed of a shape is estimated
 
 def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], None]) -> dict[str, Any]:
     """settings: `config` (tables); `data`: a folder of prepared data, or the arguments of RandomTokens; `points`: how often
-    the losses are taken on the way, at even steps; `rows`: of training and held-out text, for these.
+    the losses are taken, at equal distances and at the end; `rows`: of training and held-out text, for these.
 
     Returns losses in nats per token: `curve` (step, train, held_out), both at the end on all held-out text, and `documents`:
     nats and tokens of each held-out document.
@@ -42,9 +42,10 @@ def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], 
     dataset = open_data(settings["data"], settings["config"])
     config = fitted(settings["config"], dataset)
     model, optimizer = build(config)
-    curve = _Curve(model, dataset, config, settings["points"], settings["rows"])
+    curve = _Curve(model, dataset, config, settings["rows"])
     loop = Loop(config, model, optimizer, _Unheld(dataset), scratch, curve, _Told(tell))
-    curve.every = max(1, loop.max_steps // max(1, settings["points"]))
+    points = settings["points"]
+    curve.wanted = {round(loop.max_steps * n / points) for n in range(1, points)}
     loop.resume()
     if loop.run() is not None:
         raise KeyboardInterrupt  # a signal: what was done is in scratch
@@ -57,7 +58,7 @@ def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], 
     else:
         result["held_out"] = curve.loss("validation", None)
     last = {"step": loop.max_steps, "train": result["train"], "held_out": result["held_out"]}
-    return {**result, "curve": [*(point for point in curve.points if point["step"] < loop.max_steps), last]}
+    return {**result, "curve": [*curve.points, last]}
 
 
 def open_data(data: str | dict[str, int], tables: dict[str, Any]) -> Any:
@@ -118,15 +119,15 @@ def document_losses(model: Grok1, split: Split, rows_at_once: int = 32) -> tuple
 
 
 class _Curve(SilentObserver):
-    """Takes held-out and training loss every so many steps."""
+    """Takes held-out and training loss after the wanted steps."""
 
-    def __init__(self, model: Grok1, dataset: Any, config: Config, points: int, rows: int):
-        self.model, self.dataset, self.rows, self.wanted = model, dataset, rows, points
-        self.size, self.every = config.training.micro_batch_size, 1
+    def __init__(self, model: Grok1, dataset: Any, config: Config, rows: int):
+        self.model, self.dataset, self.rows, self.size = model, dataset, rows, config.training.micro_batch_size
+        self.wanted: set[int] = set()
         self.points: list[dict[str, float | None]] = []
 
     def end_step(self, step: int, result: Any) -> None:
-        if self.wanted and (step + 1) % self.every == 0:
+        if step + 1 in self.wanted:
             losses = {name: self.loss(split, self.rows) for name, split in (("train", "train"), ("held_out", "validation"))}
             self.points.append({"step": step + 1, **losses})
 
