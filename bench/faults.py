@@ -27,6 +27,7 @@ from pellucid.training import loop as loops
 from pellucid.training import step as steps
 
 PLANTED_AT = 45
+HEALTHY_STEPS = 230  # so that rules that wait for 200 may be wrong as well
 MODULES = {"calibration": ("ast", "argparse", "asyncio.base_events", "codecs", "configparser", "csv", "datetime", "decimal"),
            "code": ("inspect", "ipaddress", "logging", "mailbox", "pathlib", "pickle", "shutil", "socket", "statistics"),
            "english": ("pydoc_data.topics",)}  # fmt: skip
@@ -298,18 +299,20 @@ UNSEEN_SHAPES = [
     {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "num_experts": 8},
     {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 8},
 ]
-RULES = [("muon", 3e-3), ("adamw", 2e-3), ("adam", 2e-3), ("lion", 3e-4), ("sgd", 0.02), ("adafactor", 3e-3)]
+# Adam adds decay to the gradient and then divides by its size: where gradients are small, decay is all there is
+OPTIMIZERS = [("muon", 3e-3), ("adamw", 2e-3), ("adam", 2e-3, 0.0), ("lion", 3e-4), ("sgd", 0.02), ("adafactor", 3e-3)]
 SCHEDULES = ["cosine", "wsd", "constant", "linear", "inverse_sqrt"]
 
 
 def healthy_settings(number: int) -> dict:
     """The number-th healthy run: optimizers, schedules, shapes, batch sizes and balance losses in turn."""
-    name, rate = RULES[number % len(RULES)]
+    name, rate, *decay = OPTIMIZERS[number % len(OPTIMIZERS)]
     experts = (8, 4, 8)[number % 3]
     return {
         "model": {"hidden_size": (32, 48, 24, 40)[number % 4], "num_hidden_layers": 1 + (number % 4 == 3), "num_attention_heads": 2,
                   "num_experts": experts},
-        "optimizer": {"name": name, "learning_rate": rate}, "schedule": {"name": SCHEDULES[number % len(SCHEDULES)]},
+        "optimizer": {"name": name, "learning_rate": rate} | ({"weight_decay": decay[0]} if decay else {}),
+        "schedule": {"name": SCHEDULES[number % len(SCHEDULES)]},
         "training": {"batch_size": (8, 4, 12)[number % 3], "micro_batch_size": 4,
                      "balance_loss": ("switch", "switch", "mixtral")[number // 2 % 3]},
     }  # fmt: skip
@@ -400,7 +403,7 @@ def run_case(case: str, seed: int, shape: int, folder: Path, *, unseen: bool) ->
     """One run of the suite. case: a key of FAULTS, or 'healthy' (then `shape` is its number)."""
     kind = ("code", "english")[(seed + shape) % 2] if unseen else "calibration"
     if case == "healthy":
-        fault, extra = Fault((), 0, steps=130, at=10**9), healthy_settings(shape)
+        fault, extra = Fault((), 0, steps=HEALTHY_STEPS, at=10**9), healthy_settings(shape)
         tables = settings_of(fault, {}, folder, kind, seed, extra)
     else:
         fault = FAULTS[case]

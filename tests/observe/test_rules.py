@@ -29,8 +29,8 @@ def names(watch, step, frames, documents=()):
     return [event["rule"] for event in watch.judge(record)]
 
 
-def losses_said(losses):
-    watch = Watch(Run())
+def losses_said(losses, rows=64):
+    watch = Watch(Run(batch_size=rows))
     return [names(watch, step, {"run": frame("run", loss=loss, applied=1)}) for step, loss in enumerate(losses)]
 
 
@@ -47,6 +47,32 @@ def test_the_noise_of_small_batches_is_no_spike():
     assert not any("loss_spike" in said for said in losses_said(3 + rng.normal(0, 0.25, 2000)))
 
 
+def test_a_hard_row_among_eight_is_no_spike_and_among_many_the_same_jump_is():
+    rng = np.random.default_rng(2)
+    usual = 3.3 + rng.normal(0, 0.05, 60)
+    assert losses_said([*usual, 3.8], rows=8)[-1] == []
+    assert losses_said([*usual, 3.8], rows=64)[-1] == losses_said([*usual, 4.2], rows=8)[-1] == ["loss_spike"]
+
+
+def context_said(losses, entropy=3.0):
+    watch, events = Watch(Run(batch_size=8)), []
+    for step, loss in enumerate(losses):
+        events += watch.judge(Record(step, {"run": frame("run", loss=loss, applied=1)}), unigram_entropy=entropy)
+    return [event["rule"] for event in events]
+
+
+def test_a_loss_that_stands_at_the_entropy_of_words_is_told_and_one_that_passes_by_or_is_far_above_is_not():
+    rng = np.random.default_rng(3)
+    steps, noise = np.arange(230), rng.normal(0, 0.05, 230)
+    stands = 3.0 + 2.5 * np.exp(-steps / 25) + noise
+    passes = 5.5 * np.exp(-steps / 330) + noise  # 3.0 at step 200, 0.4 lower than 40 steps before
+    slow = 4.2 + 1.3 * np.exp(-steps / 60) + noise
+    assert "context_unused" in context_said(stands)
+    assert "context_unused" not in context_said(stands[:200]), "a healthy model may know no more until then"
+    assert context_said(passes) == context_said(slow) == []
+    assert "context_unused" not in context_said(stands, entropy=3.5), "it knows more than words"
+
+
 def documents_said(series, vocab_size=260):
     """series: for each step, its loss and its documents (tokens, loss)."""
     watch = Watch(Run(vocab_size=vocab_size))
@@ -58,6 +84,9 @@ def test_a_document_worse_than_guessing_is_told_and_a_hard_or_short_one_is_not()
     assert not any(documents_said(usual))
     assert "bad_document" in documents_said([*usual, (3.2, [(64, 5.8)])])[-1]
     assert documents_said([*usual, (3.2, [(64, 4.6)])])[-1] == [], "hard, not hopeless"
+    harder = [*usual, (3.0, [(64, 4.1)])]
+    assert documents_said([*harder, (3.2, [(64, 5.58)])])[-1] == [], "as hard as guessing (ln 260 is 5.56): real text has that"
+    assert documents_said([*harder, (3.2, [(64, 5.7)])])[-1] == ["bad_document"]
     assert documents_said([*usual, (3.2, [(9, 5.9)])])[-1] == [], "nine tokens prove little"
     assert "bad_document" in documents_said([*usual, (3.2, [(64, 6.2)])], vocab_size=100_000)[-1], "guessing would be 11.5"
     assert documents_said([*usual, (6.0, [(64, 6.5)])])[-1] == ["loss_spike"], "where all are bad, it is not the document"
@@ -113,6 +142,23 @@ def test_an_expert_that_is_losing_its_excess_of_tokens_is_left_to_the_balance_lo
         load = np.array([3.6 if step < 75 else lately, *[(8 - 3.6) / 7] * 7])
         found += names(watch, step, {"router": frame("router", 8, load=load, idle_steps=0)})
     assert ("overloaded_expert" in found) is said
+
+
+def routers_said(used, experts=8):
+    """used: share of experts effectively in use, for each step. Steps at which a collapse was told."""
+    watch, found = Watch(Run(experts=experts)), []
+    for step, share in enumerate(used):
+        found += [step] * ("router_collapse" in names(watch, step, {"layer": frame("layer", load_entropy=share)}))
+    return found
+
+
+def test_a_router_that_begins_uneven_may_settle_and_a_collapse_is_told_from_the_start_or_later():
+    settling = [*np.linspace(0.7, 0.38, 40), *np.linspace(0.38, 0.6, 50), *[0.6] * 60]
+    assert routers_said(settling) == []
+    assert routers_said([0.25] * 60) == [19], "two of eight experts: all that a token takes, and no other"
+    assert 45 < routers_said([0.8] * 45 + [0.25] * 50)[0] <= 65
+    assert routers_said([0.8] * 120 + [0.4] * 50) != [] == routers_said([0.8] * 40 + [0.4] * 40 + [0.8] * 70)
+    assert routers_said([0.62] * 150, experts=4) == [] and routers_said([0.5] * 60, experts=4) == [19]
 
 
 def test_one_long_wait_is_no_starvation():

@@ -17,14 +17,16 @@ from pellucid.observe.history import History
 LIMITS = {
     "spike_sigmas": 6.0,  # OLMo-core's SpikeScore; of a loss by its last 32 differences, of a norm by its last 128 values
     "spike_window": 128,
-    "spike_share": 0.1,  # and at least that far above the median: batches differ
+    "spike_share": 0.1,  # and at least that far above the median: batches differ,
+    "row_spread": 0.5,  # or that / sqrt(rows): three deviations of a mean of rows that differ by a sixth, as those of text do
     "update_spike": 4.0,  # times the median of update norm / learning rate
     "gradient_explosion": 10.0,  # times the median
     "gradient_vanishing": 1e-6,
     "dead_steps": 100,
     "overload": 2.5,  # load, mean of 50 steps; E/k is the most there can be
     "easing": 0.95,  # of the load before: less, and the balance loss is at work
-    "collapse": 0.45,  # experts effectively in use
+    "collapse": 0.45,  # share of experts effectively in use
+    "total_collapse": 0.05,  # of the way from the least there can be, k/E, to all: what counts while routers settle
     "unmoved": 0.1,
     "clip_factor": 0.2,  # median over 100 steps
     "ratio_high": 3e-2,
@@ -33,6 +35,7 @@ LIMITS = {
     "impossible": 1.05,  # times the largest step that Adam's averages allow
     "staleness": 2.3,  # Wortsman et al. 2023
     "bad_document": 1.5,  # nats above the batch
+    "hopeless": 0.05,  # nats above guessing: in development runs real text had 0.01 at most, random bytes mostly 0.09 and more
     "unusual": 1.5,  # times the largest excess of a document's loss in the steps before, where guessing would be better
     "odd_document": 3.0,  # the same, where it would not
     "documents": 20,  # steps known before one is judged
@@ -42,6 +45,8 @@ LIMITS = {
     "starved": 0.3,  # median of 20 steps
     "repeated": 0.2,
     "context_steps": 200,
+    "frequencies": (0.1, 0.2),  # nats below and above their entropy: one who knows only them is there
+    "standing": 0.1,  # nats that the loss fell by in 40 steps: more, and the model is only passing by
     "settling_steps": 100,  # routers begin uneven; their balance is judged later
     "frames": 3,  # of `param` in a row: one may be chance, and they may be 8 steps apart
 }

@@ -43,6 +43,8 @@ def overloaded_expert(h: History) -> Iterator[Finding]:
 def router_collapse(h: History) -> Iterator[Finding]:
     used = h.table("layer", "load_entropy", 20)
     if len(used) == 20 and h.run.experts > h.run.experts_per_token:
-        mean = used.mean(0)
-        for i in np.flatnonzero(mean < LIMITS["collapse"]):
-            yield Finding(f"layers.{i}", mean[i], LIMITS["collapse"], f"{mean[i] * h.run.experts:.1f} experts effectively in use")
+        mean, least = used.mean(0), h.run.experts_per_token / h.run.experts
+        total = least + LIMITS["total_collapse"] * (1 - least)
+        limit = max(total, LIMITS["collapse"]) if h.step >= LIMITS["settling_steps"] else total
+        for i in np.flatnonzero(mean < limit):
+            yield Finding(f"layers.{i}", mean[i], limit, f"{mean[i] * h.run.experts:.1f} experts effectively in use")

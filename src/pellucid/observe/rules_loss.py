@@ -24,7 +24,8 @@ def loss_spike(h: History) -> Iterator[Finding]:
         return
     middle, _ = center(losses[-17:-1])  # a window of a hundred steps would take the fall of the loss for its spread
     _, sigma = center(np.diff(losses[-33:-1]))
-    limit = middle + max(LIMITS["spike_sigmas"] * sigma / math.sqrt(2), LIMITS["spike_share"] * abs(middle))
+    share = max(LIMITS["spike_share"], LIMITS["row_spread"] / math.sqrt(h.run.batch_size))
+    limit = middle + max(LIMITS["spike_sigmas"] * sigma / math.sqrt(2), share * abs(middle))
     if losses[-1] > limit:
         yield Finding("run", losses[-1], limit, f"loss {losses[-1]:.4g}; the 16 steps before had {middle:.4g}")
 
@@ -47,13 +48,15 @@ def loss_rising(h: History) -> Iterator[Finding]:
       remedy="look at inputs and targets of a batch (pellucid data inspect); check tokenizer and data stages",
       source="a model that only knows word frequencies has exactly the entropy of its targets")
 def context_unused(h: History) -> Iterator[Finding]:
-    losses = h.scalars("loss", 40)
-    if h.unigram_entropy is None or h.step < LIMITS["context_steps"] or len(losses) < 40:
+    losses = h.scalars("loss", 80)
+    if h.unigram_entropy is None or h.step < LIMITS["context_steps"] or len(losses) < 80:
         return
-    mean, limit = float(np.mean(losses)), h.unigram_entropy - 0.1
-    if mean > limit:
-        yield Finding("run", mean, limit, f"after {h.step} steps the loss {mean:.4g} is still no better than word "
-                      f"frequencies alone ({h.unigram_entropy:.4g})")  # fmt: skip
+    before, mean = float(np.mean(losses[:40])), float(np.mean(losses[40:]))
+    below, above = LIMITS["frequencies"]
+    there = -below < mean - h.unigram_entropy < above  # far above it the model is slow, not without context
+    if there and before - mean < LIMITS["standing"]:
+        yield Finding("run", mean, h.unigram_entropy - below, f"after {h.step} steps the loss stands at {mean:.4g}, no better than "
+                      f"word frequencies alone ({h.unigram_entropy:.4g})")  # fmt: skip
 
 
 @rule("non_finite", "alarm", cause="overflow, a division by zero, or damaged data; a first sign often is a growing norm",
