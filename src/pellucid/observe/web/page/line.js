@@ -3,7 +3,7 @@
 import "./locale.js";
 import uPlot from "../vendor/uplot.mjs";
 import { html, useEffect, useLayoutEffect, useMemo, useRef, useState, useWidth } from "./ui.js";
-import { number, power } from "./format.js";
+import { count, number, power } from "./format.js";
 
 const finite = (v) => (v !== null && Number.isFinite(v) ? v : null);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -30,7 +30,7 @@ export function Lines({ label, series, log = false, unit = "", height = 200, ste
 
   const last = series.map((s) => {
     const i = s.values.length - 1;
-    return i < 0 ? null : `${s.label} ${number(s.values[i])}${unit ? ` ${unit}` : ""} at step ${s.steps[i]}`;
+    return i < 0 ? null : `${s.label} ${number(s.values[i])}${unit ? ` ${unit}` : ""} at step ${count(s.steps[i])}`;
   }).filter(Boolean).join("; ");
   const bad = series.reduce((sum, s) => sum + s.values.filter((v) => v !== null && !Number.isFinite(v)).length, 0);
   return html`<figure class="lines" ref=${box} aria-label=${`${label}: ${last || "nothing recorded"}; ${bad} non-finite values`}>

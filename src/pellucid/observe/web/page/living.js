@@ -40,7 +40,7 @@ export function LiveNetwork({ theme }) {
   const sentence = busiest ? `At step ${count(step)} expert ${busiest.e} of layer ${busiest.layer} carries most, ${number(busiest.load, { digits: 3 })} times its fair share; its weights moved by ${number(busiest.ratio)} of their size.` : "No router was observed at this step.";
   return html`<${Panel} id="live-title" wide question="How does text flow through the network?" answer=${sentence}
     aside=${html`<button type="button" class="quiet" aria-expanded=${table} onClick=${() => setTable(!table)}>${table ? "hide table" : "table"}</button>`}>
-    <${Picture} layers=${layers} ends=${ends} sample=${sample} scale=${scale} live=${live} label=${`The network at step ${step}. ${sentence}`} />
+    <${Picture} layers=${layers} ends=${ends} sample=${sample} scale=${scale} live=${live} label=${`The network at step ${count(step)}. ${sentence}`} />
     <div class="live-key"><span>thickness: load, tokens served against the fair share</span><span class="bar-holder">colour: size of the update, ‖Δw‖ / ‖w‖<${ColourBar} scale=${scale} unit="" /></span></div>
     ${table && html`<div class="scroll" tabindex="0" role="region" aria-label="load and update of every expert"><table><thead><tr><th scope="col" class="left">layer</th><th scope="col">attention ‖Δw‖/‖w‖</th>${layers[0].experts.map((_, e) => html`<th scope="col">expert ${e}: load</th><th scope="col">‖Δw‖/‖w‖</th>`)}</tr></thead>
       <tbody>${layers.map((l) => html`<tr><th scope="row" class="left">${l.layer}</th><td>${number(l.attention)}</td>${l.experts.map((x) => html`<td data-value=${x.load}>${number(x.load)}</td><td>${number(x.ratio)}</td>`)}</tr>`)}</tbody></table></div>`}

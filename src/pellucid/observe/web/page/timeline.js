@@ -19,7 +19,7 @@ export function Timeline({ alarms }) {
       ${alarms.map((event) => html`<i class=${"alarm-tick " + event.severity} style=${{ left: `${x(event.step)}px` }}></i>`)}
       <i class="handle" style=${{ left: `${x(step)}px` }}></i>
       <input type="range" min="0" max=${last} step="1" value=${step} aria-label="selected step"
-        aria-valuetext=${`step ${step} of ${last}, loss ${number(loss)}`} onInput=${(e) => select({ step: Number(e.target.value) })} />
+        aria-valuetext=${`step ${count(step)} of ${count(last)}, loss ${number(loss)}`} onInput=${(e) => select({ step: Number(e.target.value) })} />
     </div>
     <button type="button" class=${"follow" + (live ? " on" : "")} aria-pressed=${live} onClick=${() => select({ step: live ? step : null })}>
       ${live ? "newest step" : step < last ? `${count(last - step)} newer` : "follow"}</button>

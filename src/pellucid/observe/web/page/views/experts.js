@@ -34,7 +34,7 @@ export function Experts({ theme }) {
     <${Panel} id="ledger-title" wide question="Who does the work, and who learns from it?" answer=${sentence(ledger, rows, layers)}>
       <div class="controls"><${Choice} label="what a cell shows" value=${shown} onChange=${show} options=${SHOWN.filter(([key]) => OWN[key] || statOf(run, "router", key))} /></div>
       <div class="ledger-grid">
-        <div class="scroll flat"><table class="ledger" aria-label=${`${stat.name} of every expert at step ${step}`}>
+        <div class="scroll flat"><table class="ledger" aria-label=${`${stat.name} of every expert at step ${count(step)}`}>
           <thead><tr><th scope="col" class="left">layer</th>${Array.from({ length: experts }, (_, e) => html`<th scope="col">expert ${e}</th>`)}<th scope="col">busiest</th><th scope="col">in use</th></tr></thead>
           <tbody>${layers.map((l) => html`<tr><th scope="row" class="left">layer ${l}</th>
             ${rows.map((row, i) => row.layer === l && html`<td><${Cell} value=${values[i]} scale=${scale} stat=${stat} row=${row} ledger=${ledger} index=${i}
@@ -110,7 +110,7 @@ function sentence(ledger, rows, layers) {
   if (!loads.length) return "No router was observed at this step.";
   loads.sort((a, b) => b[0] - a[0]);
   const idle = loads.filter(([v]) => v === 0).length, [most, busy] = loads[0], [least, slack] = loads[loads.length - 1];
-  return `At step ${ledger.step} expert ${busy.expert} of layer ${busy.layer} does ${number(most, { digits: 3 })} times its fair share, expert ${slack.expert} of layer ${slack.layer} ${number(least, { digits: 3 })} times; `
+  return `At step ${count(ledger.step)} expert ${busy.expert} of layer ${busy.layer} does ${number(most, { digits: 3 })} times its fair share, expert ${slack.expert} of layer ${slack.layer} ${number(least, { digits: 3 })} times; `
     + (idle ? `${plural(idle, "expert")} of ${rows.length} served no token.` : `all ${rows.length} in ${plural(layers.length, "layer")} served tokens.`);
 }
 
@@ -120,7 +120,7 @@ function Movie({ run, index, shown, rows, router, theme, step, pick, layer, expe
   const scale = useMemo(() => scaleOf(stat, theme), [stat, theme]);
   const shownRows = useMemo(() => rows.map((row, i) => ({ index: i, row, label: row.name, short: `expert ${row.expert}`, group: `layer ${row.layer}`, hue: ROLES.experts.hue })), [rows]);
   const height = Math.max(3, Math.min(12, Math.floor(420 / rows.length)));
-  const describe = (row, s) => { const c = router.columnOf(s); return `layer ${row.row.layer}, expert ${row.row.expert} · step ${c < 0 ? s : router.steps[c]} · ${withUnit(c < 0 ? null : router.value(c, row.index, at, "max"), stat.unit)}`; };
+  const describe = (row, s) => { const c = router.columnOf(s); return `layer ${row.row.layer}, expert ${row.row.expert} · step ${count(c < 0 ? s : router.steps[c])} · ${withUnit(c < 0 ? null : router.value(c, row.index, at, "max"), stat.unit)}`; };
   return html`<${Panel} id="movie-title" wide question=${`How did the ${name.replaceAll("_", " ")} of each expert come about?`} answer=${OWN[shown] ? "This cell is formed from several streams; its history is shown for the load." : ""}>
     <${Heatmap} window=${router} rows=${shownRows} stat=${at} part="max" scale=${scale} log=${stat.scale === "log"} from=${router.steps[0]} to=${run.latest} rowHeight=${height}
       label=${`${name} of ${rows.length} experts over steps`} selected=${`layers.${layer}.experts.${expert}`} step=${step} describe=${describe}
@@ -139,7 +139,7 @@ function Card({ ledger, rows, index, layer, expert, theme }) {
     answer=${mean.length ? `Its mean load over the run is ${number(mean.reduce((a, b) => a + b, 0) / mean.length, { digits: 3 })}; it was idle in ${percent(mean.filter((v) => v === 0).length / mean.length)} of the recorded steps.` : ""}>
     <div class="columns"><div><h3>Load, among its siblings of the layer</h3>
       <${Lines} label=${`load of expert ${expert} of layer ${layer}`} series=${series} height=${220} step=${step} theme=${theme} theory=${[{ value: 1, label: "fair share" }]} onPick=${(s) => select({ step: s })} zero /></div>
-    <div><h3>At step ${step}</h3><dl>${facts.map(([stat, value]) => html`<dt title=${stat.meaning}>${stat.name.replaceAll("_", " ")}</dt><dd>${stat.unit === "tokens" ? count(value) : withUnit(value, stat.unit)}</dd>`)}
+    <div><h3>At step ${count(step)}</h3><dl>${facts.map(([stat, value]) => html`<dt title=${stat.meaning}>${stat.name.replaceAll("_", " ")}</dt><dd>${stat.unit === "tokens" ? count(value) : withUnit(value, stat.unit)}</dd>`)}
       <dt title=${OWN.ratio.meaning}>update / weight</dt><dd>${number(read(ledger, "ratio", i))}</dd><dt title=${OWN.credit.meaning}>credit</dt><dd>${number(read(ledger, "credit", i), { signed: true })}</dd></dl>
       <p class="links">${(ledger.slices.get(`${layer}.${expert}`) ?? []).map((r) => html`<a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "tensor", tensor: run.streams.param.rows[r].name }); }}>${run.streams.param.rows[r].name}</a>`)}</p></div></div>
     <${Preference} run=${run} index=${index} layer=${layer} expert=${expert} />

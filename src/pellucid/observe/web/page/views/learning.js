@@ -34,9 +34,9 @@ export function Learning({ theme }) {
   const column = window.columnOf(step), now = window.value(column, 0, loss), vocabulary = run.config?.model?.vocab_size;
   const lr = statIndex(run, "run", "learning_rate"), norm = statIndex(run, "run", "gradient_norm");
   const evaluated = held?.columns ? held.columns - 1 : -1;
-  const answer = `At step ${step} the batch's loss is ${number(now)} nats per token: the right token gets ${percent(Math.exp(-now), 2)} on (geometric) average.`
+  const answer = `At step ${count(step)} the batch's loss is ${number(now)} nats per token: the right token gets ${percent(Math.exp(-now), 2)} on (geometric) average.`
     + (vocabulary ? ` Guessing among ${count(vocabulary)} tokens would give ${number(Math.log(vocabulary))}.` : "")
-    + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} after step ${held.steps[evaluated]}.` : "");
+    + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} after step ${count(held.steps[evaluated])}.` : "");
   return html`
     <${Panel} id="loss-title" wide question="Is it learning, and does that hold for text it has not seen?" answer=${answer}
       aside=${(chosen.from !== null || chosen.to !== null) && html`<button type="button" onClick=${() => select({ from: null, to: null })}>all steps</button>`}>
@@ -63,7 +63,7 @@ function Epochs({ run, index, step }) {
   const rows = river?.splits?.train?.packing?.rows, batch = run.config?.training?.batch_size;
   if (!rows || !batch) return null;
   const seen = ((step + 1) * batch) / rows, total = run.meta?.max_steps ? (run.meta.max_steps * batch) / rows : seen;
-  return html`<p class="epochs"><span>After step ${step} the model has read ${number(seen)} epochs: ${count((step + 1) * batch)} of ${count(rows)} rows${seen > 1 ? ", each more than once" : ""}.</span>
+  return html`<p class="epochs"><span>After step ${count(step)} the model has read ${number(seen)} epochs: ${count((step + 1) * batch)} of ${count(rows)} rows${seen > 1 ? ", each more than once" : ""}.</span>
     <progress max=${Math.max(1, total)} value=${Math.min(seen, Math.max(1, total))} aria-label="epochs read"></progress></p>`;
 }
 
@@ -105,7 +105,7 @@ function BySource({ run, index, step, theme }) {
 export function Documents({ index, step }) {
   const { data, problem } = useAnswer(`step?run=${index}&step=${step}`, 0, !isReport);
   const [open, show] = useState(null);
-  const question = `Which documents were in step ${data?.step ?? step}?`;
+  const question = `Which documents were in step ${count(data?.step ?? step)}?`;
   if (problem || data?.problem) return html`<${Panel} id="documents-title" wide question=${question}><${Nothing}>${problem ?? data.problem}<//><//>`;
   if (!data) return null;
   const measured = data.pieces.filter((piece) => piece.loss !== null && piece.loss !== undefined);
@@ -129,11 +129,11 @@ function Samples({ index, step }) {
   const rows = data.rows, row = rows[at ?? rows.length - 1];
   return html`<div class="columns">
     <${Panel} id="tokens-title" question="Where in a text is it still surprised?" answer=${row ? "Each token of a training row, darker the more it surprised the model at that step. Point at one for its loss." : ""}>
-      ${row ? html`<label>kept row of <select value=${at ?? rows.length - 1} onChange=${(e) => pick(Number(e.target.value))}>${rows.map((r, i) => html`<option value=${i} selected=${i === (at ?? rows.length - 1)}>step ${r.step}</option>`)}</select></label>
-        <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${row.step}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${`${JSON.stringify(text)}: ${number(row.losses[i])} nats, probability ${percent(Math.exp(-row.losses[i]), 2)}`}>${text}</span>`)}</p>`
+      ${row ? html`<label>kept row of <select value=${at ?? rows.length - 1} onChange=${(e) => pick(Number(e.target.value))}>${rows.map((r, i) => html`<option value=${i} selected=${i === (at ?? rows.length - 1)}>step ${count(r.step)}</option>`)}</select></label>
+        <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${count(row.step)}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${`${JSON.stringify(text)}: ${number(row.losses[i])} nats, probability ${percent(Math.exp(-row.losses[i]), 2)}`}>${text}</span>`)}</p>`
     : html`<${Nothing}>No row with the loss of each token was kept yet.<//>`}<//>
     <${Panel} id="written-title" question="What does it write?" answer=${data.texts.length ? `The same words continued by the model, ${plural(data.texts.length, "time")} over the run; the newest on top.` : ""}>
-      ${data.texts.length ? html`<div class="scroll tall" tabindex="0" role="region" aria-label="texts the model wrote">${data.texts.toReversed().map((text) => html`<h3>after step ${text.step}</h3>
+      ${data.texts.length ? html`<div class="scroll tall" tabindex="0" role="region" aria-label="texts the model wrote">${data.texts.toReversed().map((text) => html`<h3>after step ${count(text.step)}</h3>
         <pre class="text">${text.prompt}<mark class="written">${text.text}</mark></pre>`)}</div>`
     : html`<${Nothing}>No text was written during this run yet.<//>`}<//>
   </div>`;

@@ -25,7 +25,7 @@ export function Tensor({ theme }) {
   const choose = (name) => { const next = rows.find((x) => x.name === name); select({ tensor: name, layer: next.layer, expert: next.expert }); };
   return html`
     <${Panel} id="tensor-title" wide question=${`How does ${describeRow(row)} change?`}
-      answer=${ready && r !== null && Number.isFinite(r) ? `In step ${measured} it moved by ${number(r)} of its size${theory ? `; AdamW in equilibrium would give ${number(theory)}` : ""}.` : "Its update was not measured at this step."}
+      answer=${ready && r !== null && Number.isFinite(r) ? `In step ${count(measured)} it moved by ${number(r)} of its size${theory ? `; AdamW in equilibrium would give ${number(theory)}` : ""}.` : "Its update was not measured at this step."}
       aside=${html`<label><span class="sr">tensor</span><select class="mono tensor-picker" value=${row.name} onChange=${(e) => choose(e.target.value)}>${rows.map((x) => html`<option value=${x.name} selected=${x === row}>${x.name}</option>`)}</select></label>`}>
       <p class="facts-line"><i class="swatch" style=${{ background: ROLES[roleOf(row)].hue }}></i><span class="mono">${row.name}</span><span>${row.shape}</span><span>${row.dtype}</span><span>${count(row.numel)} elements</span></p>
       <${Anatomy} value=${value} step=${measured} run=${run} />
@@ -58,7 +58,7 @@ function Anatomy({ value, step, run }) {
   const stages = [["gradient", "‖g‖", g, "after backward"], ["clipped", "c‖g‖", c, g && c !== null ? `× ${number(c / g, { digits: 3 })}` : ""],
     ["learning rate", "η", rate, rms !== null ? `Adam's step has RMS ${number(rms, { digits: 3 })}` : `${name} decides the direction`], ["change", "‖Δw‖", dw, rate && dw !== null ? `‖Δw‖ / η = ${number(dw / rate, { digits: 3 })}` : ""],
     ["weight", "‖w‖", w, w && dw !== null ? `moved by ${number(dw / w, { digits: 3 })} of it` : ""]];
-  return html`<ol class="anatomy" aria-label=${`anatomy of the update of step ${step}`}>${stages.map(([label, symbol, v, note]) => html`<li><span>${label}</span><b>${number(v)}</b><code>${symbol}</code><small>${note}</small></li>`)}</ol>`;
+  return html`<ol class="anatomy" aria-label=${`anatomy of the update of step ${count(step)}`}>${stages.map(([label, symbol, v, note]) => html`<li><span>${label}</span><b>${number(v)}</b><code>${symbol}</code><small>${note}</small></li>`)}</ol>`;
 }
 
 /** Exponent histograms as columns: how the sizes of the values shift over the steps. */
@@ -68,7 +68,7 @@ function Histograms({ index, at, row, run, theme, step }) {
   const columns = data?.columns ?? [];
   const column = columns.filter((c) => c.step <= step).pop() ?? columns[0];
   return html`<${Panel} id="hist-title" wide question="How are its values spread, and how did that change?"
-    answer=${column ? `At step ${column.step}: ${count(column.zero)} values exactly 0, ${count(column.subnormal)} below the smallest normal number, ${count(column.nan)} NaN, ${count(column.inf)} infinite.` : ""}
+    answer=${column ? `At step ${count(column.step)}: ${count(column.zero)} values exactly 0, ${count(column.subnormal)} below the smallest normal number, ${count(column.nan)} NaN, ${count(column.inf)} infinite.` : ""}
     aside=${html`<${Choice} label="whose values" value=${kind} onChange=${pick} options=${[["weight", "weight"], ["gradient", "gradient"], ["update", "change"]]} />`}>
     ${problem ? html`<${Nothing}>${problem}<//>` : !columns.length ? html`<${Nothing}>No histogram of the ${kind === "update" ? "change" : kind} of ${row.name} is recorded: histograms come in turns, one tensor at a time${row.expert === null && /moe\.(gate|down)/.test(row.name) ? ", and for stacked tensors by expert: choose one of its experts" : ""}.<//>`
     : html`<${Spread} columns=${columns} theme=${theme} step=${step} run=${run} />`}
@@ -101,7 +101,7 @@ function Spread({ columns, theme, step, run }) {
   const now = columns.findIndex((c) => c.step > step), chosen = now < 0 ? columns.length - 1 : Math.max(0, now - 1);
   return html`<div ref=${box} class="spread" style=${{ height: `${high + 24}px` }}>
     <div class="spread-field" style=${{ left: `${left}px`, width: `${field}px`, height: `${high}px` }}>
-      <canvas ref=${canvas} style=${{ width: `${field}px`, height: `${high}px` }} role="img" aria-label=${`${columns.length} histograms from step ${columns[0].step} to ${columns[columns.length - 1].step}; brighter is more values`}></canvas>
+      <canvas ref=${canvas} style=${{ width: `${field}px`, height: `${high}px` }} role="img" aria-label=${`${columns.length} histograms from step ${count(columns[0].step)} to ${count(columns[columns.length - 1].step)}; brighter is more values`}></canvas>
       <i class="step-line" style=${{ left: `${((chosen + 0.5) / columns.length) * field}px` }}></i></div>
     ${ticks.map(([e, d]) => html`<span class="spread-tick" style=${{ top: `${((top - e) / bins) * high}px` }}>${power(d)}</span>`)}
     <div class="step-axis" style=${{ left: `${left}px`, width: `${field}px`, top: `${high}px` }} aria-hidden="true">${columns.map((c, i) => (i % Math.ceil(columns.length / 10) === 0) && html`<span style=${{ left: `${((i + 0.5) / columns.length) * field}px` }}>${count(c.step)}</span>`)}</div>

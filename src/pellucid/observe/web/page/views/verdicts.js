@@ -35,11 +35,11 @@ function Card({ rule, events, window, run }) {
   return html`<article class=${"verdict " + rule.severity}>
     <header><span class="severity">${alarm ? "▲ alarm" : "● warning"}</span><h3>${rule.name.replaceAll("_", " ")}</h3>
       ${stat >= 0 && window && html`<${Spark} values=${window.series(0, stat, "max")} hue="var(--alarm)" width=${160} label=${`history of ${EVIDENCE[rule.name]}`} />`}</header>
-    <p class="evidence">Step ${newest.step}, ${newest.subject}: ${newest.text}.</p>
+    <p class="evidence">Step ${count(newest.step)}, ${newest.subject}: ${newest.text}.</p>
     <dl class="why"><dt>Why</dt><dd>${rule.cause}</dd><dt>Try</dt><dd>${rule.remedy}</dd><dt>After</dt><dd class="source">${rule.source}</dd></dl>
-    <p class="links"><button type="button" onClick=${() => open(newest)}>documents of step ${newest.step}</button>
+    <p class="links"><button type="button" onClick=${() => open(newest)}>documents of step ${count(newest.step)}</button>
       ${tensor && html`<button type="button" onClick=${() => select({ view: "tensor", tensor: newest.subject, step: newest.step })}>open ${newest.subject}</button>`}
       ${expert && html`<button type="button" onClick=${() => select({ view: "experts", layer: Number(expert[1]), expert: Number(expert[2]), step: newest.step })}>open the expert</button>`}</p>
-    ${events.length > 1 && html`<details><summary>all ${events.length} findings</summary><ul>${events.slice(-50).reverse().map((event) => html`<li><button type="button" class="link" onClick=${() => select({ step: event.step })}>step ${event.step}</button> ${event.subject}: ${event.text}${event.threshold !== null ? ` (limit ${number(event.threshold)})` : ""}</li>`)}</ul></details>`}
+    ${events.length > 1 && html`<details><summary>all ${events.length} findings</summary><ul>${events.slice(-50).reverse().map((event) => html`<li><button type="button" class="link" onClick=${() => select({ step: event.step })}>step ${count(event.step)}</button> ${event.subject}: ${event.text}${event.threshold !== null ? ` (limit ${number(event.threshold)})` : ""}</li>`)}</ul></details>`}
   </article>`;
 }

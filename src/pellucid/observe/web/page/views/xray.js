@@ -5,7 +5,7 @@ import { ROLES, scaleOf } from "../colour.js";
 import { ColourBar, Heatmap, differ } from "../heatmap.js";
 import { Lines } from "../line.js";
 import { describeRow, tensorRows } from "../rows.js";
-import { float32, number, plural, withUnit } from "../format.js";
+import { count, float32, number, plural, withUnit } from "../format.js";
 
 export function XRay({ theme, alarms }) {
   const { chosen, run, index, step, runs } = useRun();
@@ -29,7 +29,7 @@ export function XRay({ theme, alarms }) {
   const describe = (row, at) => {
     const column = window.columnOf(at), value = column < 0 ? null : window.value(column, row.index, 0, part);
     const bad = column < 0 ? 0 : window.nonfinite(column, row.index);
-    const there = window.span > 1 && column >= 0 ? `steps ${window.steps[column]} to ${Math.min(window.steps[column] + window.span - 1, run.latest)}` : `step ${column < 0 ? at : window.steps[column]}`;
+    const there = window.span > 1 && column >= 0 ? `steps ${count(window.steps[column])} to ${count(Math.min(window.steps[column] + window.span - 1, run.latest))}` : `step ${count(column < 0 ? at : window.steps[column])}`;
     const said = bad ? plural(bad, "non-finite value") : value === null ? "not measured" : withUnit(value, stat.unit);
     return `${describeRow(row.row)} · ${there} · ${said}`;
   };
@@ -48,7 +48,7 @@ export function XRay({ theme, alarms }) {
     <div class="xray-grid">
       <div>
         ${rows.length ? html`<${Heatmap} window=${window} other=${other ? compared : null} rows=${rows} part=${part} scale=${scale} log=${log} from=${from} to=${to}
-          rowHeight=${rowHeight} label=${`${stat.name} of ${plural(rows.length, "tensor")} over steps ${from} to ${to}`} selected=${selected} step=${step}
+          rowHeight=${rowHeight} label=${`${stat.name} of ${plural(rows.length, "tensor")} over steps ${count(from)} to ${count(to)}`} selected=${selected} step=${step}
           ticks=${alarms} describe=${describe}
           onHover=${(row, at) => setHover(row ? { row, step: at } : null)} onPick=${(row, at) => select({ tensor: row.label, step: at, layer: row.row.layer, expert: row.row.expert })}
           onOpen=${(row, at) => row && select({ view: "tensor", tensor: row.label, step: at, layer: row.row.layer, expert: row.row.expert })}
@@ -89,15 +89,15 @@ function summary({ window, compared, rows, stat, step, part, other, log }) {
     if (value === null) continue;
     if (!Number.isFinite(value)) bad++; else values.push([value, row]);
   }
-  if (!values.length) return bad ? `At step ${step}, all of ${plural(bad, "tensor")} are NaN or infinite.` : `“${title(stat.name)}” was not measured at step ${step}.`;
+  if (!values.length) return bad ? `At step ${count(step)}, all of ${plural(bad, "tensor")} are NaN or infinite.` : `“${title(stat.name)}” was not measured at step ${count(step)}.`;
   values.sort((a, b) => a[0] - b[0]);
   const middle = values[values.length >> 1][0], top = values[values.length - 1];
   const warn = bad ? ` ${plural(bad, "tensor")} NaN or infinite.` : "";
   if (other) {
     const way = log ? `${number(10 ** middle)} times` : number(middle, { signed: true });
-    return `At step ${step} the middle tensor is ${way}${log ? "" : " apart"}; largest difference: ${describeRow(top[1].row)}.${warn}`;
+    return `At step ${count(step)} the middle tensor is ${way}${log ? "" : " apart"}; largest difference: ${describeRow(top[1].row)}.${warn}`;
   }
-  return `At step ${window.steps[column]} the middle tensor has ${withUnit(middle, stat.unit)}; the largest is ${withUnit(top[0], stat.unit)}, in ${describeRow(top[1].row)}.${warn}`;
+  return `At step ${count(window.steps[column])} the middle tensor has ${withUnit(middle, stat.unit)}; the largest is ${withUnit(top[0], stat.unit)}, in ${describeRow(top[1].row)}.${warn}`;
 }
 
 /** What the cell under the pointer, or the selected one, says; and the meaning of the statistic, from the run's own file. */
@@ -116,7 +116,7 @@ function Inspector({ run, window, stat, scale, row, pinned, step, theme, from, t
     ${row ? html`<dl class="cell">
       <dt>tensor</dt><dd class="name">${row.label}</dd>
       <dt>shape</dt><dd>${row.row.shape || "–"} ${row.row.dtype}</dd>
-      <dt>step</dt><dd>${column < 0 ? "–" : window.steps[column]}</dd>
+      <dt>step</dt><dd>${column < 0 ? "–" : count(window.steps[column])}</dd>
       <dt>value</dt><dd class="value" data-value=${value === null ? "" : String(value)}>${withUnit(value, stat.unit)}</dd>
       <dt>exactly</dt><dd>${value === null ? "not measured" : float32(value)}</dd>
       ${window.parts > 1 && column >= 0 && html`<dt>from … to</dt><dd>${number(window.value(column, row.index, 0, "min"))} … ${number(window.value(column, row.index, 0, "max"))}</dd>
