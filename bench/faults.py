@@ -401,7 +401,8 @@ def judge(case: str, fault: Fault | None, events: list[dict], seed: int = 0, sha
 
 def run_case(case: str, seed: int, shape: int, folder: Path, *, unseen: bool) -> Verdict:
     """One run of the suite. case: a key of FAULTS, or 'healthy' (then `shape` is its number)."""
-    kind = ("code", "english")[(seed + shape) % 2] if unseen else "calibration"
+    turn = shape // len(OPTIMIZERS) if case == "healthy" else seed + shape
+    kind = ("code", "english")[turn % 2] if unseen else "calibration"
     if case == "healthy":
         fault, extra = Fault((), 0, steps=HEALTHY_STEPS, at=10**9), healthy_settings(shape)
         tables = settings_of(fault, {}, folder, kind, seed, extra)

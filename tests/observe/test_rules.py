@@ -51,7 +51,7 @@ def test_a_hard_row_among_eight_is_no_spike_and_among_many_the_same_jump_is():
     rng = np.random.default_rng(2)
     usual = 3.3 + rng.normal(0, 0.05, 60)
     assert losses_said([*usual, 3.8], rows=8)[-1] == []
-    assert losses_said([*usual, 3.8], rows=64)[-1] == losses_said([*usual, 4.2], rows=8)[-1] == ["loss_spike"]
+    assert losses_said([*usual, 3.8], rows=64)[-1] == losses_said([*usual, 4.6], rows=8)[-1] == ["loss_spike"]
 
 
 def context_said(losses, entropy=3.0):
@@ -75,7 +75,7 @@ def test_a_loss_that_stands_at_the_entropy_of_words_is_told_and_one_that_passes_
 
 def documents_said(series, vocab_size=260):
     """series: for each step, its loss and its documents (tokens, loss)."""
-    watch = Watch(Run(vocab_size=vocab_size))
+    watch = Watch(Run(vocab_size=vocab_size, batch_size=8))
     return [names(watch, step, {"run": frame("run", loss=loss)}, documents) for step, (loss, documents) in enumerate(series)]
 
 

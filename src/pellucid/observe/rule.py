@@ -18,7 +18,7 @@ LIMITS = {
     "spike_sigmas": 6.0,  # OLMo-core's SpikeScore; of a loss by its last 32 differences, of a norm by its last 128 values
     "spike_window": 128,
     "spike_share": 0.1,  # and at least that far above the median: batches differ,
-    "row_spread": 0.5,  # or that / sqrt(rows): three deviations of a mean of rows that differ by a sixth, as those of text do
+    "row_spread": 1.0,  # or that / sqrt(rows): six deviations of a mean of rows that differ by a sixth, as those of text do
     "update_spike": 4.0,  # times the median of update norm / learning rate
     "gradient_explosion": 10.0,  # times the median
     "gradient_vanishing": 1e-6,
@@ -35,7 +35,7 @@ LIMITS = {
     "impossible": 1.05,  # times the largest step that Adam's averages allow
     "staleness": 2.3,  # Wortsman et al. 2023
     "bad_document": 1.5,  # nats above the batch
-    "hopeless": 0.05,  # nats above guessing: in development runs real text had 0.01 at most, random bytes mostly 0.09 and more
+    "hopeless": 0.05,  # nats above guessing: real text had 0.01 at most in development runs, planted noise 0.09 and more
     "unusual": 1.5,  # times the largest excess of a document's loss in the steps before, where guessing would be better
     "odd_document": 3.0,  # the same, where it would not
     "documents": 20,  # steps known before one is judged
@@ -46,7 +46,7 @@ LIMITS = {
     "repeated": 0.2,
     "context_steps": 200,
     "frequencies": (0.1, 0.2),  # nats below and above their entropy: one who knows only them is there
-    "standing": 0.1,  # nats that the loss fell by in 40 steps: more, and the model is only passing by
+    "standing": 0.1,  # nats that the loss fell by in 40 steps, with one deviation: more, and it may be passing by
     "settling_steps": 100,  # routers begin uneven; their balance is judged later
     "frames": 3,  # of `param` in a row: one may be chance, and they may be 8 steps apart
 }

@@ -14,7 +14,7 @@ from pellucid.observe.history import History
 from pellucid.observe.rule import LIMITS, Finding, rule
 
 
-@rule("bad_document", "alarm", cause="a document unlike the rest: noise, another language, a broken or poisoned file",
+@rule("bad_document", "warning", cause="a document unlike the rest: noise, another language, a broken or poisoned file",
       remedy="see its text with pellucid trace RUN --step N; remove it or filter its source",
       source="OLMo 2 (arXiv 2501.00656) on repeated n-grams and spikes")
 def bad_document(h: History) -> Iterator[Finding]:

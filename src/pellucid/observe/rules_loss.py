@@ -54,7 +54,9 @@ def context_unused(h: History) -> Iterator[Finding]:
     before, mean = float(np.mean(losses[:40])), float(np.mean(losses[40:]))
     below, above = LIMITS["frequencies"]
     there = -below < mean - h.unigram_entropy < above  # far above it the model is slow, not without context
-    if there and before - mean < LIMITS["standing"]:
+    _, sigma = center(np.diff(losses))
+    unsure = sigma / math.sqrt(40)  # one deviation of a difference of two means of 40
+    if there and before - mean + unsure < LIMITS["standing"]:
         yield Finding("run", mean, h.unigram_entropy - below, f"after {h.step} steps the loss stands at {mean:.4g}, no better than "
                       f"word frequencies alone ({h.unigram_entropy:.4g})")  # fmt: skip
 
