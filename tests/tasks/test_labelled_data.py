@@ -134,7 +134,7 @@ def bad(change):
 BAD = {
     "missing": (bad({"label": "LEFT OUT"}), "classification", "a.jsonl:4: no field 'label'; the fields are 'text'"),
     "null": (bad({"label": None}), "classification", "a.jsonl:4: field 'label' is empty"),
-    "object": (bad({"label": {"a": 1}}), "classification", "a.jsonl:4: field 'label' is a dict"),
+    "object": (bad({"label": {"a": 1}}), "classification", "a.jsonl:4: field 'label' is an object"),
     "NaN class": (bad({"label": float("nan")}), "classification", "a.jsonl:4: field 'label' is NaN"),
     "one class": ([{"text": f"t {n}", "label": "a"} for n in range(20)], "classification", "at least two classes"),
     "word": ([{"text": "a", "label": 1.5}, {"text": "b", "label": "big"}], "regression", "a.jsonl:2: field 'label' is 'big', not"),
