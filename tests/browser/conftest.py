@@ -50,7 +50,8 @@ def settings(folder: Path, **tables):
                  "sequence_length": 64, "validation_fraction": 0.1, "tokenizer": {"kind": "bytes"},
                  "normalize": {"whitespace": "trim", "pii": ["email"]}, "filter": {"length": {"min_characters": 60}},
                  "deduplicate": {"exact": True}, "augment": [{"name": "keyboard", "rate": 0.05}]},
-        "training": {"max_steps": STEPS, "batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "evaluate_every": 16, "evaluate_rows": 8},
+        "training": {"max_steps": STEPS, "batch_size": 8, "micro_batch_size": 4, "precision": "fp32",
+                     "evaluate_every": 16, "evaluate_rows": 8},
         "optimizer": {"name": "adamw", "learning_rate": 3e-3}, "schedule": {"warmup_steps": 5},
         "checkpoint": {"every_steps": 16}, "observe": {"budget": 1.0}, **tables,
     })  # fmt: skip
