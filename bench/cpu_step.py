@@ -81,10 +81,11 @@ class Pellucid:
         from pellucid.config import OptimizerConfig, TrainingConfig
         from pellucid.model.grok import Grok1
         from pellucid.model.initialize import initialize
-        from pellucid.training.device import keep_freed_memory
+        from pellucid.training.device import keeping_freed_memory
         from pellucid.training.optimizers import build_optimizer
 
-        keep_freed_memory()  # as a run does
+        self.memory = keeping_freed_memory()  # as a run does
+        self.memory.__enter__()
         self.model = initialize(Grok1(grok_config(size)), seed=0)
         self.model.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         settings = OptimizerConfig(name="adamw", learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1])

@@ -6,6 +6,7 @@ step did), checkpoints/ and, at the end, model/ as a Hugging Face directory.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -33,7 +34,7 @@ from pellucid.observe.observer import SilentObserver, open_observer
 from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
-from pellucid.training.device import choose_device, choose_precision, keep_freed_memory, keep_threads, resolve_precision
+from pellucid.training.device import choose_device, choose_precision, keep_threads, keeping_freed_memory, resolve_precision
 from pellucid.training.loop import Loop, budget_in_steps
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
@@ -111,8 +112,6 @@ def train(
 
 def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     device = choose_device(config.training.device)  # before any work is spent
-    if device.type == "cpu":
-        keep_freed_memory()
     if resume:
         _refuse_other_settings(Run(folder), config)
     origin = start_from(config) if config.model.init_from is not None and not (resume and saved_steps(folder / "checkpoints")) else None
@@ -151,7 +150,8 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
             loop.save()  # where it began, so that the run can be continued and explained without the origin
         if loop.counters.step == 0:
             summary.show_sample(progress, "before training", loop)
-        run.stopped_by = loop.run()
+        with keeping_freed_memory() if device.type == "cpu" else contextlib.nullcontext():
+            run.stopped_by = loop.run()
         if run.stopped_by is not None:
             progress.say(f"stopped by {run.stopped_by} after step {loop.counters.step}; everything is saved. To go on:\n"
                          f"  pellucid train --run-dir {folder} --resume")  # fmt: skip

@@ -29,8 +29,8 @@ def names(watch, step, frames, documents=()):
     return [event["rule"] for event in watch.judge(record)]
 
 
-def losses_said(losses, rows=64):
-    watch = Watch(Run(batch_size=rows))
+def losses_said(losses, tokens=4096):
+    watch = Watch(Run(tokens_per_step=tokens))
     return [names(watch, step, {"run": frame("run", loss=loss, applied=1)}) for step, loss in enumerate(losses)]
 
 
@@ -47,15 +47,15 @@ def test_the_noise_of_small_batches_is_no_spike():
     assert not any("loss_spike" in said for said in losses_said(3 + rng.normal(0, 0.25, 2000)))
 
 
-def test_a_hard_row_among_eight_is_no_spike_and_among_many_the_same_jump_is():
+def test_a_jump_that_one_hard_row_makes_is_no_spike_in_a_batch_of_few_tokens_and_is_one_among_many():
     rng = np.random.default_rng(2)
     usual = 3.3 + rng.normal(0, 0.05, 60)
-    assert losses_said([*usual, 3.8], rows=8)[-1] == []
-    assert losses_said([*usual, 3.8], rows=64)[-1] == losses_said([*usual, 4.6], rows=8)[-1] == ["loss_spike"]
+    assert losses_said([*usual, 3.8], tokens=8 * 64)[-1] == []
+    assert losses_said([*usual, 3.8], tokens=8 * 1024)[-1] == losses_said([*usual, 4.6], tokens=8 * 64)[-1] == ["loss_spike"]
 
 
 def context_said(losses, entropy=3.0):
-    watch, events = Watch(Run(batch_size=8)), []
+    watch, events = Watch(Run(tokens_per_step=512)), []
     for step, loss in enumerate(losses):
         events += watch.judge(Record(step, {"run": frame("run", loss=loss, applied=1)}), unigram_entropy=entropy)
     return [event["rule"] for event in events]
@@ -75,7 +75,7 @@ def test_a_loss_that_stands_at_the_entropy_of_words_is_told_and_one_that_passes_
 
 def documents_said(series, vocab_size=260):
     """series: for each step, its loss and its documents (tokens, loss)."""
-    watch = Watch(Run(vocab_size=vocab_size, batch_size=8))
+    watch = Watch(Run(vocab_size=vocab_size, tokens_per_step=512))
     return [names(watch, step, {"run": frame("run", loss=loss)}, documents) for step, (loss, documents) in enumerate(series)]
 
 

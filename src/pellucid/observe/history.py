@@ -52,7 +52,7 @@ class Run:
     warmup_steps: int = 0
     gradient_clip: float = 0.0
     rows_per_epoch: int | None = None
-    batch_size: int = 1
+    tokens_per_step: int = 1
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ LIMITS = {
     "spike_sigmas": 6.0,  # OLMo-core's SpikeScore; of a loss by its last 32 differences, of a norm by its last 128 values
     "spike_window": 128,
     "spike_share": 0.1,  # and at least that far above the median: batches differ,
-    "row_spread": 1.0,  # or that / sqrt(rows): six deviations of a mean of rows that differ by a sixth, as those of text do
+    "token_spread": 8.0,  # or that / sqrt(tokens): six deviations of a batch, where 64 tokens of text differ by a sixth
     "update_spike": 4.0,  # times the median of update norm / learning rate
     "gradient_explosion": 10.0,  # times the median
     "gradient_vanishing": 1e-6,

@@ -24,7 +24,7 @@ def loss_spike(h: History) -> Iterator[Finding]:
         return
     middle, _ = center(losses[-17:-1])  # a window of a hundred steps would take the fall of the loss for its spread
     _, sigma = center(np.diff(losses[-33:-1]))
-    share = max(LIMITS["spike_share"], LIMITS["row_spread"] / math.sqrt(h.run.batch_size))
+    share = max(LIMITS["spike_share"], LIMITS["token_spread"] / math.sqrt(h.run.tokens_per_step))
     limit = middle + max(LIMITS["spike_sigmas"] * sigma / math.sqrt(2), share * abs(middle))
     if losses[-1] > limit:
         yield Finding("run", losses[-1], limit, f"loss {losses[-1]:.4g}; the 16 steps before had {middle:.4g}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -58,16 +60,28 @@ def keep_threads(recorded: int | None) -> str | None:
     return f"computing on {recorded} threads as before, for the very same sums (OMP_NUM_THREADS={now} would change that)"
 
 
-def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what is freed for the next step, rather than give it back and fetch it anew, page by page.
+# Of mallopt(3); the numbers are malloc.h's.
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+
+
+@contextlib.contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Within, glibc's malloc keeps what is freed for the next step, rather than give it back and fetch it page by page.
 
     The kernel clears every page it hands out: a tenth of a step's time with the gradients of 110 million parameters.
-    MALLOC_MMAP_THRESHOLD_ and its kin (see mallopt(3)), if set, stand. Other C libraries are left alone.
+    At the end all is given back. MALLOC_MMAP_THRESHOLD_ and its kin (see mallopt(3)), if set, stand; other C libraries
+    are left alone.
     """
-    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
+        yield
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)  # never
+    libc.mallopt(MMAP_MAX, 0)
+    libc.mallopt(TRIM_THRESHOLD, -1)  # never
+    try:
+        yield
+    finally:
+        libc.mallopt(MMAP_MAX, 65536)  # as it was
+        libc.mallopt(MMAP_THRESHOLD, 32 << 20)  # where malloc's own adjustment, which ends with the first mallopt, leads to
+        libc.mallopt(TRIM_THRESHOLD, 64 << 20)
+        libc.malloc_trim(0)
