@@ -32,8 +32,9 @@ class Watch:
 
     @classmethod
     def of_run(cls, config: Any, rows: list, layers: int, experts: int, vocab_size: int, rows_per_epoch: int | None):
+        tokens_per_step = config.training.batch_size * config.data.sequence_length
         return cls(Run(rows, layers, experts, config.model.num_experts_per_tok, vocab_size, config.schedule.warmup_steps,
-                       config.training.gradient_clip, rows_per_epoch, config.training.batch_size * config.data.sequence_length))  # fmt: skip
+                       config.training.gradient_clip, rows_per_epoch, tokens_per_step))  # fmt: skip
 
     def judge(self, record: Record, *, row_hashes: list[int] | None = None, unigram_entropy: float | None = None) -> list[dict]:
         """Events (columns of the table `event`) that this step's record gives rise to."""
