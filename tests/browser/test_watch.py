@@ -139,7 +139,7 @@ def test_the_page_waits_for_the_first_step_and_goes_on_by_itself(open_page, tmp_
         page.wait_for_selector("[data-step='0']")
         writer.write(Record(1, {"run": np.array([[0.25]], np.float32)}))
         page.wait_for_selector("[data-step='1']")
-        page.wait_for_function("document.querySelector('.where').innerText.includes('0.2500')")  # its number comes just after its name
+        page.locator(".where", has_text="0.2500").wait_for()  # its number comes just after its name
         writer.close()
 
 
