@@ -58,7 +58,9 @@ class OptimizerConfig(Section):
 
     name: Literal["sgd", "adam", "adamw", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: float = Field(3e-4, gt=0, description="peak; the schedule scales it")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices only: not on norms, embedding or router")
+    weight_decay: float | None = Field(
+        None, ge=0, description="on matrices only: not on norms, embedding or router; default 0.1, with adam 0: there it is part of "
+        "the gradient, and where gradients are small, all of it")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
@@ -67,6 +69,12 @@ class OptimizerConfig(Section):
     muon_learning_rate: float = Field(0.02, gt=0, description="of Muon's matrices; the rest takes learning_rate")
     state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the moments; bf16 halves them, rounded stochastically")
     offload: bool = Field(False, description="keep the moments in host memory beside a GPU; slower, the same numbers")
+
+    @model_validator(mode="after")
+    def _decay_of_the_rule(self) -> OptimizerConfig:
+        if self.weight_decay is None:
+            self.__dict__["weight_decay"] = 0.0 if self.name == "adam" else 0.1
+        return self
 
     @model_validator(mode="after")
     def _has_moments_to_store(self) -> OptimizerConfig:

@@ -10,32 +10,86 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from pellucid.training.optimizers.build import optimizer_parameters
+from pellucid.training.optimizers.stored import Stored
+
+ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # rules that treat every element alike: a slice may take its step alone
 
 
 @contextmanager
 def frozen_idle_experts(optimizer: torch.optim.Optimizer, idle: dict[str, Tensor]) -> Iterator[None]:
     """`with frozen_idle_experts(optimizer, idle): optimizer.step()` leaves idle experts bit for bit as they were.
 
-    idle: parameter name -> bool mask [E], True where no token of the whole step chose the expert. Only the slices of
-    idle experts are copied, so the usual step, with none, costs nothing. Names the optimizer lacks are ignored.
+    idle: parameter name -> bool mask [E], True where no token of the whole step chose the expert. Where the rule allows,
+    only the slices in use take the step; elsewhere the idle ones are copied and put back. The usual step, with none,
+    costs nothing. Names the optimizer lacks are ignored.
     """
-    kept = []
-    for name, weight, _ in optimizer_parameters(optimizer):
+    in_parts, kept = [], []
+    for name, weight, group in optimizer_parameters(optimizer):
         mask = idle.get(name)
-        if mask is not None and bool(mask.any()):
+        if mask is None or weight.grad is None or not bool(mask.any()):
+            continue
+        if group["rule"] in ELEMENTWISE and not isinstance(optimizer, Stored):
+            in_parts.append((weight, _used_slices(optimizer, weight, mask.tolist())))
+        else:
             rows = mask.nonzero().squeeze(1).to(weight.device)
             kept.append((weight, rows, weight.detach()[rows], _slices(optimizer, weight, rows)))
-    yield
+    whole = [(group, group["params"]) for group in optimizer.param_groups]
+    stand_ins = {id(weight): [part for _, part in parts] for weight, parts in in_parts}
+    for group, weights in whole:
+        group["params"] = [part for weight in weights for part in stand_ins.get(id(weight), [weight])]
+    try:
+        yield
+    finally:
+        for group, weights in whole:
+            group["params"] = weights
+        for weight, parts in in_parts:
+            _join_state(optimizer, weight, parts)
     with torch.no_grad():
         for weight, rows, before, state in kept:
             weight[rows] = before
             for key, after in _stacked(optimizer, weight).items():
                 after[rows.to(after.device)] = state.get(key, 0)  # state made in this very step begins at zero
+
+
+def _used_slices(optimizer: torch.optim.Optimizer, weight: Tensor, idle: list[bool]) -> list[tuple[slice, Tensor]]:
+    """Each run of experts in use, as a view of the weight with its gradient, and with its state in the optimizer."""
+    parts, first, stacked = [], 0, _stacked(optimizer, weight)
+    state = optimizer.state.get(weight, {})
+    for is_idle, run in groupby(idle):
+        at = slice(first, first := first + len(list(run)))
+        if is_idle:
+            continue
+        part = weight.detach()[at]
+        part.grad = weight.grad[at]
+        if state:
+            optimizer.state[part] = {key: stacked[key][at] if key in stacked else _own(value) for key, value in state.items()}
+        parts.append((at, part))
+    return parts
+
+
+def _own(value):
+    return value.clone() if isinstance(value, Tensor) else value  # a count of steps goes up once for each part
+
+
+def _join_state(optimizer: torch.optim.Optimizer, weight: Tensor, parts: list[tuple[slice, Tensor]]) -> None:
+    """Counts of steps, and state made in this very step, become the whole tensor's; where experts idle it begins at zero."""
+    with torch.no_grad():
+        for at, part in parts:
+            for key, value in optimizer.state.pop(part, {}).items():
+                state = optimizer.state[weight]
+                if not (isinstance(value, Tensor) and value.shape == part.shape):
+                    state[key] = value
+                    continue
+                if state.get(key) is None:
+                    state[key] = torch.zeros_like(weight, dtype=value.dtype)
+                if state[key][at].data_ptr() != value.data_ptr():
+                    state[key][at] = value
 
 
 def _slices(optimizer: torch.optim.Optimizer, weight: Tensor, rows: Tensor) -> dict[str, Tensor]:
