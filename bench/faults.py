@@ -276,9 +276,8 @@ FAULTS = {
     "second moment lags": Fault(("impossible_step", "update_spike", "stale_moments"), 50, lagging_moment, settings=ADAMW),
     "poisoned document": Fault(("bad_document", "loss_spike"), 0, poisoned_document, at=60, steps=63),
     "other language": Fault(("loss_spike", "loss_rising", "bad_document"), 10, other_language, steps=PLANTED_AT + 15),
-    "shuffled labels": Fault(("context_unused",), 225, shuffled_labels, at=0, steps=230,
-                             why="until 200 steps a healthy model may know no more than frequencies either"),
-    "labels shuffled later": Fault(("loss_spike", "loss_rising"), 10, shuffled_labels, at=150, steps=165),
+    "shuffled labels": Fault(("unrelated_targets",), 50, shuffled_labels, **START),
+    "labels shuffled later": Fault(("unrelated_targets", "loss_spike", "loss_rising"), 10, shuffled_labels, at=150, steps=165),
     "bf16 without master weights": Fault(("swallowed_updates",), 50, bf16_weights, **START,
                                          settings={"optimizer": {"name": "adamw", "learning_rate": 1e-4}}),
     "slow loader": Fault(("data_starvation",), 50, slow_loader),
@@ -299,19 +298,18 @@ UNSEEN_SHAPES = [
     {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "num_experts": 8},
     {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 8},
 ]
-# Adam adds decay to the gradient and then divides by its size: where gradients are small, decay is all there is
-OPTIMIZERS = [("muon", 3e-3), ("adamw", 2e-3), ("adam", 2e-3, 0.0), ("lion", 3e-4), ("sgd", 0.02), ("adafactor", 3e-3)]
+OPTIMIZERS = [("muon", 3e-3), ("adamw", 2e-3), ("adam", 2e-3), ("lion", 3e-4), ("sgd", 0.02), ("adafactor", 3e-3)]
 SCHEDULES = ["cosine", "wsd", "constant", "linear", "inverse_sqrt"]
 
 
 def healthy_settings(number: int) -> dict:
     """The number-th healthy run: optimizers, schedules, shapes, batch sizes and balance losses in turn."""
-    name, rate, *decay = OPTIMIZERS[number % len(OPTIMIZERS)]
+    name, rate = OPTIMIZERS[number % len(OPTIMIZERS)]
     experts = (8, 4, 8)[number % 3]
     return {
         "model": {"hidden_size": (32, 48, 24, 40)[number % 4], "num_hidden_layers": 1 + (number % 4 == 3), "num_attention_heads": 2,
                   "num_experts": experts},
-        "optimizer": {"name": name, "learning_rate": rate} | ({"weight_decay": decay[0]} if decay else {}),
+        "optimizer": {"name": name, "learning_rate": rate},
         "schedule": {"name": SCHEDULES[number % len(SCHEDULES)]},
         "training": {"batch_size": (8, 4, 12)[number % 3], "micro_batch_size": 4,
                      "balance_loss": ("switch", "switch", "mixtral")[number // 2 % 3]},

@@ -1,5 +1,8 @@
 """Each rule by hand: what it must find, and what only looks like it. The rules as a whole: tests/faults."""
 
+import itertools
+import pydoc_data.topics
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 
 from pellucid.observe.columns import INDEX
 from pellucid.observe.history import Run
-from pellucid.observe.rules import Watch
+from pellucid.observe.rules import Watch, equal_pairs
 from pellucid.observe.store import MISSING, Record, Row
 
 DOCUMENTS = "INSERT INTO document_loss"
@@ -54,6 +57,14 @@ def test_a_jump_that_one_hard_row_makes_is_no_spike_in_a_batch_of_few_tokens_and
     assert losses_said([*usual, 3.8], tokens=8 * 1024)[-1] == losses_said([*usual, 4.6], tokens=8 * 64)[-1] == ["loss_spike"]
 
 
+def test_a_smaller_rise_that_stays_is_told_as_well():
+    rng = np.random.default_rng(4)
+    usual = 3.3 + rng.normal(0, 0.05, 60)
+    once, stays = losses_said([*usual, 4.2, *usual[:5]], tokens=512), losses_said([*usual, 4.2, 4.15, 4.2, 4.1], tokens=512)
+    assert not any(once)
+    assert stays[-2] == ["loss_spike"] and not any(stays[:-2]), "the mean of four that holds three of them"
+
+
 def context_said(losses, entropy=3.0):
     watch, events = Watch(Run(tokens_per_step=512)), []
     for step, loss in enumerate(losses):
@@ -71,6 +82,36 @@ def test_a_loss_that_stands_at_the_entropy_of_words_is_told_and_one_that_passes_
     assert "context_unused" not in context_said(stands[:200]), "a healthy model may know no more until then"
     assert context_said(passes) == context_said(slow) == []
     assert "context_unused" not in context_said(stands, entropy=3.5), "it knows more than words"
+
+
+def test_equal_pairs_are_counted_and_their_number_by_chance_is_the_mean_over_all_ways_to_shuffle():
+    inputs, targets = np.array([3, 3, 1, 3, 1, 2]), np.array([7, 7, 7, 9, 9, -100])
+    twos = list(itertools.combinations(range(5), 2))
+    found = lambda order: sum(inputs[i] == inputs[j] and order[i] == order[j] for i, j in twos)
+    every = [found(order) for order in itertools.permutations(targets[:5])]
+    assert equal_pairs(inputs, targets) == (found(targets), pytest.approx(np.mean(every)))
+    assert equal_pairs(np.array([]), np.array([])) == (0, 0)
+
+
+def pairs_said(shuffle, loss=3.2, entropy=3.1, steps=40):
+    """Python's topics in bytes; `shuffle(rng, targets)` from step 20 on."""
+    text = np.frombuffer("".join(pydoc_data.topics.topics.values()).encode(), np.uint8).astype(np.int32)
+    watch, rng, said = Watch(Run(tokens_per_step=512)), np.random.default_rng(5), []
+    for step in range(steps):
+        at = rng.integers(0, len(text) - 1, 512)
+        inputs, targets = text[at], text[at + 1]
+        facts = {"pairs": np.stack([inputs, shuffle(rng, targets) if step >= 20 else targets]), "unigram_entropy": entropy}
+        events = watch.judge(Record(step, {"run": frame("run", loss=loss, applied=1)}), **facts)
+        said += [(step, event["rule"]) for event in events]
+    return said
+
+
+def test_targets_that_follow_from_nothing_are_told_within_8_steps_and_real_text_is_not():
+    ((step, rule),) = pairs_said(lambda rng, targets: rng.permutation(targets))
+    assert rule == "unrelated_targets" and 20 < step <= 28
+    assert pairs_said(lambda rng, targets: targets) == []
+    assert pairs_said(lambda rng, targets: rng.permutation(targets), loss=2.5) == [], "something is learnt all the same"
+    assert pairs_said(lambda rng, targets: np.arange(512)) == [], "no two targets alike: nothing can be told"
 
 
 def documents_said(series, vocab_size=260):

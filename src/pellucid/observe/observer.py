@@ -266,7 +266,8 @@ class Observer(SilentObserver):
             self.train_losses.append(run["loss"])
         hashes = device["text.hashes"].view(np.int32).tolist()
         unigram = float(device["text.unigram"][0]) if "text.unigram" in device else None
-        record.events += self.watch.judge(record, row_hashes=hashes, unigram_entropy=unigram)
+        pairs = device["text.pairs"].view(np.int32) if "text.pairs" in device else None
+        record.events += self.watch.judge(record, row_hashes=hashes, pairs=pairs, unigram_entropy=unigram)
         record.pin = any(event["severity"] == "alarm" for event in record.events)
         return record
 

@@ -15,10 +15,11 @@ import numpy as np
 from pellucid.observe.history import History
 
 LIMITS = {
-    "spike_sigmas": 6.0,  # OLMo-core's SpikeScore; of a loss by its last 32 differences, of a norm by its last 128 values
+    "spike_sigmas": 6.0,  # OLMo-core's SpikeScore; of a loss by its last 64 differences, of a norm by its last 128 values
     "spike_window": 128,
     "spike_share": 0.1,  # and at least that far above the median: batches differ,
-    "token_spread": 8.0,  # or that / sqrt(tokens): six deviations of a batch, where 64 tokens of text differ by a sixth
+    "token_spread": 8.0,  # or that / sqrt(tokens): six deviations, where 64 tokens of text differ by a sixth
+    "spike_steps": (1, 4),  # the last so many are judged by their mean: what stays is told from less than what one batch may have
     "update_spike": 4.0,  # times the median of update norm / learning rate
     "gradient_explosion": 10.0,  # times the median
     "gradient_vanishing": 1e-6,
@@ -42,6 +43,8 @@ LIMITS = {
     "held_out": 0.03,  # share above the best held-out loss
     "patience": 4,  # evaluations without a better one
     "gap": 0.1,  # share of the best held-out loss by which held-out and training loss moved apart meanwhile
+    "related": 1.25,  # times chance; code, prose and plays have 1.5 to 20, whatever the tokenizer (bytes the least)
+    "pairs": 40,  # expected by chance in 8 steps: with fewer, nothing can be told
     "starved": 0.3,  # median of 20 steps
     "repeated": 0.2,
     "context_steps": 200,

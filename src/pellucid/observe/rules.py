@@ -36,14 +36,19 @@ class Watch:
         return cls(Run(rows, layers, experts, config.model.num_experts_per_tok, vocab_size, config.schedule.warmup_steps,
                        config.training.gradient_clip, rows_per_epoch, tokens_per_step))  # fmt: skip
 
-    def judge(self, record: Record, *, row_hashes: list[int] | None = None, unigram_entropy: float | None = None) -> list[dict]:
-        """Events (columns of the table `event`) that this step's record gives rise to."""
+    def judge(
+        self, record: Record, *, row_hashes: list[int] | None = None, pairs: np.ndarray | None = None,
+        unigram_entropy: float | None = None,
+    ) -> list[dict]:  # fmt: skip
+        """Events (columns of the table `event`) that this step's record gives rise to. pairs: int [inputs and targets, n]."""
         h = self.history
         h.push(record.step, record.frames)
         h.worst_document = _worst_document(record, h)
         if h.worst_document is not None:
             h.document_excess.append(h.worst_document.excess)
         h.unigram_entropy = unigram_entropy if unigram_entropy is not None else h.unigram_entropy
+        if pairs is not None:
+            h.equal_pairs.append(equal_pairs(*pairs))
         h.repeated_share = self._repeated(row_hashes) if row_hashes is not None else None
         events = []
         with np.errstate(all="ignore"):
@@ -76,6 +81,26 @@ class Watch:
         while len(self._hashes) > reach:
             self._hashes.popleft()
         return sum(self._repeats) / len(self._repeats) if len(self._repeats) == 20 else None
+
+
+def equal_pairs(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    """How many two of these places have both the same input and the same target, and how many would if targets were shuffled.
+
+    By chance it is exactly (twos with the same input) * (twos with the same target) / (all twos). Negative targets are left out.
+    """
+    real = targets >= 0
+    inputs, targets = inputs[real].astype(np.int64), targets[real].astype(np.int64)
+    every = len(inputs) * (len(inputs) - 1) / 2
+    return _twos(inputs << 32 | targets), _twos(inputs) * _twos(targets) / every if every else 0.0
+
+
+def _twos(values: np.ndarray) -> float:
+    """Pairs of equal values."""
+    values = np.sort(values)
+    new = np.ones(len(values) + 1, dtype=bool)
+    new[1:-1] = values[1:] != values[:-1]
+    n = np.diff(np.flatnonzero(new))
+    return float((n * (n - 1)).sum() / 2)
 
 
 def _worst_document(record: Record, h: History) -> Document | None:

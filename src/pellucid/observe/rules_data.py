@@ -1,4 +1,4 @@
-"""Rules on the data: one bad document, the same rows again, a batch that is waited for.
+"""Rules on the data: targets that follow from nothing, one bad document, the same rows again, a batch that is waited for.
 
 Read with rule.py, which has the thresholds.
 """
@@ -10,8 +10,22 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pellucid.observe.history import History
+from pellucid.observe.history import PAIR_STEPS, History
 from pellucid.observe.rule import LIMITS, Finding, rule
+
+
+@rule("unrelated_targets", "alarm", cause="targets do not follow from inputs: shuffled labels, rows mixed up, or data of pure chance",
+      remedy="look at inputs and targets of a batch (pellucid data inspect); check what makes them of the text",
+      source="the expected number of coincidences of a random pairing (Friedman 1922, the index of coincidence)")
+def unrelated_targets(h: History) -> Iterator[Finding]:
+    if h.unigram_entropy is None or len(h.equal_pairs) < PAIR_STEPS:
+        return
+    found, chance = map(sum, zip(*h.equal_pairs, strict=True))
+    loss = float(np.mean(h.scalars("loss", PAIR_STEPS)))
+    learnt = loss < h.unigram_entropy - LIMITS["frequencies"][0]  # from more than the token before, then
+    if chance > LIMITS["pairs"] and found < LIMITS["related"] * chance and not learnt:
+        yield Finding("run", found / chance, LIMITS["related"], f"equal inputs have equal targets {found / chance:.2f} times as often "
+                      f"as by chance, in {PAIR_STEPS} steps")  # fmt: skip
 
 
 @rule("bad_document", "warning", cause="a document unlike the rest: noise, another language, a broken or poisoned file",

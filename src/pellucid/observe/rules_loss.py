@@ -19,15 +19,20 @@ from pellucid.observe.rule import LIMITS, Finding, center, rule
       remedy="look at the documents (pellucid trace RUN --step N); lower the learning rate or beta2 if spikes recur",
       source="OLMo-core SpikeScore; Wortsman et al. 2023, arXiv 2304.13013")
 def loss_spike(h: History) -> Iterator[Finding]:
-    losses = h.scalars("loss", 33)
-    if len(losses) <= 20:
-        return
-    middle, _ = center(losses[-17:-1])  # a window of a hundred steps would take the fall of the loss for its spread
-    _, sigma = center(np.diff(losses[-33:-1]))
-    share = max(LIMITS["spike_share"], LIMITS["token_spread"] / math.sqrt(h.run.tokens_per_step))
-    limit = middle + max(LIMITS["spike_sigmas"] * sigma / math.sqrt(2), share * abs(middle))
-    if losses[-1] > limit:
-        yield Finding("run", losses[-1], limit, f"loss {losses[-1]:.4g}; the 16 steps before had {middle:.4g}")
+    for steps in LIMITS["spike_steps"]:
+        losses = h.scalars("loss", 64 + steps)
+        if len(losses) < 20 + steps:
+            return
+        before, now = losses[:-steps], float(np.mean(losses[-steps:]))
+        middle, _ = center(before[-16:])  # a window of a hundred steps would take the fall of the loss for its spread
+        _, sigma = center(np.diff(before))
+        share = max(LIMITS["spike_share"], LIMITS["token_spread"] / math.sqrt(steps * h.run.tokens_per_step))
+        unsure = sigma / math.sqrt(2) * math.sqrt(1 / steps + math.pi / 2 / 16)  # of a mean less a median of 16
+        limit = middle + max(LIMITS["spike_sigmas"] * unsure, share * abs(middle))
+        if now > limit:
+            of = f"mean loss of {steps} steps" if steps > 1 else "loss"
+            yield Finding("run", now, limit, f"{of} {now:.4g}; the 16 steps before had {middle:.4g}")
+            return
 
 
 @rule("loss_rising", "alarm", cause="the learning rate is too high for this stage, or the data changed",
@@ -44,8 +49,8 @@ def loss_rising(h: History) -> Iterator[Finding]:
         yield Finding("run", mean, limit, f"mean loss of 20 steps {mean:.4g}, its lowest was {limit - LIMITS['rising']:.4g}")
 
 
-@rule("context_unused", "alarm", cause="targets do not follow from inputs: shuffled labels, a wrong shift, broken text",
-      remedy="look at inputs and targets of a batch (pellucid data inspect); check tokenizer and data stages",
+@rule("context_unused", "warning", cause="the model makes nothing of its inputs: it learns too slowly, or does not see them",
+      remedy="raise optimizer.learning_rate or the batch; look at inputs and targets of a batch (pellucid data inspect)",
       source="a model that only knows word frequencies has exactly the entropy of its targets")
 def context_unused(h: History) -> Iterator[Finding]:
     losses = h.scalars("loss", 80)

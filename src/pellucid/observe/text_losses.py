@@ -18,6 +18,7 @@ from pellucid.observe.store import MISSING, Record, Row
 SEGMENTS = 256  # document pieces of a row told apart
 DOCUMENTS = 128  # pieces of a step recorded, those with the highest loss
 WORST = 16  # tokens of a step recorded
+PAIRS = 512  # of a step, looked at for whether targets follow from inputs
 DOCUMENT_ROW = "INSERT OR REPLACE INTO document_loss VALUES (?, ?, ?, ?, ?, ?)"
 TOKEN_ROW = "INSERT OR REPLACE INTO worst_token VALUES (?, ?, ?, ?, ?, ?, ?)"
 SAMPLE_ROW = "INSERT INTO sample (step, row, sample_id, tokens, targets, losses) VALUES (?, ?, ?, ?, ?, ?)"
@@ -42,6 +43,7 @@ class TextLossProbe:
         self._hashes: list[Tensor] = []
         self._worst: list[Tensor] = []
         self._sample: Tensor | None = None
+        self._pairs: Tensor | None = None
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         """Axes of the streams `position` and `source`."""
@@ -75,6 +77,9 @@ class TextLossProbe:
         self._rows += B
         weights = torch.arange(1, T + 1, device=both.device) * 2654435761 % (1 << 31)  # Knuth's multiplicative hash
         self._hashes.append(((batch.tokens_BT * weights).sum(1) % ((1 << 31) - 1)).int())
+        if self._pairs is None and batch.labels_BTK is None:
+            at = torch.linspace(0, B * T - 1, min(PAIRS, B * T), device=both.device).long()
+            self._pairs = torch.stack([batch.tokens_BT.reshape(-1)[at], batch.targets_BT.reshape(-1)[at]]).int()
         if not self.categories:
             return
         if self.target_counts is None:
@@ -103,6 +108,8 @@ class TextLossProbe:
             out["unigram"] = self._unigram_entropy()
         if self._sample is not None:
             out["sample"] = self._sample
+        if self._pairs is not None:
+            out["pairs"] = self._pairs
         self._start()
         return out
 
