@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pellucid.model.kernels import native
-from pellucid.model.kernels.products import product, transposed_product
+from pellucid.model.kernels.products import product_by_rows, transposed_product
 
 
 def fits(x_ND: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
@@ -38,10 +38,10 @@ class _Experts(torch.autograd.Function):
         for e, (token, factor, gate_up, output) in enumerate(zip(*columns, strict=True)):
             if not len(token):
                 continue
-            product(x_ND.index_select(0, token), gate_up_proj[e].to(dtype), out=gate_up)
+            product_by_rows(x_ND.index_select(0, token), gate_up_proj[e].to(dtype), out=gate_up)
             inner = gate_up.new_empty(len(gate_up), F)
             native.call("geglu", dtype, gate_up, factor, inner, len(inner), F)
-            product(inner, down_proj[e].to(dtype), out=output)
+            product_by_rows(inner, down_proj[e].to(dtype), out=output)
         ctx.save_for_backward(x_ND, gate_up_M, gate_up_proj, down_proj)
         return _gather_sum(outputs_MD, ctx.row_Nk)
 
@@ -55,12 +55,13 @@ class _Experts(torch.autograd.Function):
         columns = (c.split(ctx.rows_E) for c in (ctx.token_M, ctx.factor_M, gate_up_M, grad_factor_M, grad_x_MD))
         for e, (token, factor, gate_up, grad_factor, grad_x) in enumerate(zip(*columns, strict=True)):
             grad_y = grad_ND.index_select(0, token)
-            inner = product(grad_y, down_proj[e].to(dtype).t())  # its gradient, before the factor
+            inner = grad_y.new_empty(len(grad_y), down_proj.shape[2])  # its gradient, before the factor
+            product_by_rows(grad_y, down_proj[e].to(dtype).t(), out=inner)
             grad_gate_up = torch.empty_like(gate_up)
             native.call("geglu_backward", dtype, inner, gate_up, factor, grad_gate_up, grad_factor, *inner.shape)
             transposed_product(grad_y, inner, out=grad_down_proj[e])
             transposed_product(grad_gate_up, x_ND.index_select(0, token), out=grad_gate_up_proj[e])
-            product(grad_gate_up, gate_up_proj[e].to(dtype).t(), out=grad_x)
+            product_by_rows(grad_gate_up, gate_up_proj[e].to(dtype).t(), out=grad_x)
         return _gather_sum(grad_x_MD, ctx.row_Nk), grad_factor_M[ctx.row_Nk], None, grad_gate_up_proj, grad_down_proj
 
 
