@@ -109,18 +109,35 @@ def test_rollups_in_the_file_equal_those_of_all_frames_with_gaps_and_thinning(tm
                 np.testing.assert_allclose(part[2], whole[2], rtol=1e-5, atol=1e-6)  # float32 means of means
 
 
+ALARM = {"rule": "spike", "severity": "alarm", "subject": "a", "value": 9.0, "threshold": 1.0, "text": "!"}
+
+
 def test_an_alarm_pins_the_flight_recorder(tmp_path):
     writer = open_writer(tmp_path, dense_steps=0, keep_every=100)
     for s in range(1, 1700):
-        event = {"rule": "spike", "severity": "alarm", "subject": "a", "value": 9.0, "threshold": 1.0, "text": "!"}
-        alarm = s == 900
-        writer.write(Record(s, {"param": frame(s)}, events=[event] if alarm else [], pin=alarm))
+        writer.write(Record(s, {"param": frame(s)}, events=[ALARM] if s == 900 else []))
     writer.close()
     with Reader(tmp_path) as run:
         kept = set(run.frames("param")[0].tolist())
         assert set(range(900 - 511, 901)) <= kept
-        assert 950 not in kept and 1000 in kept and 201 not in kept
+        assert 950 not in kept and 1000 in kept and 201 not in kept and 388 not in kept
         assert run.events()[0]["step"] == 900 and run.events(since_id=1) == []
+
+
+def test_a_resumed_run_keeps_the_frames_of_its_alarms_but_not_of_those_it_forgot(tmp_path):
+    writer = open_writer(tmp_path, dense_steps=0, keep_every=100)
+    for s in range(1, 1040):
+        warning = {**ALARM, "severity": "warning"}
+        writer.write(Record(s, {"param": frame(s)}, events=[ALARM] if s in (1000, 1030) else [warning] if s == 400 else []))
+    writer.close()
+    writer = open_writer(tmp_path, dense_steps=0, keep_every=100)
+    writer.delete_after(1010)
+    for s in range(1011, 1711):
+        writer.write(Record(s, {"param": frame(s)}))
+    writer.close()
+    with Reader(tmp_path) as run:
+        old = [s for s in run.frames("param")[0].tolist() if s <= 1710 - 512]
+        assert old == [100, 200, 300, 400, *range(1000 - 511, 1001), 1100]
 
 
 def test_resuming_deletes_what_came_after_the_checkpoint(tmp_path):

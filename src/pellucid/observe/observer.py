@@ -268,7 +268,6 @@ class Observer(SilentObserver):
         unigram = float(device["text.unigram"][0]) if "text.unigram" in device else None
         pairs = device["text.pairs"].view(np.int32) if "text.pairs" in device else None
         record.events += self.watch.judge(record, row_hashes=hashes, pairs=pairs, unigram_entropy=unigram)
-        record.pin = any(event["severity"] == "alarm" for event in record.events)
         return record
 
     def _add_histograms(self, record: Record, device: dict[str, np.ndarray], facts: dict) -> None:

@@ -51,6 +51,7 @@ CREATE TABLE IF NOT EXISTS hist (id INTEGER PRIMARY KEY, step INTEGER, row INTEG
   subnormal INTEGER, nan INTEGER, inf INTEGER, first INTEGER, data BLOB, UNIQUE (step, row, kind));
 CREATE TABLE IF NOT EXISTS event (id INTEGER PRIMARY KEY, step INTEGER, time REAL, rule TEXT, severity TEXT, subject TEXT,
   value REAL, threshold REAL, text TEXT, detail TEXT);
+CREATE INDEX IF NOT EXISTS alarm ON event (step) WHERE severity = 'alarm';
 CREATE TABLE IF NOT EXISTS document_loss (step INTEGER, row INTEGER, segment INTEGER, tokens INTEGER, loss REAL,
   worst REAL, PRIMARY KEY (step, row, segment));
 CREATE TABLE IF NOT EXISTS worst_token (step INTEGER, rank INTEGER, row INTEGER, position INTEGER, input INTEGER,
@@ -118,8 +119,7 @@ class Record:
     step: int
     frames: dict[str, np.ndarray] = field(default_factory=dict)  # stream -> float32 [rows, columns]
     rows: list[tuple[str, list[tuple]]] = field(default_factory=list)  # (INSERT statement, parameters)
-    events: list[dict] = field(default_factory=list)  # keys: columns of `event`
-    pin: bool = False  # keep every frame of the flight recorder's window
+    events: list[dict] = field(default_factory=list)  # keys: columns of `event`; an alarm keeps its flight recorder
 
 
 class Writer:
@@ -135,7 +135,6 @@ class Writer:
         self._wal = not is_network(self.path.parent)
         self._connection = _open(self.path, self._wal)
         self._streams: dict[str, tuple[int, int, int, int]] = {}  # rows, columns, dense_steps, keep_every
-        self._pinned: list[tuple[int, int]] = []
         self.set_meta({"schema_version": SCHEMA_VERSION, "journal": "wal" if self._wal else "delete", **(meta or {})})
         if resume_step is not None:
             self.delete_after(resume_step)
@@ -261,12 +260,11 @@ class Writer:
             event = {"time": now, "step": record.step, **event}
             names = ", ".join(event)
             run.execute(f"INSERT INTO event ({names}) VALUES ({', '.join('?' * len(event))})", list(event.values()))
-        if record.pin:
-            self._pinned = [(a, b) for a, b in self._pinned if b > record.step - RECORDER]
-            self._pinned.append((record.step - RECORDER, record.step))
 
     def _is_pinned(self, step: int) -> bool:
-        return any(start <= step <= stop for start, stop in self._pinned)
+        """Whether an alarm came while `step` was in the flight recorder; asked of the file, so a resumed run knows too."""
+        query = "SELECT 1 FROM event WHERE severity = 'alarm' AND step >= ? AND step < ?"
+        return self._connection.execute(query, (step, step + RECORDER)).fetchone() is not None
 
     def _roll(self, stream: str, step: int, rows: int, columns: int) -> None:
         """Close the buckets that end between the frame before and this one, reading them back: no state to lose."""
