@@ -1,5 +1,6 @@
 """The observer in the real loop: complete, silent towards training, and gone when switched off."""
 
+import shutil
 import sqlite3
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from conftest import STEPS, small_config, write_corpus
 
 import pellucid
+from pellucid.observe import observer, store
 from pellucid.observe.columns import INDEX
 from pellucid.observe.reader import Reader, is_missing
 from pellucid.observe.writing import continued
@@ -162,20 +164,22 @@ def test_a_text_that_fails_is_a_note_and_texts_can_be_switched_off(tiny_tables, 
     assert notes == [(1, "note", "no text was written: out of memory"), (3, "note", "no text was written: out of memory")]
 
 
-def test_a_resumed_run_s_telemetry_has_no_step_twice_and_none_missing(tmp_path):
+def test_a_resumed_run_s_telemetry_has_no_step_twice_and_none_missing_in_rollups_of_thinned_frames_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(observer, "DENSE_STEPS", 0)
+    monkeypatch.setattr(store, "RECORDER", 16)
     write_corpus(tmp_path / "corpus")
-    config = small_config(tmp_path, max_steps=30)
-    folder = pellucid.train(config, run_dir=tmp_path / "run").directory
+    folder = pellucid.train(small_config(tmp_path, max_steps=45, evaluate_every=0), run_dir=tmp_path / "run").directory
     with Reader(folder) as run:
-        before = run.frames("run")[1][:, 0, INDEX["run"]["loss"]]
-    import shutil
-
-    shutil.rmtree(folder / "checkpoints" / "step-30")
+        before, rollup = run.frames("run")[1][:, 0, INDEX["run"]["loss"]], run.rollup("layer", 1)[1]
+        thinned = run.frames("layer")[0].tolist()
+    assert thinned[:4] == [0, 10, 16, 17], "of the steps before the checkpoint at 25 those of its open bucket are all there"
+    shutil.rmtree(folder / "checkpoints" / "step-45")
     pellucid.train(None, run_dir=folder, resume=True)
     with Reader(folder) as run:
         steps, frames = run.frames("run")
-        assert steps.tolist() == list(range(30))
+        assert steps.tolist() == list(range(45))
         np.testing.assert_array_equal(frames[:, 0, INDEX["run"]["loss"]], before)
+        np.testing.assert_array_equal(run.rollup("layer", 1)[1], rollup)
 
 
 def test_sqlite_alone_reads_what_the_reader_reads(run_dir):

@@ -31,6 +31,7 @@ from pellucid.observe.statistics import KINDS, ParameterProbe
 from pellucid.observe.store import MISSING, Record, Row, Writer
 from pellucid.observe.text_losses import TextLossProbe
 from pellucid.observe.writing import continued, prompt_of
+from pellucid.training.checkpoint import saved_steps
 from pellucid.training.schedules import budget_in_steps
 
 DENSE_STEPS, KEEP_EVERY = 2000, 10  # later, older frames are thinned (rollups and the flight recorder keep all)
@@ -94,6 +95,8 @@ class Observer(SilentObserver):
         self._written: int | None = None  # step of the last text
         self._ended, self._saved = time.perf_counter(), 0.0
         self.writer = Writer(run_dir, meta=self._meta(dataset))
+        self.checkpoints = Path(run_dir) / "checkpoints"
+        self.writer.resume_points = saved_steps(self.checkpoints)
         self._define(shape)
         if dataset is not None:
             self._record_stages(dataset.manifest.get("stages", []))
@@ -313,6 +316,7 @@ class Observer(SilentObserver):
     def saved(self, seconds: float) -> None:
         """A checkpoint was written between two steps."""
         self._saved += seconds
+        self.writer.resume_points = saved_steps(self.checkpoints)
 
     def text_sample(self, step: int, prompt: str, text: str) -> None:
         """A text the model wrote after `step` steps; the first one of a step is kept."""

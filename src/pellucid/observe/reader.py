@@ -159,10 +159,12 @@ class Reader:
         return np.array(buckets, dtype=np.int64), parts
 
     def _open_bucket(self, stream: str, level: int, newest: int, rows: int, columns: int) -> np.ndarray:
-        """The bucket of `newest`: what is closed below it, and the open bucket below it."""
+        """The bucket of `newest`: what is closed below it, and the open bucket below it (after a resume there may be none)."""
+        query = "SELECT 1 FROM rollup WHERE stream = ? AND level = ? AND bucket = ?"
         with self._reading() as run:
             closed = gather_rollup(run, stream, level, newest // FAN**level, rows, columns)
-        if level == 1:
+            complete = run.execute(query, (stream, level - 1, newest // FAN ** (level - 1))).fetchone() is not None
+        if level == 1 or complete:
             return closed
         below = self._open_bucket(stream, level - 1, newest, rows, columns)
         return below if closed is None else reduce_rollups(np.stack([closed, below]))

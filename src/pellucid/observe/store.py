@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +130,7 @@ class Writer:
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.error: str | None = None
+        self.resume_points: Collection[int] = ()  # steps that a resume may begin with: those of the checkpoints there are
         self.worked = 0.0  # seconds of processor time that the writer's thread has used
         self._queue: queue.Queue[Callable[[], Record] | None] = queue.Queue()
         self._wal = not is_network(self.path.parent)
@@ -146,7 +147,8 @@ class Writer:
         dense_steps: int = 0, keep_every: int = 1,
     ) -> None:
         """Declare a stream's axes, before its first frame. After `dense_steps` only every `keep_every`-th frame older
-        than the flight recorder's 512 is kept (rollups see them all). Raises UserError if a resumed run differs."""
+        than the flight recorder's 512 is kept (rollups see them all), and those that an alarm or a resume needs.
+        Raises UserError if a resumed run differs."""
         self.flush()
         rows, stats = list(rows), list(stats)
         known = [r[0] for r in self._connection.execute("SELECT name FROM row WHERE stream = ? ORDER BY id", (stream,))]
@@ -209,7 +211,10 @@ class Writer:
             self._connection.close()
 
     def delete_after(self, step: int) -> None:
-        """Forget everything recorded after `step`: a resumed run records it again."""
+        """Forget everything recorded after `step`: a resumed run records it again.
+
+        The rollup bucket that this cuts is then made of the frames still there: all, if `step + 1` was a resume point.
+        """
         self.flush()
         with self._connection as connection:
             for table in ("frame", "hist", "event", "document_loss", "worst_token", "sample"):
@@ -250,10 +255,14 @@ class Writer:
                 raise ValueError(f"frame of '{stream}' is {data.dtype} {data.shape}, expected float32 {(rows, columns)}")
             run.execute("INSERT OR REPLACE INTO frame (stream, step, time, data) VALUES (?, ?, ?, ?)",
                         (stream, record.step, now, data.tobytes()))
-            self._roll(stream, record.step, rows, columns)
-            old = record.step - RECORDER
-            if keep_every > 1 and old > dense_steps and old % keep_every and not self._is_pinned(old):
-                run.execute("DELETE FROM frame WHERE stream = ? AND step = ?", (stream, old))
+            query = "SELECT max(step) FROM frame WHERE stream = ? AND step < ?"
+            (before,) = run.execute(query, (stream, record.step)).fetchone()
+            if before is None:
+                continue
+            self._roll(stream, before, record.step, rows, columns)
+            for old in range(max(before - RECORDER, dense_steps) + 1, record.step - RECORDER + 1):
+                if old % keep_every and not self._is_needed(old):
+                    run.execute("DELETE FROM frame WHERE stream = ? AND step = ?", (stream, old))
         for statement, parameters in record.rows:
             run.executemany(statement, parameters)
         for event in record.events:
@@ -261,20 +270,23 @@ class Writer:
             names = ", ".join(event)
             run.execute(f"INSERT INTO event ({names}) VALUES ({', '.join('?' * len(event))})", list(event.values()))
 
-    def _is_pinned(self, step: int) -> bool:
-        """Whether an alarm came while `step` was in the flight recorder; asked of the file, so a resumed run knows too."""
+    def _is_needed(self, step: int) -> bool:
+        """Whether an alarm came while `step` was in the flight recorder, or a resume would cut its rollup bucket."""
+        if any(step // FAN == point // FAN and step < point for point in self.resume_points):
+            return True
         query = "SELECT 1 FROM event WHERE severity = 'alarm' AND step >= ? AND step < ?"
         return self._connection.execute(query, (step, step + RECORDER)).fetchone() is not None
 
-    def _roll(self, stream: str, step: int, rows: int, columns: int) -> None:
-        """Close the buckets that end between the frame before and this one, reading them back: no state to lose."""
-        query = "SELECT max(step) FROM frame WHERE stream = ? AND step < ?"
-        (before,) = self._connection.execute(query, (stream, step)).fetchone()
+    def _roll(self, stream: str, before: int, step: int, rows: int, columns: int) -> None:
+        """Close the buckets that end between the frame before and this one, reading them back: no state to lose.
+
+        One that is closed already, from before a resume, stays: its frames may have been thinned out since.
+        """
         for level in LEVELS:
-            if before is None or before // FAN**level == step // FAN**level:
+            if before // FAN**level == step // FAN**level:
                 return
             data = gather_rollup(self._connection, stream, level, before // FAN**level, rows, columns)
-            self._connection.execute("INSERT OR REPLACE INTO rollup VALUES (?, ?, ?, ?)",
+            self._connection.execute("INSERT OR IGNORE INTO rollup VALUES (?, ?, ?, ?)",
                                      (stream, level, before // FAN**level, data.tobytes()))
 
 
