@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 
@@ -24,14 +25,17 @@ from pellucid.model.size import flops_per_token
 from pellucid.observe import theatre
 from pellucid.observe.columns import INDEX
 from pellucid.observe.observer import SilentObserver
-from pellucid.observe.proofs import ChainRule, finite_difference, fixed_choices, gradients_of, objective
+from pellucid.observe.proofs import chain_rule, finite_difference, fixed_choices, gradients_of, objective
 from pellucid.observe.reader import Reader
 from pellucid.observe.replay import Replay, save_capsule, state_before
 from pellucid.observe.statistics import ParameterProbe
+from pellucid.training import checkpoint
 from pellucid.training.optimizers import Update, explain_update, optimizer_parameters, update_settings
 from pellucid.training.step import StepResult, count_predictions, idle_experts
 
 AGREES = 1e-3  # relative difference below which two gradients are called equal
+SURE_ENOUGH = 0.05  # of the gradient: a difference quotient less sure than that proves nothing
+LAST_BITS, STEP_BITS = 8, 1e-5  # rounding: so many last bits of the largest weight, and so much of the largest change
 MOST_PLAYED = 50_000_000  # parameters: they and their optimizer state are held twice while a step is explained and then played
 PLAYED_FLOPS = {"cpu": 1e11, "cuda": 1e13}  # of a step: its play takes some ten times that, and so is a matter of seconds
 PROOF_SECONDS = 2.0  # of a play, for finite differences
@@ -130,7 +134,7 @@ def explain(
     batches, to_play = replay.micro_batches(), _may_be_played(run_dir, replay)
     with theatre.kept(replay) if to_play else nullcontext():
         result, catcher, explanation = explain_step(replay, batches, parameter, index)
-    explanation.proofs.insert(0, _as_recorded(run_dir, step, catcher, result))
+    explanation.proofs[:0] = [_as_recorded(run_dir, step, catcher, result), *_as_saved(run_dir, step, catcher)]
     update = catcher.update
     save_capsule(run_dir, step, {
         "before." + catcher.name: update.weight, "after." + catcher.name: catcher.fast,
@@ -172,7 +176,10 @@ def explain_step(replay: Replay, batches: list[Batch], parameter: str | None, in
                               result.clip_factor)  # fmt: skip
     _numbers(explanation, update, catcher, place)
     explanation.proofs = _arithmetic_proofs(update, catcher)
-    explanation.proofs += _gradient_proofs(replay, start, batches, catcher, place, result.clip_factor)
+    in_fp32, proofs = _gradient_proofs(replay, start, batches, catcher, place, result.clip_factor)
+    explanation.proofs += proofs
+    if replay.model.compute_dtype != torch.float32:
+        explanation.lines.insert(1, ("the same made in fp32", in_fp32))
     return result, catcher, explanation
 
 
@@ -198,11 +205,13 @@ def _arithmetic_proofs(update: Update, catcher: _Catcher) -> list[Proof]:
     different = int((plain != update.weight_after).sum())
     worst = (plain.double() - update.weight_after.double()).abs().max().item()
     change = update.change()
-    largest_rounding = update.rounding.abs().max().item() / max(change.abs().max().item(), 1e-300)
+    rounding, largest = update.rounding.abs().max().item(), change.abs().max().item()
+    most = LAST_BITS * _ulp(update.weight_after) + STEP_BITS * largest
+    closes = bool(torch.equal(update.explained(), change))
     return [
-        Proof("terms + rounding = weight after - weight before", bool(torch.equal(update.explained(), change)),
-              f"for each of {change.numel():,} elements, in float64; rounding is at most {largest_rounding:.1e} of the "
-              "largest change"),
+        Proof("terms + rounding = weight after - weight before", closes and rounding <= most,
+              f"for each of {change.numel():,} elements, in float64; the largest change is {largest:.1e}, the largest rounding "
+              f"{rounding:.1e}" + ("" if rounding <= most else f", more than a rounding may be: {most:.1e}")),
         Proof("the plain rule gives the weight that training wrote", worst <= 4 * _ulp(plain),
               "bit for bit" if not different else f"{different:,} of {plain.numel():,} elements differ in the last bits, "
               f"by at most {worst:.1e}"),
@@ -213,15 +222,18 @@ def _ulp(weight: Tensor) -> float:
     return torch.finfo(weight.dtype).eps * max(weight.abs().max().item(), 1e-30)
 
 
-def _gradient_proofs(replay, start: dict, batches, catcher: _Catcher, place, clip_factor: float) -> list[Proof]:
-    """From the state before the step, in fp32, whatever the run's precision."""
+def _gradient_proofs(
+    replay, start: dict, batches, catcher: _Catcher, place, clip_factor: float,
+) -> tuple[float, list[Proof]]:  # fmt: skip
+    """(the element's gradient, its proofs), from the state before the step, in fp32 whatever the run's precision."""
     model, settings = replay.model, replay.config.training
     after = {name: p.detach().clone() for name, p in model.state_dict().items()}
     dtype, parity = model.compute_dtype, model.parity
     model.load_state_dict(start)
     model.compute_dtype, model.parity = torch.float32, False
     weight = dict(model.named_parameters())[catcher.name]
-    rule, tokens = ChainRule(model, catcher.name), count_predictions(batches, settings)
+    tokens = count_predictions(batches, settings)
+    rule = chain_rule(model, catcher.name, settings, batches, tokens)
     try:
         with fixed_choices(model) as rewind:
             gradients_of(model, batches, settings)
@@ -245,22 +257,47 @@ def _gradient_proofs(replay, start: dict, batches, catcher: _Catcher, place, cli
         rule.close()
         model.load_state_dict(after)
         model.compute_dtype, model.parity = dtype, parity
-    exact = gradient[place].item()
-    proofs = [_agreement("the chain rule by hand = autograd", by_hand, exact, 0.0)]
-    proofs.append(_agreement("finite difference of this element = autograd", single, exact, doubt))
-    proofs.append(_agreement("finite difference of the whole tensor, along its gradient = its norm", along, norm, doubt_along))
-    return proofs
+    exact, where = gradient[place].item(), "" if dtype == torch.float32 else "in fp32: "
+    return exact, [
+        _same_gradient(catcher.clipped / clip_factor, gradient, place, dtype),
+        _agreement(f"{where}the chain rule by hand = autograd", by_hand, exact, 0.0),
+        _agreement(f"{where}finite difference of this element = autograd", single, exact, doubt),
+        _agreement(f"{where}finite difference of the whole tensor, along its gradient = its norm", along, norm, doubt_along),
+    ]
 
 
-def _agreement(claim: str, found: float | None, expected: float, doubt: float) -> Proof:
-    if found is None:
-        return Proof(claim, None, "no formula here for a tensor used at both ends of the model")
+def _same_gradient(made: Tensor, proven: Tensor, place: tuple[int, ...], dtype: torch.dtype) -> Proof:
+    """Of what was made in bf16 it can only be said how far it is: rounding moves it, and sends tokens to other experts."""
+    own, exact = made[place].item(), proven[place].item()
+    apart = (made.double() - proven.double()).norm().item() / max(proven.double().norm().item(), 1e-300)
+    detail = f"{own:.7g} and {exact:.7g}; the whole tensor is apart by {apart:.1e}"
+    if dtype == torch.float32:
+        return Proof("the step's gradient is the one proven here", apart <= AGREES, detail)
+    return Proof("the step's gradient is the one proven here", None, f"it was made in bf16: {detail}")
+
+
+def _agreement(claim: str, found: float, expected: float, doubt: float) -> Proof:
     difference = abs(found - expected)
     relative = difference / max(abs(expected), 1e-300)
     detail = f"{found:.7g} and {expected:.7g}, apart by {relative:.1e}"
     if doubt:
         detail += f"; the difference quotient is sure to {doubt:.1e}"
+    if doubt > SURE_ENOUGH * abs(expected):
+        return Proof(claim, None, f"{detail}, too unsure to tell")
     return Proof(claim, difference <= AGREES * abs(expected) + doubt, detail)
+
+
+def _as_saved(run_dir: str | Path, step: int, catcher: _Catcher) -> list[Proof]:
+    """Where a checkpoint was written after this very step: whether it holds this weight."""
+    folder = checkpoint.saved_steps(Path(run_dir) / "checkpoints").get(step + 1)
+    if folder is None:
+        return []
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        saved = file.get_tensor(catcher.name)
+    different = int((saved != catcher.fast.cpu()).sum())
+    claim = f"the weight after is the one in the checkpoint of step {step + 1}"
+    return [Proof(claim, not different, f"{different:,} of {saved.numel():,} elements differ" if different else
+                  f"bit for bit, all {saved.numel():,} elements")]  # fmt: skip
 
 
 def _as_recorded(run_dir: str | Path, step: int, catcher: _Catcher, result: StepResult) -> Proof:
@@ -268,12 +305,14 @@ def _as_recorded(run_dir: str | Path, step: int, catcher: _Catcher, result: Step
     claim = "the replay is the step that was recorded"
     with Reader(run_dir) as reader:
         steps, losses = reader.series("run", "loss", stream="run")
+        norms = reader.series("run", "gradient_norm", stream="run")[1]
         steps_param, frames = reader.frames("param", since=step - 1, until=step)
         at = next(i for i, row in enumerate(reader.rows("param")) if row["name"] == catcher.name)
     found = np.flatnonzero(steps == step)
     if not len(found):
         return Proof(claim, None, "this step is not in run.sqlite")
-    same = [("loss", np.float32(result.loss), losses[found[0]])]
+    same = [("loss", np.float32(result.loss), losses[found[0]]),
+            ("gradient norm of all", np.float32(result.grad_norm), norms[found[0]])]  # fmt: skip
     if len(steps_param):
         recorded, column = frames[0, at], INDEX["param"]
         skip = {"update_norm"} if recorded[column["exact"]] != catcher.frame[at, column["exact"]] else set()

@@ -1,8 +1,8 @@
 """Is the gradient right? Two independent answers for one element: the chain rule by hand, and a finite difference.
 
 By hand: what went into a layer and what came back to it are caught, and multiplied in float64 as the formulas say:
-linear maps (Rumelhart et al. 1986), RMSNorm's scale, and the gated experts of Grok-1. The embedding, used at both ends, has
-the finite difference only. Letters: N tokens, D hidden, F intermediate.
+linear maps (Rumelhart et al. 1986), RMSNorm's scale, the gated experts of Grok-1, and the embedding, used at both ends.
+Letters: N tokens, D hidden, F intermediate.
 """
 
 from __future__ import annotations
@@ -21,10 +21,16 @@ from pellucid.model.grok import Grok1
 from pellucid.model.layers import RMSNorm
 from pellucid.model.moe import MoE, Routing
 from pellucid.observe.observer import SilentObserver
+from pellucid.training.losses import IGNORE
 from pellucid.training.step import StepResult, count_predictions, forward
 
 FLOAT32_NOISE = 2.5e-7  # of one token's loss, relative: some units in the last place
 MOST_SIZES, SURE = 5, 1e-4  # of finite differences
+
+
+def chain_rule(model: Grok1, name: str, settings: TrainingConfig, batches: list[Any], tokens: int) -> ChainRule | TiedRule:
+    """The rule for one parameter, on its watch from now until `close`; tokens: how many the loss is a mean over."""
+    return TiedRule(model, settings, batches, tokens) if name == "embedding.weight" else ChainRule(model, name)
 
 
 class ChainRule:
@@ -34,8 +40,7 @@ class ChainRule:
         owner, _, self.leaf = name.rpartition(".")
         self.module = model.get_submodule(owner)
         self.caught: list[dict[str, Any]] = []  # one per forward pass
-        self.known = owner != "embedding"
-        self.hook = self.module.register_forward_hook(self._catch) if self.known else None
+        self.hook = self.module.register_forward_hook(self._catch)
 
     def _catch(self, module, inputs, output) -> None:
         record: dict[str, Any] = {"x": inputs[0].detach()}
@@ -47,13 +52,10 @@ class ChainRule:
             self.caught.append(record)
 
     def close(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
+        self.hook.remove()
 
-    def element(self, index: tuple[int, ...]) -> float | None:
-        """d loss / d weight[index] in float64, summed over the forward passes; None where there is no formula here."""
-        if not self.known:
-            return None
+    def element(self, index: tuple[int, ...]) -> float:
+        """d loss / d weight[index] in float64, summed over the forward passes."""
         return sum(self._one(record, index) for record in self.caught)
 
     def _one(self, record: dict[str, Any], index: tuple[int, ...]) -> float:
@@ -82,6 +84,46 @@ class ChainRule:
         else:
             into = inner[:, i] * up[:, i] * _gelu_slope(gate[:, i])
         return (into * x[:, j]).sum().item()
+
+
+class TiedRule:
+    """The chain rule for the embedding table, used at both ends: rows in, scores out (unless the model has a head of its own)."""
+
+    def __init__(self, model: Grok1, settings: TrainingConfig, batches: list[Any], tokens: int):
+        self.model, self.settings, self.batches, self.tokens = model, settings, batches, tokens
+        self.caught: list[dict[str, Tensor]] = []
+        self.hooks = [model.embedding.register_forward_hook(self._input),
+                      model.final_norm.register_forward_hook(lambda m, i, out: self.caught[-1].update(h=out.detach()))]  # fmt: skip
+
+    def _input(self, module, inputs, output) -> None:
+        record = {"tokens": inputs[0]}
+        self.caught.append(record)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: record.update(slope=gradient.detach()))
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def element(self, index: tuple[int, ...]) -> float:
+        """d loss / d weight[index] in float64, summed over the forward passes."""
+        v, d = index
+        total = 0.0
+        for record, batch in zip(self.caught, self.batches, strict=True):
+            total += record["slope"][record["tokens"] == v][:, d].double().sum().item()
+            if self.model.config.head is None:
+                total += self._of_scores(record, batch.targets_BT, v, d)
+        return total
+
+    def _of_scores(self, record: dict[str, Tensor], targets: Tensor, v: int, d: int) -> float:
+        if "normalizer" not in record:
+            record["normalizer"] = self.model.logits(record["h"]).logsumexp(-1).double()
+        scale, normalizer = self.model.config.output_multiplier_scale, record["normalizer"]
+        score = (record["h"].double() @ self.model.embedding.weight[v].double()) * scale
+        slope = (1 + 2 * self.settings.z_loss * normalizer) * (score - normalizer).exp() - (targets == v).double()
+        slope = torch.where(targets != IGNORE, slope, 0.0) * scale / self.tokens
+        return (slope * record["h"][..., d].double()).sum().item()
 
 
 def _gelu_slope(z: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.observe.proofs import ChainRule, finite_difference, fixed_choices, gradients_of, objective
+from pellucid.observe.proofs import chain_rule, finite_difference, fixed_choices, gradients_of, objective
 from pellucid.observe.replay import Replay
-from pellucid.training.losses import IGNORE
 from pellucid.training.optimizers import Update
 from pellucid.training.step import count_predictions
 
@@ -56,43 +55,6 @@ class Edge:
         return {**vars(self), "index": list(self.index), "exact": self.after == self.rule_after}
 
 
-class TiedRule:
-    """The chain rule for the embedding table, used at both ends: rows in, scores out. See ChainRule for the others."""
-
-    def __init__(self, replay: Replay):
-        self.model, self.settings = replay.model, replay.config.training
-        self.caught: list[dict[str, Tensor]] = []
-        model = replay.model
-        self.hooks = [model.embedding.register_forward_hook(self._input),
-                      model.final_norm.register_forward_hook(lambda m, i, out: self.caught[-1].update(h=out.detach()))]  # fmt: skip
-
-    def _input(self, module, inputs, output) -> None:
-        record = {"tokens": inputs[0]}
-        self.caught.append(record)
-        if output.requires_grad:
-            output.register_hook(lambda gradient: record.update(slope=gradient.detach()))
-
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    @torch.no_grad()
-    def element(self, index: tuple[int, ...], batches: list[Any], tokens: int) -> float:
-        v, d = index
-        total, scale = 0.0, self.model.config.output_multiplier_scale
-        for record, batch in zip(self.caught, batches, strict=True):
-            if "score_slope" not in record:
-                record["normalizer"] = self.model.logits(record["h"]).logsumexp(-1)
-                record["score_slope"] = torch.tensor(0)
-            targets, normalizer = batch.targets_BT, record["normalizer"].double()
-            score = (record["h"].double() @ self.model.embedding.weight[v].double()) * scale
-            slope = (1 + 2 * self.settings.z_loss * normalizer) * (score - normalizer).exp() - (targets == v).double()
-            slope = torch.where(targets != IGNORE, slope, 0.0) * scale / tokens
-            total += (slope * record["h"][..., d].double()).sum().item()
-            total += record["slope"][record["tokens"] == v][:, d].double().sum().item()
-        return total
-
-
 def prove_edges(
     replay: Replay, batches: list[Any], edges: list[Edge], tell: Callable[[str, int, int], None], seconds: float,
 ) -> None:  # fmt: skip
@@ -104,18 +66,17 @@ def prove_edges(
     dtype, parity = model.compute_dtype, model.parity
     model.compute_dtype, model.parity = torch.float32, False
     names = dict.fromkeys(edge.tensor for edge in edges)
-    rules = {name: ChainRule(model, name) for name in names if name != "embedding.weight"}
-    tied, tokens = TiedRule(replay), count_predictions(batches, settings)
+    tokens = count_predictions(batches, settings)
+    rules = {name: chain_rule(model, name, settings, batches, tokens) for name in names}
     parameters = dict(model.named_parameters())
     try:
         with fixed_choices(model) as rewind:
             gradients_of(model, batches, settings)
-            for rule in [tied, *rules.values()]:
+            for rule in rules.values():
                 rule.close()
             for edge in edges:
                 edge.autograd = parameters[edge.tensor].grad[edge.index].item()
-                rule = rules.get(edge.tensor)
-                edge.by_hand = rule.element(edge.index) if rule else tied.element(edge.index, batches, tokens)
+                edge.by_hand = rules[edge.tensor].element(edge.index)
             model.zero_grad(set_to_none=True)
 
             def again() -> float:

@@ -133,8 +133,8 @@ export function proofsOf(edge) {
   const apart = (a, b) => `${number(a, { digits: 7 })} and ${number(b, { digits: 7 })}`;
   return [
     ["chain rule by hand = autograd", edge.by_hand === null ? null : near(edge.by_hand, edge.autograd, 1e-12), edge.by_hand === null ? "no formula here" : apart(edge.by_hand, edge.autograd)],
-    ["finite difference = autograd", edge.difference === null ? null : near(edge.difference, edge.autograd, edge.doubt), edge.difference === null
-      ? `not tried here: pellucid explain RUN --step N --parameter ${edge.tensor} --index ${edge.index.join(",")}` : `${apart(edge.difference, edge.autograd)}; sure to ${number(edge.doubt)}`],
+    ["finite difference = autograd", edge.difference === null || edge.doubt > 0.05 * Math.abs(edge.autograd) ? null : near(edge.difference, edge.autograd, edge.doubt), edge.difference === null
+      ? `not tried here: pellucid explain RUN --step N --parameter ${edge.tensor} --index ${edge.index.join(",")}` : `${apart(edge.difference, edge.autograd)}; sure to ${number(edge.doubt)}${edge.doubt > 0.05 * Math.abs(edge.autograd) ? ", too unsure to tell" : ""}`],
     ["the plain rule gives the stored weight", edge.exact || Math.abs(edge.rule_after - edge.after) <= 4 * 2 ** -23 * Math.abs(edge.after), edge.exact ? `bit for bit: ${number(edge.after, { digits: 9 })}` : `but for the last bits: ${apart(edge.rule_after, edge.after)}`],
   ];
 }
