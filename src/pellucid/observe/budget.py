@@ -23,7 +23,8 @@ class Budget:
         self.balance = 0.0  # seconds
         self.used_share = 0.0  # moving average of observe time / step time
         self.costs: dict[str, float] = {}
-        self.waited: dict[str, int] = {}
+        self.steps = 0  # done
+        self.done: dict[str, int] = {}  # step of each task's last turn
         self.spent = 0.0  # in the present step
         self._cuda = device.type == "cuda"
         self._open: list[tuple[torch.cuda.Event, torch.cuda.Event, float, str]] = []
@@ -36,15 +37,15 @@ class Budget:
             self.used_share += 0.05 * (self.spent / total - self.used_share)
         self.balance = min(self.balance + self.share * step_seconds - self.spent, HORIZON * self.share * step_seconds)
         self.spent = 0.0
+        self.steps += 1
 
     def affords(self, task: str, at_least_every: int | None = None) -> bool:
-        """Whether to do `task` now; asking counts the steps it has waited."""
-        self.waited[task] = self.waited.get(task, 0) + 1
-        overdue = at_least_every is not None and self.waited[task] >= at_least_every
+        """Whether to do `task` in this step: where it is affordable, or its last turn is so many steps ago."""
+        overdue = at_least_every is not None and self.steps - self.done.get(task, -1) >= at_least_every
         # the first time its cost is not known: try it once there is something in the bucket
         if self.share < 1 and not overdue and self.balance < max(self.costs.get(task, 0.0), 1e-6):
             return False
-        self.waited[task] = 0
+        self.done[task] = self.steps
         return True
 
     @contextmanager

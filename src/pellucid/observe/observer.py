@@ -35,7 +35,7 @@ from pellucid.training.checkpoint import saved_steps
 from pellucid.training.schedules import budget_in_steps
 
 DENSE_STEPS, KEEP_EVERY = 2000, 10  # later, older frames are thinned (rollups and the flight recorder keep all)
-LEAST_EVERY = 8  # steps: parameter statistics come at least that often, whatever the budget
+LEAST_EVERY, LOOK_EVERY = 8, 100  # steps: parameter statistics, and every other look, come that often whatever the budget
 HIST_ROW = "INSERT OR REPLACE INTO hist (step, row, kind, zero, subnormal, nan, inf, first, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 STAGE_ROW = "INSERT OR REPLACE INTO stage VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -169,18 +169,18 @@ class Observer(SilentObserver):
 
     def micro_batch(self, batch, routings, per_token_N, predicted_N) -> None:
         first = self._micro == 0
-        keep_row = first and self.budget.affords("sample", at_least_every=100)
+        keep_row = first and self.budget.affords("sample", LOOK_EVERY)
         with self.budget.spend("micro"):
             self.routing.add(routings, batch.targets_BT.reshape(-1) >= 0)
             self.text.add(batch, per_token_N, predicted_N, keep_row)
-        if first and self.budget.affords("attention"):
+        if first and self.budget.affords("attention", LOOK_EVERY):
             with self.budget.spend("attention"):
                 self._packed["attention"] = probe_attention(self.model, batch)
         self._predictions = predicted_N.sum()[None].float()
 
     def after_backward(self, batch) -> None:
         several = self.config.training.micro_batch_size < self.config.training.batch_size
-        if self._micro == 0 and several and self.budget.affords("noise"):
+        if self._micro == 0 and several and self.budget.affords("noise", LOOK_EVERY):
             with self.budget.spend("noise"):
                 gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
                 norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
@@ -188,12 +188,12 @@ class Observer(SilentObserver):
         self._micro += 1
 
     def before_update(self, result) -> None:
-        if not self.budget.affords("parameters", at_least_every=LEAST_EVERY):
+        if not self.budget.affords("parameters", LEAST_EVERY):
             self.parameters.forget()
             self._histograms = False
             return
-        exact = self._take_turn() if self.budget.affords("exact") else None
-        self._histograms = exact is not None and self.budget.affords("histogram")
+        exact = self._take_turn() if self.budget.affords("exact", LOOK_EVERY) else None
+        self._histograms = exact is not None and self.budget.affords("histogram", LOOK_EVERY)
         with self.budget.spend("exact" if exact is not None else "parameters"):
             bad = self._count_nonfinite or not np.isfinite(result.grad_norm)
             self._packed |= self.parameters.before(exact, bad)

@@ -34,7 +34,7 @@ def frozen_idle_experts(optimizer: torch.optim.Optimizer, idle: dict[str, Tensor
         mask = idle.get(name)
         if mask is None or weight.grad is None or not bool(mask.any()):
             continue
-        if group["rule"] in ELEMENTWISE and not isinstance(optimizer, Stored):
+        if group["rule"] in ELEMENTWISE and not isinstance(optimizer, Stored) and not bool(mask.all()):
             in_parts.append((weight, _used_slices(optimizer, weight, mask.tolist())))
         else:
             rows = mask.nonzero().squeeze(1).to(weight.device)

@@ -1,0 +1,41 @@
+"""The share of time that observation may take, with a clock of the test's own."""
+
+import itertools
+
+import pytest
+import torch
+
+from pellucid.observe import budget as budgets
+from pellucid.observe.budget import Budget
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so."""
+    now = [0.0]
+    monkeypatch.setattr(budgets.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def looked_at(share: float, cost: float, floor: int | None, clock, steps: int = 300) -> list[int]:
+    """Steps of a second each at which a look of so many seconds was taken."""
+    budget, taken = Budget(share, torch.device("cpu")), []
+    for step in range(steps):
+        if budget.affords("look", floor):
+            with budget.spend("look"):
+                clock[0] += cost
+            taken.append(step)
+        budget.earn(1.0)
+    return taken
+
+
+def test_a_look_waits_until_the_steps_have_earned_what_it_takes(clock):
+    taken = looked_at(0.02, 0.2, None, clock)
+    assert {b - a for a, b in itertools.pairwise(taken[1:])} == {10}, "0.2 s is what 10 steps earn"
+    assert 0.2 * len(taken) <= 0.02 * 300
+    assert looked_at(1.0, 0.2, None, clock) == list(range(300)), "a share of 1 takes all"
+
+
+def test_a_look_that_no_step_can_pay_for_still_comes_every_so_many_steps(clock):
+    assert looked_at(1e-9, 0.2, 100, clock) == [99, 199, 299]
+    assert looked_at(1e-9, 0.2, None, clock) == []
