@@ -29,7 +29,7 @@ from pellucid.training import step as steps
 PLANTED_AT = 45
 HEALTHY_STEPS = 230  # so that rules that wait for 200 may be wrong as well
 MODULES = {"calibration": ("ast", "argparse", "asyncio.base_events", "codecs", "configparser", "csv", "datetime", "decimal"),
-           "code": ("inspect", "ipaddress", "logging", "mailbox", "pathlib", "pickle", "shutil", "socket", "statistics"),
+           "code": ("difflib", "doctest", "fractions", "optparse", "pdb", "tarfile", "threading", "turtle", "typing", "zipfile"),
            "english": ("pydoc_data.topics",)}  # fmt: skip
 
 
@@ -295,8 +295,8 @@ FAULTS = {
 
 CALIBRATION_SHAPES = [{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 8}]
 UNSEEN_SHAPES = [
-    {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "num_experts": 8},
-    {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 8},
+    {"preset": "tiny"},
+    {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 6},
 ]
 OPTIMIZERS = [("muon", 3e-3), ("adamw", 2e-3), ("adam", 2e-3), ("lion", 3e-4), ("sgd", 0.02), ("adafactor", 3e-3)]
 SCHEDULES = ["cosine", "wsd", "constant", "linear", "inverse_sqrt"]
@@ -307,7 +307,7 @@ def healthy_settings(number: int) -> dict:
     name, rate = OPTIMIZERS[number % len(OPTIMIZERS)]
     experts = (8, 4, 8)[number % 3]
     return {
-        "model": {"hidden_size": (32, 48, 24, 40)[number % 4], "num_hidden_layers": 1 + (number % 4 == 3), "num_attention_heads": 2,
+        "model": {"hidden_size": (56, 36, 64, 28)[number % 4], "num_hidden_layers": 1 + (number % 4 == 3), "num_attention_heads": 2,
                   "num_experts": experts},
         "optimizer": {"name": name, "learning_rate": rate},
         "schedule": {"name": SCHEDULES[number % len(SCHEDULES)]},
@@ -321,7 +321,7 @@ def write_corpus(folder: Path, kind: str, seed: int, files: int) -> Path:
     if folder.exists():
         return folder
     modules = [importlib.import_module(name) for name in MODULES[kind]]
-    text = "\n".join("\n".join(m.topics.values()) if hasattr(m, "topics") else inspect.getsource(m) for m in modules)
+    text = "\n".join("\n".join(reversed(m.topics.values())) if hasattr(m, "topics") else inspect.getsource(m) for m in modules)
     rng = random.Random(seed)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")  # several processes may want the same one
     unfinished.mkdir(parents=True)
