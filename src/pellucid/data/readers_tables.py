@@ -135,18 +135,37 @@ def _wrong_column(schema: pa.Schema, file: SourceFile) -> Unreadable | None:
 
 def _rows(batches: Iterable[pa.RecordBatch], file: SourceFile, row: int) -> Iterator[Document | Unreadable]:
     for batch in batches:
-        texts = batch.column(file.text_field).to_pylist()
-        labels = [batch.column(field).to_pylist() for field in file.label_fields]
-        for number, text in enumerate(texts):
+        names = (file.text_field, *file.label_fields)
+        for text, *labels in zip(*(_values(batch.column(name)) for name in names), strict=True):
             where = f"{file.uri}: row {row}"
-            label = read_label({f: c[number] for f, c in zip(file.label_fields, labels, strict=True)}, file, where)
-            if text is None:
+            wrong = next((pair for pair in zip(names, (text, *labels), strict=True) if isinstance(pair[1], UnicodeDecodeError)), None)
+            label = None if wrong else read_label(dict(zip(file.label_fields, labels, strict=True)), file, where)
+            if wrong:
+                name, error = wrong
+                value = f"0x{error.object[error.start]:02x} at byte {error.start}"
+                yield Unreadable("wrong encoding", f"{where}: column '{name}' is not UTF-8 ({value})")
+            elif text is None:
                 yield Unreadable("no text", f"{where}: column '{file.text_field}' is null")
             elif isinstance(label, Unreadable):
                 yield label
             else:
                 yield Document(text, file.uri, file.source_index, row, row, row + 1, False, file.split, label)
             row += 1
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values; in the place of one that is not UTF-8, the error."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _damaged(error: Exception, file: SourceFile) -> Unreadable:
