@@ -13,6 +13,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -321,15 +322,19 @@ print([dataset.train.document(n)["text"] for n in range(2)], int(peak[1]) // 100
 """
 
 
-def test_a_line_of_a_gigabyte_is_left_out_counted_and_never_in_memory(tmp_path):
-    with open(tmp_path / "a.jsonl", "wb") as file:
-        file.write(b'{"text": "the first"}\n{"text": "')
+@pytest.mark.parametrize(("name", "before", "after", "says"), [
+    ("a.jsonl", b'{"text": "the first"}\n{"text": "', b'"}\n{"text": "the last"}\n', "a.jsonl:2: a line of 1,073,741,837 bytes"),
+    ("a.csv", b"id,text\n1,the first\n2,", b"\n3,the last\n", "a.csv:3: a line of 1,073,741,827 bytes"),
+])
+def test_a_line_of_a_gigabyte_is_left_out_counted_and_never_in_memory(tmp_path, name, before, after, says):
+    with open(tmp_path / name, "wb") as file:
+        file.write(before)
         file.seek(1 << 30, os.SEEK_CUR)  # a hole: nothing is stored
-        file.write(b'"}\n{"text": "the last"}\n')
-    done = subprocess.run([sys.executable, "-c", GIGABYTE_LINE, str(tmp_path / "a.jsonl"), str(tmp_path / "data")],
+        file.write(after)
+    done = subprocess.run([sys.executable, "-c", GIGABYTE_LINE, str(tmp_path / name), str(tmp_path / "data")],
                           capture_output=True, text=True, check=True)
     dropped, documents = done.stdout.splitlines()
-    assert dropped.startswith("{'line too long': 1}") and "a.jsonl:2: a line of 1,073,741,837 bytes" in dropped
+    assert dropped.startswith("{'line too long': 1}") and says in dropped
     assert documents.startswith("['the first', 'the last']") and int(documents.split()[-1]) < 1000  # MB
 
 
@@ -348,6 +353,56 @@ def test_a_line_too_long_is_left_out_and_the_next_is_read(tmp_path, monkeypatch,
     first, problem, last = read(tmp_path / f"a.jsonl{compression}")
     assert (first.text, last.text, last.ordinal) == ("one", "two", 2)
     assert problem.reason == "line too long" and ":2: a line of 5,013 bytes" in problem.message
+
+
+@pytest.mark.parametrize(("bad", "reason", "says"), [
+    (b"2," + b"x" * 5000 + b"\n", "line too long", ":3: a line of 5,003 bytes"),
+    (b'2,"' + b"x" * 5000 + b'\n""still, quoted""\n"\n', "line too long", ":3: a line of 5,004 bytes"),
+    (b'2,"begun\n' + b"x" * 5000 + b'\nstill, quoted"\n', "line too long", ":4: a line of 5,001 bytes"),
+    (b"2,caf\xe9\n", "wrong encoding", ":3: not UTF-8 (0xe9 at column 6)"),
+    (b'2,"begun\n\n caf\xe9\nstill, quoted"\n', "wrong encoding", ":5: not UTF-8 (0xe9 at column 5)"),
+    (b'2,"a"b\n', "bad CSV", ":3: not a CSV record"),
+    (b"2,a\rb\n", "bad CSV", ":3: not a CSV record"),
+])
+def test_a_bad_record_of_a_table_does_not_hide_the_good_ones(tmp_path, monkeypatch, bad, reason, says):
+    monkeypatch.setattr(readers, "LARGEST_LINE", 1000)
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,one\n" + bad + b'3,"three\n3"\n')
+    first, problem, last = read(tmp_path / "a.csv")
+    assert (first.text, last.text, last.ordinal) == ("one", "three\n3", 2)
+    assert problem.reason == reason and f"a.csv{says}" in problem.message
+
+
+@pytest.mark.parametrize("rest", [b"", b"3,three\n" * 200])
+def test_where_a_table_cannot_be_read_on_the_sentence_says_so(tmp_path, monkeypatch, rest):
+    monkeypatch.setattr(readers, "LARGEST_LINE", 1000)
+    (tmp_path / "a.csv").write_bytes(b'id,text\n1,one\n2,"two\n' + rest)
+    first, problem = read(tmp_path / "a.csv")
+    assert first.text == "one" and problem.reason == "bad CSV"
+    assert "a.csv:3: not a CSV record (a quote is not closed" in problem.message
+    assert "the rest of the file is left out" in problem.message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_an_integer_of_any_length_does_not_hide_the_text_beside_it(tmp_path, name):
+    record = b'{"text": "one", "n": ' + b"1" * 5000 + b"}"
+    (tmp_path / name).write_bytes(record + b"\n" if name == "a.jsonl" else b"[" + record + b"]")
+    assert [document.text for document in read(tmp_path / name)] == ["one"]
+    [problem] = read(tmp_path / name, text_field="n")
+    assert problem.reason == "wrong field" and "field 'n' is a number, not text" in problem.message
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_row_that_is_not_utf8_does_not_hide_the_good_ones(tmp_path, name):
+    offsets, data = pa.py_buffer(np.array([0, 3, 6, 9], np.int32)), pa.py_buffer(b"onex\xff\xfetwo")
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, [None, offsets, data])})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    first, problem, last = read(tmp_path / name)
+    assert (first.text, last.text, last.ordinal) == ("one", "two", 2)
+    assert problem.reason == "wrong encoding" and f"{name}: row 1: column 'text' is not UTF-8 (0xff at byte 1)" in problem.message
 
 
 def test_an_encrypted_zip_is_a_sentence(tmp_path):

@@ -22,7 +22,7 @@ from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_par
 from pellucid.data.readers_web import read_html, read_warc
 
 LARGEST_PLAIN = 1 << 20  # bytes; a longer plain file becomes several documents, cut at line ends
-LARGEST_LINE = 1 << 28  # bytes of one jsonl line
+LARGEST_LINE = 1 << 28  # bytes of one line of jsonl or csv, and of one record of csv
 LARGEST_JSON = 1 << 30  # bytes of one json file that is not line by line
 
 
@@ -60,12 +60,8 @@ def read_jsonl(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterat
         number += 1
         size, body = len(line), line.rstrip(b"\r\n")
         if size == LARGEST_LINE and not line.endswith(b"\n"):
-            while more := stream.readline(1 << 20):
-                size += len(more)
-                if more.endswith(b"\n"):
-                    break
-            yield Unreadable("line too long", f"{file.uri}:{number}: a line of {size:,} bytes, longer than "
-                             f"{LARGEST_LINE:,}; split it, or leave it out")
+            size += sum(len(more) for more in _rest_of_line(stream))
+            yield _line_too_long(f"{file.uri}:{number}", size)
         elif body.strip():
             found = _json_text(body, f"{file.uri}:{number}", file)
             yield found if isinstance(found, Unreadable) else Document(
@@ -83,7 +79,7 @@ def read_json(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterato
                          "line instead (.jsonl)")
         return
     try:
-        value = json.loads(content)
+        value = _json(content)
     except (ValueError, RecursionError):
         yield from read_jsonl(_Lines(content), file)  # its messages name the line
         return
@@ -106,50 +102,98 @@ class _Lines:
 def read_csv(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
     """A table with a header line; one record, one document. Tabs separate the fields of a .tsv."""
     csv.field_size_limit(LARGEST_LINE)
-    lines = _CountedLines(stream, file)
-    rows = csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",", strict=True)
-    try:
-        header = next(rows, None)
-        if header is None:
-            if file.named:
-                yield Unreadable("empty", f"{file.uri}: the file is empty")
-            return
-        if file.text_field not in header:
-            yield unreadable_field(file.uri, file.text_field, header)
-            return
-        column, start = header.index(file.text_field), lines.position
-        for number, row in enumerate(rows):
-            where, end = f"{file.uri}:{rows.line_num}", lines.position
-            if row and len(row) != len(header):
-                yield Unreadable("bad CSV", f"{where}: {len(row)} fields where the header has {len(header)}")
-            elif row:
-                label = read_label(dict(zip(header, row, strict=True)), file, where) if file.label_fields else None
-                yield label if isinstance(label, Unreadable) else Document(
-                    row[column], file.uri, file.source_index, number, start, end, False, file.split, label)
-            start = end
-    except csv.Error as error:
-        yield Unreadable("bad CSV", f"{file.uri}:{rows.line_num}: not a CSV record ({error})")
-    except UnicodeDecodeError as error:
-        yield Unreadable("wrong encoding", f"{file.uri}:{rows.line_num + 1}: not UTF-8 (0x{error.object[error.start]:02x} "
-                         f"at column {error.start + 1}); convert it: iconv -f latin1 -t utf-8")
+    records = _csv_records(_CsvLines(stream, file))
+    header, _, start = next(records, (None, 0, 0))
+    if header is None:
+        if file.named:
+            yield Unreadable("empty", f"{file.uri}: the file is empty")
+        return
+    if isinstance(header, Unreadable):
+        yield replace(header, message=f"{header.message}; without its header the file is left out")
+        return
+    if file.text_field not in header:
+        yield unreadable_field(file.uri, file.text_field, header)
+        return
+    column = header.index(file.text_field)
+    for number, (row, line, end) in enumerate(records):
+        where = f"{file.uri}:{line}"
+        if isinstance(row, Unreadable):
+            yield row
+        elif row and len(row) != len(header):
+            yield Unreadable("bad CSV", f"{where}: {len(row)} fields where the header has {len(header)}")
+        elif row:
+            label = read_label(dict(zip(header, row, strict=True)), file, where) if file.label_fields else None
+            yield label if isinstance(label, Unreadable) else Document(
+                row[column], file.uri, file.source_index, number, start, end, False, file.split, label)
+        start = end
 
 
-class _CountedLines:
-    """Decoded lines; `position` counts the bytes given out."""
+def _csv_records(lines: _CsvLines) -> Iterator[tuple[list[str] | Unreadable, int, int]]:
+    """(fields, the line where they begin, the byte where they end) of each record; after a bad one the next."""
+    rows = csv.reader(lines, delimiter="\t" if lines.file.format == "tsv" else ",", strict=True)
+    while True:
+        lines.held, lines.problem, first = 0, None, lines.number + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:  # the csv module begins anew at the next line
+            reason, at = str(error), lines.number
+            if lines.ended:
+                reason, at = f"a quote is not closed in {lines.held:,} bytes; the rest of the file is left out", first
+            row = Unreadable("bad CSV", f"{lines.file.uri}:{at}: not a CSV record ({reason})")
+        if row is None:
+            return
+        yield row if lines.ended else lines.problem or row, first, lines.position
+        if lines.ended:
+            return
+
+
+class _CsvLines:
+    """Decoded lines for the csv module, which end where a record grows larger than LARGEST_LINE.
+
+    A line that cannot be read becomes one that opens or closes the same quotes, so that its record still ends where
+    it ends, and is the `problem` of that record. `position` counts the bytes given out, `held` those of this record.
+    """
 
     def __init__(self, stream: BinaryIO, file: SourceFile):
-        self.stream, self.position = stream, 0
+        self.stream, self.file, self.problem = stream, file, None
+        self.position = self.number = self.held = 0
+        self.ended = False
 
-    def __iter__(self) -> _CountedLines:
+    def __iter__(self) -> _CsvLines:
         return self
 
     def __next__(self) -> str:
         line = self.stream.readline(LARGEST_LINE)
-        if not line:
-            raise StopIteration
-        first = self.position == 0
+        self.number += 1
         self.position += len(line)
-        return line.decode("utf-8-sig" if first else "utf-8")
+        if len(line) == LARGEST_LINE and not line.endswith(b"\n"):
+            size, quotes = len(line), line.count(b'"')
+            for more in _rest_of_line(self.stream):
+                size, quotes, self.position = size + len(more), quotes + more.count(b'"'), self.position + len(more)
+            self.problem = _line_too_long(f"{self.file.uri}:{self.number}", size)
+            line = b'"\n' if quotes % 2 else b"\n"  # RFC 4180: a quote inside a field is doubled
+        if not line or self.held + len(line) > LARGEST_LINE:
+            self.ended = True
+            raise StopIteration
+        self.held += len(line)
+        try:
+            return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            value = f"0x{error.object[error.start]:02x} at column {error.start + 1}"
+            self.problem = self.problem or Unreadable(
+                "wrong encoding", f"{self.file.uri}:{self.number}: not UTF-8 ({value}); convert it: iconv -f latin1 -t utf-8")
+            return line.decode("utf-8", "replace")
+
+
+def _rest_of_line(stream: BinaryIO) -> Iterator[bytes]:
+    while more := stream.readline(1 << 20):
+        yield more
+        if more.endswith(b"\n"):
+            return
+
+
+def _line_too_long(where: str, size: int) -> Unreadable:
+    return Unreadable("line too long", f"{where}: a line of {size:,} bytes, longer than {LARGEST_LINE:,}; split it, or leave it out")
 
 
 def read_zip(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
@@ -190,7 +234,7 @@ def _decode(block: bytes, file: SourceFile, start: int) -> str | Unreadable:
 
 def _json_text(body: bytes, where: str, file: SourceFile) -> tuple[str, str | None] | Unreadable:
     try:
-        record = json.loads(body.decode("utf-8"))
+        record = _json(body.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Unreadable("wrong encoding", f"{where}: not UTF-8 (0x{body[error.start]:02x} at column {error.start + 1})")
     except (json.JSONDecodeError, RecursionError) as error:
@@ -200,6 +244,23 @@ def _json_text(body: bytes, where: str, file: SourceFile) -> tuple[str, str | No
             reason = f"{what[:1].lower()}{what[1:]} at column {error.colno}"
         return Unreadable("bad JSON", f"{where}: not a JSON object ({reason})")
     return _record_text(record, where, file)
+
+
+def _json(content: str | bytes) -> object:
+    """json.loads, but an integer of more digits than int() takes is a float: nobody asked for it."""
+    try:
+        return json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        return json.loads(content, parse_int=_integer)
+
+
+def _integer(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _record_text(record: object, where: str, file: SourceFile) -> tuple[str, str | None] | Unreadable:
