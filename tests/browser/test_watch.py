@@ -23,6 +23,7 @@ from pellucid.observe.terminal import summarize
 from pellucid.observe.web import server
 from pellucid.observe.web.feed import Feed, answer
 from pellucid.observe.web.report import _questions
+from pellucid.run import Run
 
 from_cli = "from pellucid.cli import main; main()"
 
@@ -237,7 +238,16 @@ def test_a_copied_run_opens_where_its_data_is_missing(runs, tmp_path, open_page,
         page = open_page(address)
         page.goto(address + "#view=river")
         page.wait_for_selector("text=The prepared data is not on this machine")
-        assert page.locator(".station").count() >= 3  # the counts come from the telemetry
+        names = [button.get_attribute("data-stage") for button in page.locator(".station").all()]
+        assert names == ["read", "normalize", "length", "deduplicate", "split", "augment", "tokenize", "pack", "batch", "loop"]
+        splits = Run(runs[0]).dataset().manifest["splits"]  # the counts come from the telemetry
+        page.locator(".station[data-stage=split]").click()
+        page.wait_for_selector(f".answer:has-text('{splits['validation']['documents']} document')")
+        page.locator(".station[data-stage=tokenize]").click()
+        page.wait_for_selector(".panel h2:has-text('How does text become numbers?')")
+        assert f"{splits['train']['packing']['rows']:,} rows" in page.locator(".station[data-stage=pack]").inner_text()
+        page.locator(".station[data-stage=pack]").click()
+        page.wait_for_selector(".panel h2:has-text('How do documents fill the rows?')")
         page.goto(address + "#view=learning&step=20")
         page.wait_for_selector("text=The prepared data is not on this machine")
 

@@ -130,12 +130,18 @@ def test_gap_is_held_out_loss_minus_the_mean_of_the_last_training_losses(run):
         assert gap == pytest.approx(frame[0] - mean, rel=1e-4, abs=1e-5)
 
 
-def test_the_data_river_is_that_of_the_data_s_manifest(run, run_dir):
+def test_the_data_river_goes_from_the_data_s_manifest_to_the_rows(run, run_dir):
     stages = run.stages()
-    manifest = pellucid.Run(run_dir).dataset().manifest["stages"]
-    assert [s["detail"] for s in stages] == manifest
+    dataset = pellucid.Run(run_dir).dataset()
+    assert [s["name"] for s in stages] == ["read", "normalize", "split", "tokenize", "pack"]
+    for stage, known in zip(stages, dataset.manifest["stages"], strict=False):
+        assert known.items() <= stage["detail"].items()
     assert stages[0]["documents_in"] == 121 and all(s["documents_out"] <= s["documents_in"] for s in stages)
     assert all("samples" in s["detail"] and "dropped" in s["detail"] for s in stages)
+    splits = dataset.manifest["splits"].values()
+    tokens = sum(split["tokens"] for split in splits)
+    assert [(s["tokens_in"], s["tokens_out"]) for s in stages] == [(None, None)] * 3 + [(None, tokens), (tokens, tokens)]
+    assert stages[-1]["detail"]["rows"] == sum(split["packing"]["rows"] for split in splits)
 
 
 def test_noise_scale_finds_the_variance_of_known_gradients():

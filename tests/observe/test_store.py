@@ -209,6 +209,22 @@ def test_resuming_deletes_what_came_after_the_checkpoint(tmp_path):
         Writer(tmp_path).define("param", ROWS[:1], STATS, row_is="tensor")
 
 
+def test_a_file_whose_stages_have_no_tokens_in_still_opens_and_can_be_resumed(tmp_path):
+    run = sqlite3.connect(tmp_path / "run.sqlite")
+    run.executescript("""CREATE TABLE stream (name TEXT PRIMARY KEY, rows INTEGER, columns INTEGER, row_is TEXT, about TEXT,
+        dense_steps INTEGER, keep_every INTEGER);
+        CREATE TABLE stage (id INTEGER PRIMARY KEY, name TEXT, documents_in INTEGER, documents_out INTEGER, bytes_in INTEGER,
+        bytes_out INTEGER, tokens_out INTEGER, detail TEXT); INSERT INTO stage VALUES (0, 'read', 9, 8, 70, 60, NULL, '{}');""")
+    run.close()
+    with Reader(tmp_path) as run:
+        assert run.stages()[0]["documents_in"] == 9 and run.stages()[0]["tokens_in"] is None
+    writer = open_writer(tmp_path)
+    writer.insert("INSERT INTO stage (id, name, tokens_in, tokens_out, detail) VALUES (?, ?, ?, ?, ?)", [(1, "pack", 5, 4, "{}")])
+    writer.close()
+    with Reader(tmp_path) as run:
+        assert [(s["name"], s["tokens_in"], s["tokens_out"]) for s in run.stages()] == [("read", None, None), ("pack", 5, 4)]
+
+
 def write_until_killed(folder, start, announced):
     """Steps from `start` on; each is announced when the writer has taken it."""
     writer = Writer(folder, resume_step=start - 1)

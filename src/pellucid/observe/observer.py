@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pellucid.config import Config
+from pellucid.data.river import COUNTS, river
 from pellucid.model.size import flops_per_token
 from pellucid.observe.attention import attention_rows, probe_attention
 from pellucid.observe.budget import Budget
@@ -37,7 +38,7 @@ from pellucid.training.schedules import budget_in_steps
 DENSE_STEPS, KEEP_EVERY = 2000, 10  # later, older frames are thinned (rollups and the flight recorder keep all)
 LEAST_EVERY, LOOK_EVERY = 8, 100  # steps: parameter statistics, and every other look, come that often whatever the budget
 HIST_ROW = "INSERT OR REPLACE INTO hist (step, row, kind, zero, subnormal, nan, inf, first, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-STAGE_ROW = "INSERT OR REPLACE INTO stage VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+STAGE_ROW = f"INSERT OR REPLACE INTO stage (id, name, {', '.join(COUNTS)}, detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class SilentObserver:
@@ -99,7 +100,7 @@ class Observer(SilentObserver):
         self.writer.resume_points = saved_steps(self.checkpoints)
         self._define(shape)
         if dataset is not None:
-            self._record_stages(dataset.manifest.get("stages", []))
+            self._record_river(dataset)
 
     # --------------------------------------------------------------------------------- what is recorded
 
@@ -132,9 +133,8 @@ class Observer(SilentObserver):
             return shape.vocab_size
         return len(shape.head.labels) if shape.head.problem_type != "regression" else 0
 
-    def _record_stages(self, stages: list[dict]) -> None:
-        counts = ("documents_in", "documents_out", "bytes_in", "bytes_out", "tokens_out")
-        rows = [(i, s.get("name"), *(s.get(c) for c in counts), json.dumps(s)) for i, s in enumerate(stages)]
+    def _record_river(self, dataset: Any) -> None:
+        rows = [(i, stage["name"], *(stage[count] for count in COUNTS), json.dumps(stage)) for i, stage in enumerate(river(dataset))]
         self.writer.insert(STAGE_ROW, rows)
 
     def _expert_rows(self) -> np.ndarray:

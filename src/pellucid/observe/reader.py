@@ -196,8 +196,8 @@ class Reader:
         return [{**dict(row), **{k: np.frombuffer(row[k], kind) for k, kind in kinds.items()}} for row in found]
 
     def stages(self) -> list[dict]:
-        """The data river: what each stage of preparation took in and gave out."""
-        return [{**dict(r), "detail": json.loads(r["detail"])} for r in self._all("SELECT * FROM stage ORDER BY id")]
+        """The data river: what each stage of preparation took in and gave out (see data/river.py)."""
+        return [{"tokens_in": None, **dict(r), "detail": json.loads(r["detail"])} for r in self._all("SELECT * FROM stage ORDER BY id")]
 
     def capsules(self) -> list[dict]:
         """Replayed steps whose tensors were kept by `explain`: {step, file}."""

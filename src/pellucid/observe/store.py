@@ -59,7 +59,7 @@ CREATE TABLE IF NOT EXISTS worst_token (step INTEGER, rank INTEGER, row INTEGER,
 CREATE TABLE IF NOT EXISTS sample (id INTEGER PRIMARY KEY, step INTEGER, row INTEGER, sample_id INTEGER, tokens BLOB,
   targets BLOB, losses BLOB);
 CREATE TABLE IF NOT EXISTS stage (id INTEGER PRIMARY KEY, name TEXT, documents_in INTEGER, documents_out INTEGER,
-  bytes_in INTEGER, bytes_out INTEGER, tokens_out INTEGER, detail TEXT);
+  bytes_in INTEGER, bytes_out INTEGER, tokens_in INTEGER, tokens_out INTEGER, detail TEXT);
 """
 _DIGIT = "instr('123456789ABCDEF', substr(h, {0}, 1))"  # SQLite has no float32 reader, so one is spelt out in SQL
 _BITS = " | ".join(
@@ -356,6 +356,8 @@ def _open(path: Path, wal: bool) -> sqlite3.Connection:
         run.execute(f"PRAGMA journal_mode = {'WAL' if wal else 'DELETE'}")
         run.execute("PRAGMA synchronous = NORMAL")
         run.executescript(TABLES + VIEWS)
+        if not run.execute("SELECT 1 FROM pragma_table_info('stage') WHERE name = 'tokens_in'").fetchone():
+            run.execute("ALTER TABLE stage ADD COLUMN tokens_in INTEGER")  # a file from before there was this column
         found = run.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
     except sqlite3.Error as error:
         raise UserError(_sentence(path, error)) from None

@@ -47,9 +47,7 @@ class River:
         """Stages with counts and samples, tokenizer, splits; from the data's manifest, else from the telemetry."""
         dataset = self.dataset
         if dataset is None:
-            stages = [{**{k: v for k, v in stage.items() if k != "detail"}, **(stage["detail"] or {})}
-                      for stage in (reader.stages() if reader else [])]  # fmt: skip
-            return {"problem": self.problem, "stages": stages, "sources": [], "splits": {}, "tokenizer": None}
+            return {"problem": self.problem, "sources": [], **_recorded(reader.stages() if reader else [])}
         manifest = dataset.manifest
         sources = sorted(manifest["sources"], key=lambda file: -file["size"])
         shown = [{key: file[key] for key in ("uri", "size", "documents", "sha256")} for file in sources[:40]]
@@ -122,3 +120,11 @@ class River:
                 "documents": int(split.plan.document.max()) + 1, "tokens": tokens, "token_count": len(ids),
                 "rows": sorted(rows)[:SHOWN], "row_count": len(rows), "steps": steps[:SHOWN], "step_count": len(steps),
                 "version": bool(document["augmentation"])}  # fmt: skip
+
+
+def _recorded(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's stages, splits, tokenizer and settings, as far as the telemetry's table `stage` tells them."""
+    found = {row["name"]: {**{key: value for key, value in row.items() if key != "detail"}, **(row["detail"] or {})} for row in rows}
+    split, tokenize, pack = (found.pop(name, {}) for name in ("split", "tokenize", "pack"))
+    return {"stages": list(found.values()), "splits": pack.get("splits", {}), "settings": pack.get("settings", {}),
+            "split": split.get("settings"), "tokenizer": tokenize.get("settings")}

@@ -29,7 +29,7 @@ export function stationsOf(data, run, step) {
   if (train && !data.stages.some((stage) => stage.name === "augment")) split();
   if (train) {
     const tokens = train.tokens, batch = run.config?.training?.batch_size, length = data.settings?.sequence_length;
-    found.push({ key: "tokenize", kind: "tokenize", name: "tokenise", into: train.text_bytes, out: train.text_bytes, said: [`${count(tokens, true)} tokens`, `${number(train.text_bytes / tokens, { digits: 3 })} bytes each`] });
+    if (data.tokenizer) found.push({ key: "tokenize", kind: "tokenize", name: "tokenise", into: train.text_bytes, out: train.text_bytes, said: [`${count(tokens, true)} tokens`, `${number(train.text_bytes / tokens, { digits: 3 })} bytes each`] });
     found.push({ key: "pack", kind: "pack", name: "pack", into: train.text_bytes, out: train.text_bytes, said: [`${count(train.packing.rows)} rows`, `${percent(train.packing.utilization, 2)} full`] });
     found.push({ key: "batch", kind: "batch", name: "batch", into: 0, out: 0, said: [`${count(batch)} × ${count(length)}`, `step ${count(step)}`] });
   }
@@ -50,7 +50,7 @@ export function River({ theme }) {
       <${Diagram} stations=${stations} phases=${phases} chosen=${stage} data=${data} run=${run} step=${step} window=${window} live=${live && run.heard && performance.now() - run.heard < 10000} />
     <//>
     <${Station} key=${stage} station=${stations.find((s) => s.key === stage)} loop=${stage === "loop"} phases=${phases} window=${window} data=${data} run=${run} index=${index} step=${step} theme=${theme} />
-    ${data.splits?.train && html`<${Follow} run=${run} index=${index} step=${step} theme=${theme} />`}`;
+    ${data.splits?.train && !data.problem && html`<${Follow} run=${run} index=${index} step=${step} theme=${theme} />`}`;
 }
 
 function sentence(data, stations, phases) {
