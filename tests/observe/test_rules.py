@@ -199,6 +199,9 @@ def test_a_router_that_begins_uneven_may_settle_and_a_collapse_is_told_from_the_
     assert routers_said([0.25] * 60) == [19], "two of eight experts: all that a token takes, and no other"
     assert 45 < routers_said([0.8] * 45 + [0.25] * 50)[0] <= 65
     assert routers_said([0.8] * 120 + [0.4] * 50) != [] == routers_said([0.8] * 40 + [0.4] * 40 + [0.8] * 70)
+    slower = [*np.linspace(0.7, 0.38, 90), *np.linspace(0.38, 0.6, 60)]
+    assert routers_said(slower) == [], "at step 100 it stands below the limit, and recovers"
+    assert routers_said([*slower[:100], *[slower[99]] * 50])[0] <= 120, "it does not go on recovering"
     assert routers_said([0.62] * 150, experts=4) == [] and routers_said([0.5] * 60, experts=4) == [19]
 
 

@@ -46,5 +46,6 @@ def router_collapse(h: History) -> Iterator[Finding]:
         mean, least = used.mean(0), h.run.experts_per_token / h.run.experts
         total = least + LIMITS["total_collapse"] * (1 - least)
         limit = max(total, LIMITS["collapse"]) if h.step >= LIMITS["settling_steps"] else total
-        for i in np.flatnonzero(mean < limit):
+        recovering = used[10:].mean(0) > used[:10].mean(0)  # it is left to the balance loss
+        for i in np.flatnonzero((mean < total) | ((mean < limit) & ~recovering)):
             yield Finding(f"layers.{i}", mean[i], limit, f"{mean[i] * h.run.experts:.1f} experts effectively in use")
