@@ -271,11 +271,61 @@ def test_a_build_from_object_storage_killed_often_goes_on_to_the_same_bytes(stor
     assert whole.manifest["stages"][0]["documents_out"] == 2600 and contents(whole.directory) == contents(tmp_path / "out")
 
 
+class Web(http.server.BaseHTTPRequestHandler):
+    """A web server without ranges that answers its first requests with `statuses`."""
+
+    statuses: list[int]
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        status = self.statuses.pop(0) if self.statuses else 200
+        body = LINES if status == 200 else b""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_busy_web_server_is_asked_again(monkeypatch, status):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    statuses = [status] * 3
+    with serve(Web, statuses=statuses) as port:
+        _, documents = read(f"http://127.0.0.1:{port}/folder/a.jsonl?version=3", {})
+    assert len(documents) == 300 and not statuses
+
+
+@pytest.mark.parametrize(("status", "says", "left"), [
+    (404, "there is no such file", 98), (410, "there is no such file", 98), (403, "403", 98),
+    (503, "cannot be reached .*503.*tried 5 times", 90),
+])
+def test_a_web_server_that_refuses_is_one_sentence(monkeypatch, status, says, left):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    statuses = [status] * 100
+    with serve(Web, statuses=statuses) as port, pytest.raises(UserError, match=rf"data.sources\[0\].*a.jsonl': .*{says}") as error:
+        read(f"http://127.0.0.1:{port}/a.jsonl", {})
+    assert "\n" not in str(error.value) and len(statuses) == left  # a HEAD and a GET each time
+
+
+@pytest.mark.parametrize("path", ["http://127.0.0.1:9/a.jsonl", "http://127.0.0.1:9/*.jsonl", "gs://texts/a.jsonl"])
+def test_a_server_that_is_not_there_is_one_sentence_and_no_more(monkeypatch, path, capfd):
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    with pytest.raises(UserError, match=r"data.sources\[0\].*the storage cannot be reached .*127.0.0.1:9.*tried 5 times"):
+        read(path, {"endpoint_url": "http://127.0.0.1:9", "anon": True} if path.startswith("gs") else {})
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_web_servers_with_and_without_ranges(ranges, monkeypatch):
     monkeypatch.setattr(remote, "RANGE_BYTES", 40_000)
 
-    class Web(http.server.BaseHTTPRequestHandler):
+    class Ranges(http.server.BaseHTTPRequestHandler):
         def log_message(self, *arguments):
             pass
 
@@ -296,6 +346,6 @@ def test_web_servers_with_and_without_ranges(ranges, monkeypatch):
             if self.command == "GET":
                 self.wfile.write(body)
 
-    with serve(Web) as port:
+    with serve(Ranges) as port:
         _, documents = read(f"http://127.0.0.1:{port}/folder/a.jsonl", {})
     assert len(documents) == 300 and documents[-1].byte_end == len(LINES) - 1

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pellucid.config import UserError
 from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, kind_of, unreadable_field
 from pellucid.data.labels import read_label
+from pellucid.data.remote import silence
 
 
 def read_parquet(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
@@ -111,6 +112,7 @@ def open_hugging_face(name: str, version: str = "") -> Any:
         import datasets
     except ImportError:
         raise UserError(f"hf-dataset:{name}: Hugging Face datasets is not installed; pip install 'pellucid[hub]'") from None
+    silence()
     path, config, split = [*name.split(":"), "", ""][:3]
     revision = {"revision": version} if version and "/" not in version and len(version) == 40 else {}
     try:

@@ -8,6 +8,7 @@ come from the environment, as each storage's own tools take them; `options` (end
 from __future__ import annotations
 
 import io
+import logging
 import os
 import tempfile
 import time
@@ -29,9 +30,14 @@ def list_remote(url: str, options: tuple[tuple[str, Any], ...], where: str) -> l
     """
     system, path = _system(url, options, where)
 
+    web = url.startswith("http")
+
     def find() -> list[dict[str, Any]]:
-        if any(mark in path for mark in "*?["):
-            return list(system.glob(path, detail=True).values())
+        if any(mark in path for mark in ("*[" if web else "*?[")):
+            found = list(system.glob(path, detail=True).values())
+            if web and not found:  # so too where the server cannot be reached
+                system.info(path[: path.index("/", len("https://")) + 1])
+            return found
         info = system.info(path)
         return list(system.find(path, detail=True).values()) if info["type"] == "directory" else [info]
 
@@ -107,11 +113,12 @@ def _again(action: Any, what: str) -> Any:
             return action()
         except UserError:
             raise
-        except FileNotFoundError:
-            raise UserError(f"{what}: there is no such file or bucket") from None
-        except PERMANENT as error:
-            raise UserError(f"{what}: {_sentence(error)}") from None
         except Exception as error:  # every storage raises kinds of its own
+            error = _real(error)
+            if isinstance(error, FileNotFoundError):
+                raise UserError(f"{what}: there is no such file or bucket") from None
+            if isinstance(error, PERMANENT):
+                raise UserError(f"{what}: {_sentence(error)}") from None
             if "redentials" in type(error).__name__:
                 raise UserError(f"{what}: {_sentence(error)} (set them in the environment, or give "
                                 "options = {anon = true})") from None
@@ -121,8 +128,27 @@ def _again(action: Any, what: str) -> Any:
         time.sleep(PAUSE * 2 ** (attempt - 1))
 
 
+def _real(error: Exception) -> Exception:
+    """What lies behind an error: fsspec says FileNotFoundError over whatever befell a web server."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and (type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)):
+        error = cause
+    status = getattr(error, "status", None)  # of aiohttp's errors
+    if status in (404, 410):
+        return FileNotFoundError()
+    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
+        return PermissionError(f"the server answers {status} {getattr(error, 'message', '')}".rstrip())
+    return error
+
+
 def _sentence(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def silence() -> None:
+    """Keep the libraries that try again by themselves from telling so on stderr."""
+    for name in ("gcsfs", "huggingface_hub.utils._http", "datasets.utils.file_utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @lru_cache(maxsize=64)
@@ -139,6 +165,11 @@ def _system(url: str, options: tuple[tuple[str, Any], ...], where: str) -> tuple
         client = {"endpoint_url": given.pop("endpoint_url")} if "endpoint_url" in given else {}
         limits = {"connect_timeout": given.pop("timeout", 20), "read_timeout": given.pop("read_timeout", 30)}
         given = {"config_kwargs": {**limits, "retries": {"max_attempts": 1}}, "client_kwargs": client, **given}
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        limit = ClientTimeout(total=None, sock_connect=given.pop("timeout", 20), sock_read=given.pop("read_timeout", 30))
+        given["client_kwargs"] = {"timeout": limit, **given.get("client_kwargs", {})}
     if protocol in ("gs", "gcs"):
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which keeps other servers' users waiting a minute
         given |= {"token": "anon"} if given.pop("anon", False) else {}
@@ -146,9 +177,12 @@ def _system(url: str, options: tuple[tuple[str, Any], ...], where: str) -> tuple
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         raise UserError(f"{where}: '{url}' cannot be read ({_sentence(error)}); pip install 'pellucid[remote]'") from None
+    silence()
     system, path = url_to_fs(url, **given)
     if protocol == "s3":
         system.retries = 1  # they are ours
+    if protocol in ("gs", "gcs") and hasattr(type(system)._request, "__wrapped__"):  # likewise; gcsfs has no setting for its six
+        system._request = type(system)._request.__wrapped__.__get__(system)
     return system, path
 
 
