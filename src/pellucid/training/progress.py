@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,15 +36,24 @@ class Shown(Quiet):
         self.console.print(text, markup=False, soft_wrap=True)
 
     def stage(self, name: str, done: int, total: int | None, detail: str = "") -> None:
-        """Progress of data preparation; `total` None: unknown; `detail`: counts and speed so far."""
+        """Progress of a long stage, with the time left; `total` None: unknown; `detail`: counts and speed so far."""
         if name != self.stage_name:
             self.close()
             self.stage_name = name
-            self._open(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-            self.task = self.bar.add_task(name, total=total)
+            self._open(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("left"), TimeRemainingColumn(),
+            )  # fmt: skip
+            self.task = self.bar.add_task(name, total=total, completed=done)
             if not self.console.is_terminal:
                 self.say(f"{name} ...")
+                self.last_line = self.console.get_time()
         self.bar.update(self.task, completed=done, total=total, description=f"{name} {detail}".rstrip())
+        if self._line_is_due():
+            task = self.bar.tasks[0]
+            share = [f"{name} {task.percentage:.0f} %" if total else name]
+            left = [f"left {timedelta(seconds=round(task.time_remaining))}"] if task.time_remaining is not None else []
+            self.say(" · ".join([*share, *([detail] if detail else []), *left]))
 
     def start(self, step: int, max_steps: int, epochs: float) -> None:
         self.close()
@@ -63,15 +72,20 @@ class Shown(Quiet):
         shown = f"loss {self.loss:.4f}" if self.loss is not None else "loss not finite"
         text = f"{shown} · {self.speed:,.0f} tokens/s · epoch {epoch:.2f} of {self.epochs:.2f}"
         self.bar.update(self.task, completed=step + 1, description=text)
-        now = time.monotonic()
-        if not self.console.is_terminal and (now - self.last_line >= 10 or step + 1 == self.max_steps):
-            self.last_line = now
+        if self._line_is_due(last=step + 1 == self.max_steps):
             self.say(f"step {step + 1}/{self.max_steps} · {text}")
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
         self.bar, self.stage_name = None, None
+
+    def _line_is_due(self, last: bool = False) -> bool:
+        """Whether to print a line where there is no bar: every ten seconds, and the last one."""
+        now = self.console.get_time()
+        due = not self.console.is_terminal and (last or now - self.last_line >= 10)
+        self.last_line = now if due else self.last_line
+        return due
 
     def _open(self, *columns) -> None:
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
