@@ -255,8 +255,15 @@ def test_the_help_topics_are_a_corpus():
 @pytest.mark.parametrize(("name", "data", "reason", "says"), [
     ("a.txt", b"abc\0def", "binary", "NUL byte at byte 3"),
     ("a.txt", "caf\xe9 au lait".encode("latin1"), "wrong encoding", "not UTF-8 (0xe9 at byte 3)"),
-    ("a.txt", "hello".encode("utf-16"), "wrong encoding", "UTF-16"),
+    ("a.txt", "hello".encode("utf-16"), "wrong encoding", "UTF-16, not UTF-8 (0xff at byte 0)"),
+    ("a.csv", "text\nhello\n".encode("utf-16"), "wrong encoding", "UTF-16, not UTF-8 (0xff at byte 0)"),
+    ("a.csv", b"id,text\n1,a\0b\n", "binary", "NUL byte at byte 11"),
+    ("a.html", b"<p>a\0b</p>", "binary", "NUL byte at byte 4"),
+    ("a.json", b'{\n"text": "a\0b"\n}', "binary", "NUL byte at byte 12"),
+    ("a.jsonl.gz", gzip.compress(b"\x80\n\x81\n\0\n", mtime=0), "binary", "NUL byte at byte 4"),
     ("a.txt", b"", "empty", "empty"),
+    ("a.txt.gz", b"", "empty", "empty"),
+    ("a.txt.zst", b"", "empty", "empty"),
     ("a.txt.gz", gzip.compress(b"hello " * 1000, mtime=0)[:-12], "damaged", "not a complete gzip file"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' + b'{"text": "two"}\n' * 9999, mtime=0)[:-20], "damaged",
      "not a complete gzip file"),
@@ -289,12 +296,13 @@ def test_the_help_topics_are_a_corpus():
     ("a.warc", b"not a record\r\n", "damaged", "not a WARC record at byte 0"),
     ("a.warc", warc(("conversion", "text/plain", b"text " * 99))[:-90], "damaged", "ends inside the record at byte 0"),
     ("a.wet", warc(("conversion", "text/plain", b"caf\xe9")), "wrong encoding", "record 0 (http://example.org/0)"),
-    ("a.html", b"<p>caf\xe9</p>", "wrong encoding", "neither UTF-8 nor the encoding it names"),
+    ("a.html", b"<p>caf\xe9</p>", "wrong encoding", "not UTF-8 (0xe9 at byte 6), and it names no encoding"),
+    ("a.html", b"<meta charset=ascii>\xe9", "wrong encoding", "not UTF-8 (0xe9 at byte 20), nor the encoding it names (ascii)"),
     ("a.html", b"", "empty", "empty"),
 ])
 def test_bad_content_is_one_sentence_that_names_the_file(tmp_path, name, data, reason, says):
     (tmp_path / name).write_bytes(data)
-    problem = next(item for item in read(tmp_path / name) if isinstance(item, Unreadable))
+    [problem] = [item for item in read(tmp_path / name) if isinstance(item, Unreadable)]
     assert problem.reason == reason
     assert name in problem.message and says in problem.message and "\n" not in problem.message
 
@@ -323,12 +331,12 @@ print([dataset.train.document(n)["text"] for n in range(2)], int(peak[1]) // 100
 
 
 @pytest.mark.parametrize(("name", "before", "after", "says"), [
-    ("a.jsonl", b'{"text": "the first"}\n{"text": "', b'"}\n{"text": "the last"}\n', "a.jsonl:2: a line of 1,073,741,837 bytes"),
-    ("a.csv", b"id,text\n1,the first\n2,", b"\n3,the last\n", "a.csv:3: a line of 1,073,741,827 bytes"),
+    ("a.jsonl", b'{"text": "the first"}\n%s{"text": "', b'"}\n{"text": "the last"}\n', "a.jsonl:9002: a line of 1,073,741,837 bytes"),
+    ("a.csv", b"id,text\n1,the first\n%s2,", b"\n3,the last\n", "a.csv:9003: a line of 1,073,741,827 bytes"),
 ])
 def test_a_line_of_a_gigabyte_is_left_out_counted_and_never_in_memory(tmp_path, name, before, after, says):
     with open(tmp_path / name, "wb") as file:
-        file.write(before)
+        file.write(before % (b"\n" * 9000))  # a NUL sooner would say that the file is binary
         file.seek(1 << 30, os.SEEK_CUR)  # a hole: nothing is stored
         file.write(after)
     done = subprocess.run([sys.executable, "-c", GIGABYTE_LINE, str(tmp_path / name), str(tmp_path / "data")],

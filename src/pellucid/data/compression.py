@@ -29,7 +29,7 @@ class _ZstdFrames(io.RawIOBase):
         while not self._ready:
             compressed = (self._frame.unused_data if self._frame and self._frame.eof else b"") or self._raw.read(1 << 16)
             if not compressed:
-                if self._frame is None or not self._frame.eof:
+                if self._frame is not None and not self._frame.eof:
                     raise EOFError("it ends in the middle of a frame")
                 return 0
             if self._frame is None or self._frame.eof:

@@ -21,6 +21,7 @@ from pellucid.data.labels import read_label
 from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet
 from pellucid.data.readers_web import read_html, read_warc
 
+LOOKED_AT = 1 << 12  # bytes at a file's start; a NUL among them says that it is no text
 LARGEST_PLAIN = 1 << 20  # bytes; a longer plain file becomes several documents, cut at line ends
 LARGEST_LINE = 1 << 28  # bytes of one line of jsonl or csv, and of one record of csv
 LARGEST_JSON = 1 << 30  # bytes of one json file that is not line by line
@@ -81,7 +82,8 @@ def read_json(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterato
     try:
         value = _json(content)
     except (ValueError, RecursionError):
-        yield from read_jsonl(_Lines(content), file)  # its messages name the line
+        wrong = _no_text(content[:LOOKED_AT], file)
+        yield from [wrong] if wrong else read_jsonl(_Lines(content), file)  # its messages name the line
         return
     for number, record in enumerate(value if isinstance(value, list) else [value]):
         found = _record_text(record, f"{file.uri}: item {number}", file)
@@ -220,11 +222,28 @@ def read_topics(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Itera
         yield Document(text, f"{file.uri}/{name}", file.source_index, ordinal, 0, size, True, file.split)
 
 
-def _decode(block: bytes, file: SourceFile, start: int) -> str | Unreadable:
+def _looked_at(reader: Callable) -> Callable:
+    """A reader that first looks at a file's first bytes, so that a binary one is one sentence and not one a line."""
+    def read(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+        wrong = None if span.start else _no_text(stream.peek(LOOKED_AT)[:LOOKED_AT], file)
+        yield from [wrong] if wrong else reader(stream, file, span)
+
+    return read
+
+
+def _no_text(block: bytes, file: SourceFile, start: int = 0) -> Unreadable | None:
+    """Why a block of bytes, which lies at byte `start` of a file, is UTF-16 or no text at all."""
     if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Unreadable("wrong encoding", f"{file.uri}: UTF-16, not UTF-8; convert it: iconv -f utf-16 -t utf-8")
+        value = f"0x{block[0]:02x} at byte {start}"
+        return Unreadable("wrong encoding", f"{file.uri}: UTF-16, not UTF-8 ({value}); convert it: iconv -f utf-16 -t utf-8")
     if (nul := block.find(b"\0")) >= 0:
         return Unreadable("binary", f"{file.uri}: a binary file, not text (a NUL byte at byte {start + nul})")
+    return None
+
+
+def _decode(block: bytes, file: SourceFile, start: int) -> str | Unreadable:
+    if wrong := _no_text(block, file, start):
+        return wrong
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -293,9 +312,10 @@ def _whole_characters(block: bytes) -> int:
 
 READERS: dict[str, Callable[[BinaryIO, SourceFile, Span], Iterator[Document | Unreadable]]] = {
     "txt": read_plain, "md": read_plain, "py": read_plain, "rst": read_plain,
-    "jsonl": read_jsonl, "ndjson": read_jsonl, "json": read_json, "csv": read_csv, "tsv": read_csv,
+    "jsonl": _looked_at(read_jsonl), "ndjson": _looked_at(read_jsonl), "json": read_json,
+    "csv": _looked_at(read_csv), "tsv": _looked_at(read_csv),
     "parquet": read_parquet, "arrow": read_arrow, "feather": read_arrow,
-    "html": read_html, "htm": read_html, "warc": read_warc, "wet": read_warc, "zip": read_zip,
+    "html": _looked_at(read_html), "htm": _looked_at(read_html), "warc": read_warc, "wet": read_warc, "zip": read_zip,
     "topics": read_topics, "hf": read_hugging_face,
 }
 PLAIN = ("txt", "md", "py", "rst")

@@ -6,6 +6,7 @@ WARC 1.0 and 1.1 (ISO 28500): `response` and `resource` records with HTML or pla
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
 import zlib
@@ -133,12 +134,15 @@ def _decoded_body(headers: dict[str, str], body: bytes) -> bytes:
 
 
 def _text(content: bytes, where: str, charset: str | None) -> str | Unreadable:
-    for name in (charset, "utf-8-sig"):
-        try:
-            return content.decode(name) if name else content.decode("utf-8")
-        except (LookupError, UnicodeDecodeError):
-            continue
-    return Unreadable("wrong encoding", f"{where}: neither UTF-8 nor the encoding it names ({charset or 'none'})")
+    if charset:
+        with contextlib.suppress(LookupError, UnicodeDecodeError):
+            return content.decode(charset)
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        value = f"0x{content[error.start]:02x} at byte {error.start}"
+        named = f"nor the encoding it names ({charset})" if charset else "and it names no encoding"
+        return Unreadable("wrong encoding", f"{where}: not UTF-8 ({value}), {named}")
 
 
 def _page(content: bytes, where: str, charset: str | None) -> str | Unreadable:
