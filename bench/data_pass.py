@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import platform
 import random
 import resource
 import subprocess
@@ -26,6 +25,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import machine
 
 RESULTS = Path(__file__).parent / "results" / "data_pass.json"
 PEER_MEGABYTES = 2
@@ -124,6 +125,7 @@ def main() -> None:
             sys.exit(done.stderr)
         return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).partition(" ")[2])
 
+    about = machine.about()
     results: dict = {"pellucid": []}
     if arguments.peer:
         results["datatrove"] = run(arguments.peer, "theirs", PEER_MEGABYTES)
@@ -132,7 +134,7 @@ def main() -> None:
         results["pellucid"].append(run(sys.executable, "ours", megabytes))
         print("pellucid", results["pellucid"][-1], flush=True)
         RESULTS.write_text(json.dumps({
-            "machine": platform.machine(), "python": platform.python_version(),
+            **about,
             "versions": {name: importlib.metadata.version(name) for name in ("numpy", "pyarrow", "zstandard")},
             "corpus": [path.name for path in sorted(arguments.corpus.glob("*.jsonl"))], "results": results}, indent=1) + "\n")
 

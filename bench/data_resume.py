@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+import machine
 
 SAMPLES, STOP, BATCH = 2000, 600, 20
 RESULTS = Path(__file__).parent / "results" / "data_resume.json"
@@ -168,7 +169,7 @@ def main() -> None:
         name, before, after = arguments.case
         print("RESULT", json.dumps(case(name, int(before), int(after))), flush=True)
         return
-    results, versions = {}, {}
+    about, results, versions = machine.about(), {}, {}
     for name in SYSTEMS:
         python = sys.executable if name == "pellucid" else arguments.peers
         for before, after in CHANGES if name != "datasets" else [(1, 1)]:
@@ -180,8 +181,8 @@ def main() -> None:
     ask = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in %r}))"
     packages = ["datasets", "torchdata", "grain", "litdata", "torch"]
     versions = json.loads(subprocess.run([arguments.peers, "-c", ask % packages], capture_output=True, text=True).stdout or "{}")
-    RESULTS.write_text(json.dumps({"samples": SAMPLES, "stopped_after": STOP, "machine": platform.machine(),
-                                   "python": platform.python_version(), "versions": versions, "results": results}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({
+        "samples": SAMPLES, "stopped_after": STOP, **about, "versions": versions, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

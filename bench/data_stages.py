@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import machine
 
 from pellucid import config as settings
 from pellucid.data.stages import c4, quality, repetition, textview
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=6)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    about = machine.about()
     texts, theirs = read_corpus(arguments.corpus, arguments.megabytes), peers()
     for function in theirs.values():
         function("Load what is loaded once.")
@@ -115,8 +117,7 @@ def main() -> None:
     corpus = {"documents": len(texts), "megabytes": round(sum(len(text.encode()) for text in texts) / 1e6, 2),
               "files": [path.name for path in sorted(arguments.corpus.glob("*.jsonl"))]}
     arguments.out.write_text(json.dumps({
-        "unit": "MB per CPU-second", "corpus": corpus, "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(), "versions": versions, "results": results}, indent=1) + "\n")
+        "unit": "MB per CPU-second", "corpus": corpus, **about, "versions": versions, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

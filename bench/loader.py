@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import platform
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import machine
 import numpy as np
 import torch
 
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--seconds", type=float, default=3)
     arguments = parser.parse_args()
+    about = machine.about()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,7 +103,7 @@ def main() -> None:
         pieces = split.plan.rows and len(split.plan.length) / split.plan.rows
     RESULTS.write_text(json.dumps({
         "unit": "million tokens per CPU-second", "rows_of": T, "batch": B, "pieces_in_a_row": round(pieces, 2),
-        "megabytes": arguments.megabytes, "machine": platform.machine(), "python": platform.python_version(),
+        "megabytes": arguments.megabytes, **about,
         "versions": {name: importlib.metadata.version(name) for name in ("numpy", "torch", "datasets")},
         "results": results}, indent=1) + "\n")
 

@@ -21,7 +21,6 @@ import importlib
 import importlib.metadata
 import io
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import machine
 import numpy as np
 import sentencepiece
 import tokenizers
@@ -250,15 +250,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
@@ -274,8 +265,7 @@ def main() -> None:
         train_here(arguments.train_here, arguments.corpus, arguments.train_megabytes, arguments.save)
         return
     results = json.loads(arguments.out.read_bytes()) if arguments.out.exists() else {}
-    about = {"commit": commit(), "machine": f"{processor()}, {os.cpu_count()} cores", "python": platform.python_version(),
-             "load_average": [round(load, 1) for load in os.getloadavg()], "versions": versions(),
+    about = {**machine.about(), "versions": versions(),
              "corpus": sorted(path.name for path in arguments.corpus.glob("*.jsonl"))}
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder) / "bpe"
