@@ -98,8 +98,8 @@ def text_plan(settings: list[str] | None, extra: list[str]) -> tuple[Any, Callab
 @measure_app.command()
 def capacity(
     parameters: Annotated[str, typer.Option(help="sizes of dense models, with commas")] = "38400",
-    loads: Annotated[str, typer.Option(help="random bits, as multiples of 3.6 a parameter")] = "1,2",
-    epochs: Annotated[int, typer.Option(min=1, help="times each sequence is seen; more come nearer to the plateau")] = 1000,
+    loads: Annotated[str, typer.Option(help="random bits, as multiples of 3.6 a parameter")] = "1.6",
+    epochs: Annotated[int, typer.Option(min=1, help="times each sequence is seen; more come nearer to the plateau")] = 2400,
     seeds: Annotated[int, typer.Option(min=1)] = 2,
     compare: Annotated[str, typer.Option(help="also, at the smallest size: mixture, bf16, optimizers' names")] = "",
     jobs: Jobs = 1,
