@@ -183,7 +183,7 @@ def _describe(outcome: Outcome) -> None:
         loads = sorted({run["load"] for run in mine})
         at = lambda load, key, mine=mine: [run[key] for run in mine if run["load"] == load]
         lines.append({"name": f"{model['model']} {model['total']:,}",
-                      "x": [float(np.mean(at(load, "random_bits"))) / model["total"] for load in loads],
-                      "y": [float(np.mean(at(load, "bits"))) / model["total"] for load in loads]})
+                      "x": [0.0, *(float(np.mean(at(load, "random_bits"))) / model["total"] for load in loads)],
+                      "y": [0.0, *(float(np.mean(at(load, "bits"))) / model["total"] for load in loads)]})
     outcome.charts.append({"title": "What is remembered of more and more random bits", "x": "random bits per parameter",
                            "y": "remembered bits per parameter", "level": ["published: 3.6", REFERENCE], "lines": lines})
