@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import random
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -349,3 +350,12 @@ def test_web_servers_with_and_without_ranges(ranges, monkeypatch):
     with serve(Ranges) as port:
         _, documents = read(f"http://127.0.0.1:{port}/folder/a.jsonl", {})
     assert len(documents) == 300 and documents[-1].byte_end == len(LINES) - 1
+
+
+def test_without_the_library_of_web_servers_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    for known in ("http", "https"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, known, raising=False)
+    with pytest.raises(UserError, match=r"pip install 'pellucid\[remote\]'"):
+        remote.list_remote("https://localhost/a.jsonl", (), "data.sources[0]")

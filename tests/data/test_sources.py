@@ -298,6 +298,7 @@ def test_the_help_topics_are_a_corpus():
     ("a.wet", warc(("conversion", "text/plain", b"caf\xe9")), "wrong encoding", "record 0 (http://example.org/0)"),
     ("a.html", b"<p>caf\xe9</p>", "wrong encoding", "not UTF-8 (0xe9 at byte 6), and it names no encoding"),
     ("a.html", b"<meta charset=ascii>\xe9", "wrong encoding", "not UTF-8 (0xe9 at byte 20), nor the encoding it names (ascii)"),
+    ("a.html", b"<meta charset=undefined>\xe9", "wrong encoding", "nor the encoding it names (undefined)"),
     ("a.html", b"", "empty", "empty"),
 ])
 def test_bad_content_is_one_sentence_that_names_the_file(tmp_path, name, data, reason, says):

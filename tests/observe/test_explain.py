@@ -75,6 +75,14 @@ def test_where_a_checkpoint_follows_the_weight_is_compared_with_it(run_dir):
     said = lambda step: [p for p in explain(run_dir, step, "layers.1.moe.down_proj").proofs if "checkpoint" in p.claim]
     (proof,) = said(49)
     assert said(30) == [] and proof.holds and "bit for bit" in proof.detail
+    file = checkpoint.saved_steps(run_dir / "checkpoints")[50] / "model.safetensors"
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:1000])
+        (proof,) = said(49)
+    finally:
+        file.write_bytes(content)
+    assert proof.holds is None and "cannot be read" in proof.detail
 
 
 def test_a_difference_quotient_too_unsure_to_tell_proves_nothing():

@@ -135,7 +135,7 @@ def _decoded_body(headers: dict[str, str], body: bytes) -> bytes:
 
 def _text(content: bytes, where: str, charset: str | None) -> str | Unreadable:
     if charset:
-        with contextlib.suppress(LookupError, UnicodeDecodeError):
+        with contextlib.suppress(LookupError, UnicodeError):  # there is a codec called "undefined"
             return content.decode(charset)
     try:
         return content.decode("utf-8").removeprefix("\ufeff")

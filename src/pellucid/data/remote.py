@@ -165,11 +165,6 @@ def _system(url: str, options: tuple[tuple[str, Any], ...], where: str) -> tuple
         client = {"endpoint_url": given.pop("endpoint_url")} if "endpoint_url" in given else {}
         limits = {"connect_timeout": given.pop("timeout", 20), "read_timeout": given.pop("read_timeout", 30)}
         given = {"config_kwargs": {**limits, "retries": {"max_attempts": 1}}, "client_kwargs": client, **given}
-    if protocol in ("http", "https"):
-        from aiohttp import ClientTimeout
-
-        limit = ClientTimeout(total=None, sock_connect=given.pop("timeout", 20), sock_read=given.pop("read_timeout", 30))
-        given["client_kwargs"] = {"timeout": limit, **given.get("client_kwargs", {})}
     if protocol in ("gs", "gcs"):
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which keeps other servers' users waiting a minute
         given |= {"token": "anon"} if given.pop("anon", False) else {}
@@ -177,6 +172,11 @@ def _system(url: str, options: tuple[tuple[str, Any], ...], where: str) -> tuple
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         raise UserError(f"{where}: '{url}' cannot be read ({_sentence(error)}); pip install 'pellucid[remote]'") from None
+    if protocol in ("http", "https"):
+        from aiohttp import ClientTimeout
+
+        limit = ClientTimeout(total=None, sock_connect=given.pop("timeout", 20), sock_read=given.pop("read_timeout", 30))
+        given["client_kwargs"] = {"timeout": limit, **given.get("client_kwargs", {})}
     silence()
     system, path = url_to_fs(url, **given)
     if protocol == "s3":

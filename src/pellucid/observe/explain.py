@@ -292,10 +292,13 @@ def _as_saved(run_dir: str | Path, step: int, catcher: _Catcher) -> list[Proof]:
     folder = checkpoint.saved_steps(Path(run_dir) / "checkpoints").get(step + 1)
     if folder is None:
         return []
-    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
-        saved = file.get_tensor(catcher.name)
-    different = int((saved != catcher.fast.cpu()).sum())
     claim = f"the weight after is the one in the checkpoint of step {step + 1}"
+    try:
+        with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+            saved = file.get_tensor(catcher.name)
+    except (OSError, safetensors.SafetensorError) as error:  # damaged, or just removed for a newer one
+        return [Proof(claim, None, f"it cannot be read: {error}")]
+    different = int((saved != catcher.fast.cpu()).sum())
     return [Proof(claim, not different, f"{different:,} of {saved.numel():,} elements differ" if different else
                   f"bit for bit, all {saved.numel():,} elements")]  # fmt: skip
 

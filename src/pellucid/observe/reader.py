@@ -162,8 +162,12 @@ class Reader:
         """The bucket of `newest`: what is closed below it, and the open bucket below it (after a resume there may be none)."""
         query = "SELECT 1 FROM rollup WHERE stream = ? AND level = ? AND bucket = ?"
         with self._reading() as run:
-            closed = gather_rollup(run, stream, level, newest // FAN**level, rows, columns)
-            complete = run.execute(query, (stream, level - 1, newest // FAN ** (level - 1))).fetchone() is not None
+            run.execute("BEGIN")  # both answers from one state of the file
+            try:
+                closed = gather_rollup(run, stream, level, newest // FAN**level, rows, columns)
+                complete = run.execute(query, (stream, level - 1, newest // FAN ** (level - 1))).fetchone() is not None
+            finally:
+                run.rollback()
         if level == 1 or complete:
             return closed
         below = self._open_bucket(stream, level - 1, newest, rows, columns)
