@@ -21,8 +21,8 @@ ROWS = [Row("a", layer=0, role="router", numel=4), Row("b", expert=1)]
 STATS = [Stat("x", "1", meaning="an x"), Stat("y"), Stat("z")]
 
 
-def open_writer(folder, **kind) -> Writer:
-    writer = Writer(folder, **{k: kind.pop(k) for k in ("resume_step", "meta") if k in kind})
+def open_writer(folder, meta=None, **kind) -> Writer:
+    writer = Writer(folder, meta=meta)
     writer.define("param", ROWS, STATS, row_is="tensor", **kind)
     return writer
 
@@ -193,7 +193,8 @@ def test_resuming_deletes_what_came_after_the_checkpoint(tmp_path):
     for s in range(40):
         writer.write(Record(s, {"param": frame(s)}, events=[{"rule": "r", "text": str(s)}]))
     writer.close()
-    writer = open_writer(tmp_path, resume_step=20)
+    writer = open_writer(tmp_path)
+    writer.delete_after(20)
     with Reader(tmp_path) as run:
         assert run.latest_step("param") == 20 and run.events()[-1]["step"] == 20
         assert run.rollup("param", 1)[0].tolist() == [0, 1]
@@ -227,7 +228,8 @@ def test_a_file_whose_stages_have_no_tokens_in_still_opens_and_can_be_resumed(tm
 
 def write_until_killed(folder, start, announced):
     """Steps from `start` on; each is announced when the writer has taken it."""
-    writer = Writer(folder, resume_step=start - 1)
+    writer = Writer(folder)
+    writer.delete_after(start - 1)
     writer.define("param", [Row(str(i)) for i in range(266)], [Stat(str(i)) for i in range(24)], row_is="tensor")
     for step in range(start, 10**9):
         writer.write(Record(step, {"param": np.full((266, 24), step, np.float32)}, events=[{"rule": "r", "text": "t"}]))

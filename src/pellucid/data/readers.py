@@ -8,6 +8,7 @@ as `Unreadable`, and the caller stops or counts it. Web formats are in readers_w
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -83,22 +84,12 @@ def read_json(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterato
         value = _json(content)
     except (ValueError, RecursionError):
         wrong = _no_text(content[:LOOKED_AT], file)
-        yield from [wrong] if wrong else read_jsonl(_Lines(content), file)  # its messages name the line
+        yield from [wrong] if wrong else read_jsonl(io.BytesIO(content), file)  # its messages name the line
         return
     for number, record in enumerate(value if isinstance(value, list) else [value]):
         found = _record_text(record, f"{file.uri}: item {number}", file)
         yield found if isinstance(found, Unreadable) else Document(
             found[0], file.uri, file.source_index, number, 0, len(content), False, file.split, found[1])
-
-
-class _Lines:
-    """The lines of bytes in memory, as a stream gives them."""
-
-    def __init__(self, content: bytes):
-        self._lines = iter(content.splitlines(keepends=True))
-
-    def readline(self, limit: int) -> bytes:
-        return next(self._lines, b"")
 
 
 def read_csv(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:

@@ -125,8 +125,8 @@ class Record:
 class Writer:
     """The one writer of a run's telemetry. Thread-safe; errors while writing never stop the training."""
 
-    def __init__(self, run_dir: str | Path, *, meta: dict | None = None, resume_step: int | None = None):
-        """Open or create `run_dir/run.sqlite`. With `resume_step`, everything recorded after that step is deleted."""
+    def __init__(self, run_dir: str | Path, *, meta: dict | None = None):
+        """Open or create `run_dir/run.sqlite`."""
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.error: str | None = None
@@ -137,8 +137,6 @@ class Writer:
         self._connection = _open(self.path, self._wal)
         self._streams: dict[str, tuple[int, int, int, int]] = {}  # rows, columns, dense_steps, keep_every
         self.set_meta({"schema_version": SCHEMA_VERSION, "journal": "wal" if self._wal else "delete", **(meta or {})})
-        if resume_step is not None:
-            self.delete_after(resume_step)
         self._thread = threading.Thread(target=self._work, name="telemetry", daemon=True)
         self._thread.start()
 

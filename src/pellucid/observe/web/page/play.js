@@ -131,10 +131,11 @@ export const Mark = ({ holds }) => html`<b><span class="sr">${holds === null ? "
 export function proofsOf(edge) {
   const near = (a, b, doubt = 0) => Math.abs(a - b) <= 1e-3 * Math.abs(b) + doubt;
   const apart = (a, b) => `${number(a, { digits: 7 })} and ${number(b, { digits: 7 })}`;
+  const unsure = edge.difference !== null && edge.doubt > 0.05 * Math.abs(edge.autograd);
   return [
     ["chain rule by hand = autograd", edge.by_hand === null ? null : near(edge.by_hand, edge.autograd, 1e-12), edge.by_hand === null ? "no formula here" : apart(edge.by_hand, edge.autograd)],
-    ["finite difference = autograd", edge.difference === null || edge.doubt > 0.05 * Math.abs(edge.autograd) ? null : near(edge.difference, edge.autograd, edge.doubt), edge.difference === null
-      ? `not tried here: pellucid explain RUN --step N --parameter ${edge.tensor} --index ${edge.index.join(",")}` : `${apart(edge.difference, edge.autograd)}; sure to ${number(edge.doubt)}${edge.doubt > 0.05 * Math.abs(edge.autograd) ? ", too unsure to tell" : ""}`],
+    ["finite difference = autograd", edge.difference === null || unsure ? null : near(edge.difference, edge.autograd, edge.doubt), edge.difference === null
+      ? `not tried here: pellucid explain RUN --step N --parameter ${edge.tensor} --index ${edge.index.join(",")}` : `${apart(edge.difference, edge.autograd)}; sure to ${number(edge.doubt)}${unsure ? ", too unsure to tell" : ""}`],
     ["the plain rule gives the stored weight", edge.exact || Math.abs(edge.rule_after - edge.after) <= 4 * 2 ** -23 * Math.abs(edge.after), edge.exact ? `bit for bit: ${number(edge.after, { digits: 9 })}` : `but for the last bits: ${apart(edge.rule_after, edge.after)}`],
   ];
 }
