@@ -6,7 +6,7 @@ import { RADIUS, Ring, phasesOf } from "../ring.js";
 import { Follow } from "./follow.js";
 import { Station } from "./station.js";
 
-const WIDEST = 132, MIDDLE = 92, RING = 232; // pixels of the widest water, its middle line, the loop's place
+const WIDEST = 132, MIDDLE = 92, RING = 310; // pixels of the widest water, its middle line, the loop's place
 const FILTERS = new Set(["length", "language", "gopher_quality", "gopher_repetition", "c4", "fineweb", "expression"]);
 const NAMES = { normalize: "normalise", deduplicate: "deduplicate", decontaminate: "decontaminate", held_out: "decontaminate", cut_repeats: "cut repeats" };
 
