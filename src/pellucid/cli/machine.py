@@ -97,12 +97,13 @@ def _planned(name: str, overrides: list[str]) -> Any:
 
 def _print_memory(name: str, config: Any, row: dict[str, Any], memory: str | None) -> None:
     peak, training = row["peak"], config.training
-    kinds = ", ".join(f"{kind} {_short(peak[kind])}B" for kind in ("weights", "gradients", "moments", "activations") if kind in peak)
-    print(f"\n{name}: peak {_short(peak['bytes'])}B of tensors, in the {peak['phase']}: {kinds}; the program itself holds about "
+    kinds = ", ".join(f"{kind} {_short(peak[kind])}B" for kind in ("weights", "gradients", "moments", "activations", "libraries")
+                      if kind in peak)  # fmt: skip
+    print(f"\n{name}: peak {_short(peak['bytes'])}B, in the {peak['phase']}: {kinds}; the program itself holds about "
           f"{_short(row['program'])}B\n  with {training.micro_batch_size} x {config.data.sequence_length} tokens at once, "
           f"recompute {training.recompute}, {config.optimizer.name} with {config.optimizer.state_dtype} moments")  # fmt: skip
     for mode, fit in row.get("contexts", {}).items():
-        longest = "nothing fits" if fit is None else f"{fit['tokens']:,} tokens (peak {_short(fit['bytes'])}B of tensors)"
+        longest = "nothing fits" if fit is None else f"{fit['tokens']:,} tokens (peak {_short(fit['bytes'])}B)"
         print(f"  in {memory}, one sequence at a time, recompute {mode}: {longest}")
 
 

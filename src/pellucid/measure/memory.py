@@ -2,9 +2,10 @@
 
 The training step itself runs, on tensors that have shapes but no memory (torch's FakeTensorMode), so what is allocated and
 freed is the program's own doing, kernels and observation included, and no formula can fall behind it. Values decide
-little: every gradient is taken to be finite, one expert to get twice its share of the tokens and the others the rest, as
-routers do before they learn. What libraries allocate inside one operation is not seen; bench/memory.py compares with what
-the system measured.
+little: every gradient is taken to be finite, one expert to get twice its share of the tokens and the others unequal parts
+of the rest, as routers do before they learn. Beside tensors, what oneDNN keeps of every matrix product it has compiled is
+counted; what else libraries allocate inside one operation is not seen. bench/memory.py compares with what the system
+measured.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from pellucid.training.optimizers import build_optimizer
 from pellucid.training.step import training_step
 
 aten = torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.mm.out, aten.bmm.default)
+KEPT = 580_000  # bytes of each size of product that oneDNN has compiled; 560,000 to 610,000 with torch 2.13, whatever the size
 LONGEST = 131_072  # tokens; the longest context that is looked for
 TRACED = 4  # layers
 BUSIEST = 1  # the expert that is taken to be
@@ -47,10 +50,10 @@ RECOMPUTE = ("none", "attention", "all")
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of tensors alive when most of them are: in all, by kind, and in which phase of the step."""
+    """Bytes in use when most are: in all, by kind, and in which phase of the step."""
 
     total: int
-    kinds: dict[str, int]  # weights, moments, gradients, activations (all else)
+    kinds: dict[str, int]  # of tensors: weights, moments, gradients, activations (all else); and libraries, see KEPT
     phase: str  # forward (with the loss), backward, update
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ class Peak:
 
 class Ledger(TorchDispatchMode):
     """Counts the bytes of all tensors made within it on one kind of device, from the first to the last reference to their
-    storage."""
+    storage, and what oneDNN keeps."""
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__()
@@ -68,6 +71,7 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.total = 0
         self._records: dict[int, list] = {}  # storage -> [bytes, kind]
+        self._products: set = set()
         self.peaks: dict[str, Peak] = {}  # of each phase
 
     def start(self) -> None:
@@ -80,6 +84,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func in PRODUCTS and args[0].dtype == torch.bfloat16 or func.namespace == "mkldnn":
+            self._compile(func, args[:2])
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
                 self.see(leaf)
@@ -98,6 +104,15 @@ class Ledger(TorchDispatchMode):
             record[1] = kind
             self._add(*record)
 
+    def _compile(self, func, factors: tuple[Tensor, Tensor]) -> None:
+        product = (func, *((factor.shape, factor.is_contiguous()) for factor in factors))
+        if factors[0].device.type == self.device == "cpu" and product not in self._products:
+            self._products.add(product)
+            self._add(self._kept(func), "libraries")
+
+    def _kept(self, func) -> int:
+        return KEPT
+
     def _gone(self, key: int) -> None:
         size, kind = self._records.pop(key)
         self._add(-size, kind)
@@ -113,6 +128,11 @@ class DryLedger(Ledger):
     """A Ledger over tensors without memory, which answers where the program asks for a value."""
 
     experts_per_token = 1
+    chunks = 1  # of queries, each of which has products of sizes of its own
+    layer = 0  # that is at work
+
+    def _kept(self, func) -> int:
+        return KEPT * self.chunks // min(2, self.chunks) if func is aten.bmm.default else KEPT  # a dry run does the last two
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -122,6 +142,7 @@ class DryLedger(Ledger):
             size = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
             counts = args[0].new_empty(size)
             counts.untyped_storage().shared = args[0].numel()
+            counts.untyped_storage().spread = 0.3 + self.layer * 3 % 8 / 12
             return counts
         if func is aten.repeat_interleave.Tensor and _shared(args[0]) is not None:
             return args[0].new_empty(_shared(args[0]))
@@ -140,8 +161,10 @@ class DryLedger(Ledger):
         busiest = min(total // self.experts_per_token, 2 * total // experts)  # no token chooses an expert twice
         if e == BUSIEST or experts == 1:
             return busiest
-        rest, e = total - busiest, e - (e > BUSIEST)
-        return rest // (experts - 1) + (e < rest % (experts - 1))
+        rest, e, others = total - busiest, e - (e > BUSIEST), experts - 1
+        spread = tensor.untyped_storage().spread * (others > 1)
+        upto = lambda e: int(rest * e / others * (1 - spread * (others - e) / others))  # least to the first, most to the last
+        return upto(e + 1) - upto(e)
 
 
 def _shared(tensor: Tensor) -> int | None:
@@ -185,7 +208,7 @@ def trace_step(config: Config, device: torch.device, ledger: Ledger) -> Ledger:
 
 def _step(config: Config, device: torch.device, ledger: Ledger) -> None:
     settings = config.training
-    ledger.experts_per_token = config.model.num_experts_per_tok
+    ledger.experts_per_token, ledger.chunks = config.model.num_experts_per_tok, -(-config.data.sequence_length // GRANULE)
     with _as(ledger, "weights"):
         model = Grok1(config.model, device=device)
         if not isinstance(ledger, DryLedger):
@@ -193,6 +216,8 @@ def _step(config: Config, device: torch.device, ledger: Ledger) -> None:
     model.compute_dtype, model.parity = choose_precision(settings.precision, device)
     model.recompute = settings.recompute
     optimizer = build_optimizer(model, config.optimizer, settings.seed)
+    for number, layer in enumerate(model.layers):
+        layer.moe.register_forward_pre_hook(lambda *_, number=number: setattr(ledger, "layer", number))
     weights = list(model.parameters())
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
