@@ -31,7 +31,7 @@ def test_context_experts_and_diversity_of_a_run_are_kept_with_it(call, tiny_run,
         (long / f"{number}.txt").write_text(f"the cat sat on mat {number} while dogs ran past old trees in rain " * 30)
     code, output, errors = call("context", tiny_run.directory, "--data", long, "--predictions", 32, "--copies", 4)
     assert code == 0, errors
-    assert "token the loss changes by" in output and "induction gains" in output
+    assert "From token 8 to token 24 the loss changes by" in output and "induction gains" in output
     code, output, errors = call("experts", tiny_run.directory, "--json")
     assert code == 0, errors
     assert json.loads(output)["numbers"]["churn"]["steps"]
@@ -59,7 +59,12 @@ def test_a_plan_runs_resumes_and_reports(call, tmp_path):
     (("capacity", "--epochs", 10**8), "add --yes to start it"),
     (("capacity", "--run", "nowhere"), "--run nowhere: not a run directory"),
     (("scaling", "training.batch_sise=3"), "batch_size"),
-    (("scaling", "--sizes", "16", "--trial", "16:4000", "--tokens", "3200", "training.batch_size=1"), "six runs or more"),
+    (("scaling", "--sizes", "16", "--trial", "16:4000", "--tokens", "3200", "training.batch_size=1"), "three or more --sizes"),
+    (("scaling", "--trial", "64"), "--trial 64: give SIZE:TOKENS"),
+    (("scaling", "--sizes", "16,32,48", "--trial", "32:3900", "--tokens", "3200,3300,3400", "training.batch_size=1"),
+     "--trial 32:3900: the run that judges the law must be larger"),
+    (("capacity", "--parameters", 10**13), "random sequences need "),
+    (("capacity", "--parameters", 10**13, "--loads", 1e-9), "parameters of a model, with gradient and optimizer, need "),
     (("robustness", "--arms", "wishes"), "--arms: unknown wishes"),
     (("diversity", "missing.txt"), "no file matches"),
     (("context", "missing"), "neither a folder nor a preset"),

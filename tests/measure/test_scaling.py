@@ -75,9 +75,11 @@ def test_outcome_predicts_the_trial_run():
     assert outcome.numbers["budgets"][0]["N"] == pytest.approx(SMALL.optimal(6 * 8e5 * 6.4e6)[0], rel=0.01)
 
 
-def test_too_few_runs_are_refused():
-    with pytest.raises(UserError, match="6 different runs"):
-        fit([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 1, 1, 1, 1])
+@pytest.mark.parametrize(("N", "D"), [([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]), ([1, 1, 1, 1, 2, 2, 2, 2], [1, 2, 3, 4] * 2)])
+def test_runs_that_fix_no_law_are_refused(N, D):
+    """Of two sizes any exponent is as good as another: E + A / N^alpha takes two values, and has three constants."""
+    with pytest.raises(UserError, match=r"6 different runs.*three sizes and three amounts"):
+        fit(N, D, np.ones(len(N)))
 
 
 def test_shapes_of_the_ladder():

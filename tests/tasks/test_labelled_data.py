@@ -142,6 +142,7 @@ BAD = {
     "infinite": ([{"text": "a", "label": 1.5}, {"text": "b", "label": 1e999}], "regression", "a.jsonl:2: field 'label' is inf"),
     "true": ([{"text": "a", "label": 1.5}, {"text": "b", "label": True}], "regression", "a.jsonl:2: field 'label' is True, not"),
     "widths": ([{"text": "ab" * 9, "label": [1, 2]}, {"text": "b", "label": 1}], "regression", "some documents have 1 numbers and"),
+    "huge": ([{"text": f"t {n}", "label": n * 1e300} for n in range(20)], "regression", "'label' has numbers so large"),
     "constant": ([{"text": f"t {n}", "label": 7} for n in range(20)], "regression", "'label' is 7 in every training document"),
 }  # fmt: skip
 

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sklearn import metrics as peer
 
 import pellucid
@@ -235,12 +236,29 @@ def test_the_held_out_measures_of_a_run_are_those_of_the_files(class_run, comman
     (["predict", "CLASSES", "--data", "a.jsonl", "--out", "o.txt"], "ends in .csv or .jsonl"),
     (["measure", "context", "CLASSES"], "its loss is not one of next tokens"),
     (["predict", "CLASSES", "--data", "empty.jsonl"], "the file is empty"),
+    (["explain", "NUMBERS", "--text", "cat", "--label", "nan,2"], "a label of [NaN, 2.0]: not finite numbers"),
+    (["evaluate", "NUMBERS", "--data", "huge.jsonl"], "a label of [1e+300, 2.0]: not finite numbers"),
 ])  # fmt: skip
 def test_the_wrong_model_or_label_is_one_sentence(command, folder, class_run, number_run, language_run, tmp_path, arguments, expected):
     shutil.copy(folder / "a.jsonl", tmp_path / "a.jsonl")
     (tmp_path / "other.jsonl").write_text('{"text": "cat", "label": "anmal"}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "huge.jsonl").write_text('{"text": "cat", "words": 1e300, "letters": 2}\n')
     runs = {"CLASSES": class_run, "NUMBERS": number_run, "LANGUAGE": language_run}
-    code, _, errors = command(*(runs[a].directory if a in runs else a for a in arguments))
-    assert code == 2 and expected in errors and errors.count("\n") == 1, errors
+    code, output, errors = command(*(runs[a].directory if a in runs else a for a in arguments))
+    assert code == 2 and expected in errors and errors.count("\n") == 1 and not output, errors
     assert not list(tmp_path.glob("*o.txt*"))
+
+
+@pytest.mark.parametrize("arguments", [("predict", "--data", "a.jsonl"), ("evaluate", "--data", "a.jsonl"), ("measure", "experts")])
+def test_weights_that_are_not_finite_are_named_and_nothing_is_answered(command, folder, class_run, tmp_path, arguments):
+    shutil.copy(folder / "a.jsonl", tmp_path / "a.jsonl")
+    shutil.copytree(class_run.directory, tmp_path / "broken")
+    (file,) = (tmp_path / "broken" / "model").glob("*.safetensors")
+    with safe_open(file, "pt") as stored:
+        about = stored.metadata()
+    weights = load_file(file)
+    weights["score.weight"][0, 0] = math.nan
+    save_file(weights, file, about)
+    code, output, errors = command(*arguments, "broken")
+    assert code == 2 and "the weights 'score.weight' hold NaN or infinity" in errors and not output, errors

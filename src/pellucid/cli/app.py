@@ -59,11 +59,18 @@ def split_settings(settings: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def load_with_tokenizer(model: str, tokenizer: Path | None, dtype: str) -> tuple[Any, Any]:
+    """A model that can answer, and its tokenizer. Raises UserError, also for weights that are not finite."""
+    import torch
+
     from pellucid.data.tokenizer import load_tokenizer
     from pellucid.exchange.folder import read_json
     from pellucid.exchange.load import load
 
     network, tokens = load(model, dtype=dtype)
+    broken = next((name for name, weight in network.named_parameters() if not torch.isfinite(weight).all()), None)
+    if broken is not None:
+        raise UserError(f"{model}: the weights '{broken}' hold NaN or infinity, so its answers mean nothing; use an earlier "
+                        "checkpoint, or train again")
     if tokenizer is not None:
         given = load_tokenizer(tokenizer)
         if tokens is not None and given.fingerprint != tokens.fingerprint:

@@ -143,7 +143,9 @@ def scaling(
 
     config, prepared = text_plan(settings, ["model.preset=tiny", "data.tokenizer.vocab_size=512", "data.sequence_length=64",
                                             "training.batch_size=8"])  # fmt: skip
-    size, _, amount = trial.partition(":")
+    size, colon, amount = trial.partition(":")
+    if not colon:
+        raise UserError(f"--trial {trial}: give SIZE:TOKENS, for example 64:1200000")
     largest = (size, numbers(amount, "--trial", int)[0])
     finish_plan(
         lambda progress: (scaling_jobs(config, prepared(progress), names(sizes), numbers(tokens, "--tokens", int), largest, seed,
@@ -183,7 +185,8 @@ def robustness(
 
 
 def names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """What stands between commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def numbers(text: str, option: str, kind: type) -> list:
@@ -194,7 +197,7 @@ def numbers(text: str, option: str, kind: type) -> list:
         found = []
     if not found or not all(0 < number < math.inf for number in found):
         raise UserError(f"{option} '{text}': not positive numbers with commas between them")
-    return found
+    return list(dict.fromkeys(found))
 
 
 @measure_app.command()

@@ -36,6 +36,8 @@ def generate(
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("--prompt: not valid UTF-8")
     network, tokens = load_with_tokenizer(model, tokenizer, dtype)
+    if network.config.head is not None:
+        raise UserError(f"{model} labels documents and does not continue texts: use `pellucid predict`")
     print(prompt, end="", flush=True)
     pieces = generate_text(
         network, tokens, prompt, stop=stop or [], max_new_tokens=max_new_tokens, temperature=temperature,

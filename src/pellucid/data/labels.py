@@ -72,7 +72,8 @@ def encode(labels: Sequence[str], kind: str, names: Sequence[str], mean: Sequenc
            ) -> np.ndarray:
     """Labels [documents] as float32 [documents, K]: a class by its number, numbers in standard deviations from the mean.
 
-    kind: "category" or "number". Raises UserError for another number of numbers than there are names.
+    kind: "category" or "number". Raises UserError for another number of numbers than there are names, and for numbers that
+    float32 cannot hold.
     """
     if kind == "category":
         number = {name: index for index, name in enumerate(names)}
@@ -81,7 +82,11 @@ def encode(labels: Sequence[str], kind: str, names: Sequence[str], mean: Sequenc
     wrong = next((found for found in numbers if len(found) != len(names)), None)
     if wrong is not None:
         raise UserError(f"a label of {len(wrong)} numbers where there should be {len(names)}: {', '.join(names)}")
-    return ((np.array(numbers, dtype=np.float64) - mean) / std).astype(np.float32)
+    with np.errstate(over="ignore"):
+        standardized = ((np.array(numbers, dtype=np.float64) - mean) / std).astype(np.float32)
+    if not (whole := np.isfinite(standardized).all(-1)).all():
+        raise UserError(f"a label of {labels[int(whole.argmin())]}: not finite numbers of a size like those of the training documents")
+    return standardized
 
 
 def summarize(config: DataConfig, train: list[str], held_out: list[str]) -> dict[str, Any]:
@@ -96,8 +101,12 @@ def summarize(config: DataConfig, train: list[str], held_out: list[str]) -> dict
     numbers = np.array([json.loads(label) for label in train], dtype=np.float64)
     names = list(config.label_fields) if numbers.shape[1] == len(config.label_fields) else \
         [f"{config.label_fields[0]}[{n}]" for n in range(numbers.shape[1])]
-    mean, std = numbers.mean(0), numbers.std(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = numbers.mean(0), numbers.std(0)
     for name, value, spread in zip(names, mean, std, strict=True):
+        if not math.isfinite(spread):
+            raise UserError(f"data.label_field: '{name}' has numbers so large that their spread cannot be computed; give them in a "
+                            "larger unit, or leave out those that are wrong")
         if not spread > 1e-12 * abs(value):
             raise UserError(f"data.label_field: '{name}' is {value:g} in every training document; there is nothing to learn")
     return summary | {"names": names, "mean": mean.tolist(), "std": std.tolist()}

@@ -159,9 +159,9 @@ def _describe(outcome: Outcome) -> None:
     enough = useful_tokens(amount)
     verdict = ("context helps" if fall["high"] < 0 else "no gain from context can be shown" if fall["low"] <= 0
                else "more context makes it worse")
-    shorter = "" if fall["late"] == LATE else f" (the window of {found['context']} tokens does not reach the 500th)"
+    shorter = "" if fall["late"] == LATE else f" (the window of {found['context']} tokens does not reach token 500)"
     outcome.findings += [
-        f"From the {fall['early']}th to the {fall['late']}th token the loss changes by {spread(fall)} nats: {verdict}{shorter}.",
+        f"From token {fall['early']} to token {fall['late']} the loss changes by {spread(fall)} nats: {verdict}{shorter}.",
         f"After {enough} tokens of context more of it makes no difference that {found['predictions']} predicted tokens can show; "
         f"with 1 token the loss is {amount[0]['to_full']['mean']:.3f} higher than with {found['context']}.",
         f"Against the true context, foreign text before the last {NEAR} tokens costs {spread(kinds['far foreign']['to_true'])}, "

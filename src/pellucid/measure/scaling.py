@@ -15,8 +15,9 @@ from pellucid.config import Config, UserError, preset_names
 from pellucid.data.dataset import Dataset
 from pellucid.measure.outcome import Outcome
 from pellucid.measure.plan import Job
-from pellucid.measure.scaling_law import bootstrap, constants, fit, interval
-from pellucid.measure.training import TRAINING, estimate
+from pellucid.measure.scaling_law import LEAST_EACH, bootstrap, constants, fit, interval
+from pellucid.measure.training import TRAINING, estimate, fitted
+from pellucid.model.size import parameter_counts
 
 HEAD = 16  # head_dim of the ladder
 LAYER_WIDTH = 24  # a layer for every so many of hidden size
@@ -50,8 +51,12 @@ def scaling_jobs(
     if min(tokens) < LEAST_STEPS * step:
         raise UserError(f"--tokens {min(tokens)}: under {LEAST_STEPS} steps of {step} tokens, too few to tell how loss falls; give "
                         "more, or a smaller training.batch_size")
-    if len(sizes) < 2 or len(tokens) < 2 or len(sizes) * len(tokens) < 6:
-        raise UserError("a scaling law has five constants: give two or more --sizes and --tokens, six runs or more together")
+    if min(len(sizes), len(tokens)) < LEAST_EACH:
+        raise UserError("through two points goes a power law with any exponent: give three or more --sizes and --tokens")
+    *active, largest = (parameter_counts(fitted({"model": shape(size, base)}, dataset).model)["active"] for size in [*sizes, trial[0]])
+    if largest <= max(active) or trial[1] <= max(tokens):
+        raise UserError(f"--trial {trial[0]}:{trial[1]}: the run that judges the law must be larger than all others, in active "
+                        f"parameters ({largest:,}; the largest has {max(active):,}) and in tokens")
     known: dict[str, float] = {}
     runs = [(size, amount) for size in sizes for amount in tokens] + [trial]
     jobs = []

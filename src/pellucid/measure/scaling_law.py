@@ -19,6 +19,7 @@ from pellucid.measure import intervals
 DELTA = 1e-3  # of the Huber loss, in log L
 EXPONENTS = (0.1, 0.3, 0.5, 0.8, 1.2)
 LEAST_RUNS = 6  # five constants, and one run more
+LEAST_EACH = 3  # sizes, and amounts: through two points goes a power law with any exponent
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Law:
 def fit(N: Sequence[float], D: Sequence[float], loss: Sequence[float], starts: Sequence[Law] = ()) -> Law:
     """The law of the lowest Huber loss over all starts (by default a grid). Raises UserError for too few runs."""
     N, D, loss = (np.asarray(values, float) for values in (N, D, loss))
-    if min(len(np.unique(N)), len(np.unique(D))) < 2 or len(np.unique([N, D], axis=1).T) < LEAST_RUNS:
-        raise UserError(f"a scaling law has five constants: {LEAST_RUNS} different runs or more are needed, of two sizes and two "
+    if min(len(np.unique(N)), len(np.unique(D))) < LEAST_EACH or len(np.unique([N, D], axis=1).T) < LEAST_RUNS:
+        raise UserError(f"a scaling law has five constants: {LEAST_RUNS} different runs or more are needed, of three sizes and three "
                         "amounts of text at least")  # fmt: skip
     best = min((_minimise(start, N, D, loss) for start in starts or _grid(N, D, loss)), key=lambda found: found[0])
     return best[1]

@@ -5,6 +5,7 @@ Held-out losses come per document, so that runs can be compared document by docu
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pellucid.config import Config, make_config
+from pellucid.config import Config, UserError, make_config
 from pellucid.data.dataset import IGNORE, Dataset, Split
 from pellucid.measure.random_tokens import RandomTokens
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
-from pellucid.model.size import parameter_counts
+from pellucid.model.size import parameter_counts, training_bytes
 from pellucid.observe.observer import SilentObserver
 from pellucid.training.device import choose_device, choose_precision
 from pellucid.training.evaluate import evaluate_batches, split_batches
@@ -29,7 +30,7 @@ from pellucid.training.progress import Quiet
 from pellucid.training.step import training_step
 
 TRAINING = "pellucid.measure.training:train_once"
-TRIAL_STEPS = 3  # by which the speed of a shape is estimated
+TRIAL_STEPS, TRIAL_SECONDS = 3, 10.0  # by which the speed of a shape is estimated, at most
 
 
 def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], None]) -> dict[str, Any]:
@@ -63,7 +64,16 @@ def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], 
 
 def open_data(data: str | dict[str, int], tables: dict[str, Any]) -> Any:
     """A folder of prepared data, read as the configuration's [data] says, or random tokens."""
-    return RandomTokens(**data) if isinstance(data, dict) else Dataset(data, verify=False, run=make_config(tables).data)
+    if isinstance(data, dict):
+        _refuse_beyond_memory(8 * data["count"] * data["length"], f"{data['count']:,} random sequences")
+        return RandomTokens(**data)
+    return Dataset(data, verify=False, run=make_config(tables).data)
+
+
+def _refuse_beyond_memory(needed: int, what: str) -> None:
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(f"{what} need {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f} GB: ask for less")
 
 
 def fitted(tables: dict[str, Any], dataset: Any) -> Config:
@@ -81,12 +91,17 @@ def build(config: Config) -> tuple[Grok1, torch.optim.Optimizer]:
 
 
 def estimate(tables: dict[str, Any], data: Any, known: dict[str, float]) -> float:
-    """Seconds of one run, from the time of a few steps of its very shape now; `known` remembers shapes already timed."""
+    """Seconds of one run, from the time of a few steps of its very shape now; `known` remembers shapes already timed.
+
+    Raises UserError for a model or random text that this machine's memory cannot hold.
+    """
     dataset = open_data(data, tables)
     config = fitted(tables, dataset)
     key = repr((config.model, config.training.batch_size, config.data.sequence_length, config.training.precision,
                 config.optimizer.name))  # fmt: skip
     if key not in known:
+        _refuse_beyond_memory(training_bytes(config.model), f"the {parameter_counts(config.model)['total']:,} parameters of a model, "
+                              "with gradient and optimizer,")
         model, optimizer = build(config)
         batch = dataset.split("train", 0).batch(0, config.training.batch_size).to(model.embedding.weight.device)
         times = []
@@ -94,6 +109,8 @@ def estimate(tables: dict[str, Any], data: Any, known: dict[str, float]) -> floa
             began = time.perf_counter()
             training_step(model, optimizer, [batch], config.training, 1e-3, SilentObserver())
             times.append(time.perf_counter() - began)
+            if sum(times) > TRIAL_SECONDS:
+                break
         known[key] = min(times)
     steps = budget_in_steps(config, dataset.split("train", config.training.seed))
     return known[key] * (steps + len(dataset.validation) / config.training.batch_size)
