@@ -7,6 +7,7 @@ step did), checkpoints/ and, at the end, model/ as a Hugging Face directory.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -103,8 +104,12 @@ def train(
     shown = Shown() if progress else Quiet()
     try:
         run = _train(resolved_config(config), folder, resume, shown)
+        if run.stopped_by is None:
+            _stage_plays(shown, run)
         for tool in config.observe.export:
             shown.say(f"exported: {export(folder, tool)}")
+        if run.stopped_by is None:
+            shown.say(summary.what_next(run))
         return run
     finally:
         shown.close()
@@ -159,7 +164,6 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
         save_huggingface(model, dataset.tokenizer, folder / "model", replace=True)
         summary.show_sample(progress, "after training", loop)
         summary.show_result(progress, loop)
-    _stage_plays(progress, loop)
     return run
 
 
@@ -192,13 +196,19 @@ def _known_before_preparing(config: Config) -> dict[str, Any]:
     return {"model": config.model.model_dump(mode="json", exclude=from_data), "data": data}
 
 
-def _stage_plays(progress: Quiet, loop: Loop) -> None:
-    """Some steps in detail for the dashboard, where that is a matter of seconds. Never a reason for a run to fail."""
-    settings, task = loop.config.observe, loop.config.training.task
-    if not settings.enabled or task != "language_modeling" or parameter_counts(loop.config.model)["total"] > MOST_PLAYED_PARAMETERS:
+def _stage_plays(progress: Quiet, run: Run) -> None:
+    """Some steps in detail for the dashboard, where that is a matter of seconds. Never a reason for a run to fail.
+
+    What trained is gone by now: a play needs as much memory.
+    """
+    settings, task = run.config.observe, run.config.training.task
+    few = parameter_counts(run.config.model)["total"] <= MOST_PLAYED_PARAMETERS
+    if not (settings.enabled and settings.plays and task == "language_modeling" and few):
         return
+    gc.collect()
+    progress.stage("playing a step in detail", 0, None)
     try:
-        stage_last(loop.run_dir, settings.plays)
+        stage_last(run.directory, settings.plays)
     except Exception as error:
         progress.say(f"no step could be played in detail: {error}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from pellucid.model.size import parameter_counts
 from pellucid.observe.writing import continued, prompt_of
 from pellucid.training.loop import Loop
 from pellucid.training.progress import Quiet
+
+if TYPE_CHECKING:
+    from pellucid.run import Run
 
 BIGRAM_TOKENS = 20_000_000  # beyond this the baseline would cost more than a glance
 SAMPLE_TOKENS = 100
@@ -75,12 +79,15 @@ def _labelled(loop: Loop) -> tuple[str, str]:
 
 
 def show_result(progress: Quiet, loop: Loop) -> None:
-    folder, dataset = loop.run_dir, loop.dataset
     if loop.final is not None:
-        progress.say(_labels_result(loop) if dataset.labels else _text_result(loop))
-    use = f"pellucid generate {folder} --prompt 'def '" if not dataset.labels else f"pellucid predict {folder} --data FILE"
-    example = "README.md" if not dataset.labels else "FILE"
-    progress.say(f"the run is in {folder}. Next:\n  {use}\n  pellucid evaluate {folder} --data {example}\n  pellucid watch {folder}")
+        progress.say(_labels_result(loop) if loop.dataset.labels else _text_result(loop))
+
+
+def what_next(run: Run) -> str:
+    folder, text = run.directory, run.config.training.task == "language_modeling"
+    use = f"pellucid generate {folder} --prompt 'def '" if text else f"pellucid predict {folder} --data FILE"
+    example = "README.md" if text else "FILE"
+    return f"the run is in {folder}. Next:\n  {use}\n  pellucid evaluate {folder} --data {example}\n  pellucid watch {folder}"
 
 
 def _text_result(loop: Loop) -> str:

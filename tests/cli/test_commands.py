@@ -76,7 +76,8 @@ def test_plan_tells_peak_and_longest_contexts_of_what_is_named(command):
     rows = json.loads(command(*words, "--memory", "1MB", "--json"))
     assert list(rows) == ["tiny"]
     row, peak = rows["tiny"], rows["tiny"]["peak"]
-    assert sum(peak[kind] for kind in ("weights", "gradients", "moments", "activations")) == peak["bytes"]
+    kinds = ("weights", "gradients", "moments", "activations", "libraries")  # the last is oneDNN's, which not every processor uses
+    assert sum(peak.get(kind, 0) for kind in kinds) == peak["bytes"]
     assert row["vocabulary"] == 300 and peak["weights"] >= 4 * row["parameters"]
     assert row["contexts"] == {"none": None, "attention": None, "all": None}, "the program alone takes more"
     text = command(*words)

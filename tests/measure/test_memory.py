@@ -38,6 +38,16 @@ def test_the_ledger_counts_each_storage_once_from_birth_to_death():
     assert ledger.total == 4000 and ledger.peak.total == 8000
 
 
+def test_what_onednn_keeps_of_a_product_is_counted_once_for_each_size():
+    ledger = Ledger()
+    a, b, c = (torch.ones(*shape, dtype=torch.bfloat16) for shape in ((32, 64), (64, 48), (48, 64)))
+    with ledger:
+        for factors in ((a, b), (a, b), (a, c.t()), (a[:16], b)):  # the third is of the same size, but read across
+            torch.mm(*factors)
+        torch.mm(a.float(), b.float())  # MKL's, which keeps nothing
+    assert ledger.live["libraries"] == 3 * memory.KEPT
+
+
 CASES = {
     "fp32": settings(),
     "two micro-batches, bf16": settings(precision="bf16", micro_batch_size=1),

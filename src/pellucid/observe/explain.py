@@ -239,7 +239,7 @@ def _gradient_proofs(
             gradients_of(model, batches, settings)
             gradient = weight.grad.detach().clone()
             model.zero_grad(set_to_none=True)
-            by_hand = rule.element(place)
+            (by_hand,) = rule.elements([place])
             rule.close()
 
             def again() -> float:

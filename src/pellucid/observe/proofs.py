@@ -8,8 +8,9 @@ Letters: N tokens, D hidden, F intermediate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def chain_rule(model: Grok1, name: str, settings: TrainingConfig, batches: list[
 
 
 class ChainRule:
-    """Catches the inputs and the returning gradients of the module that owns a parameter; `element` multiplies them."""
+    """Catches the inputs and the returning gradients of the module that owns a parameter; `elements` multiplies them."""
 
     def __init__(self, model: Grok1, name: str):
         owner, _, self.leaf = name.rpartition(".")
@@ -54,36 +55,42 @@ class ChainRule:
     def close(self) -> None:
         self.hook.remove()
 
-    def element(self, index: tuple[int, ...]) -> float:
-        """d loss / d weight[index] in float64, summed over the forward passes."""
-        return sum(self._one(record, index) for record in self.caught)
+    def elements(self, indices: list[tuple[int, ...]]) -> list[float]:
+        """d loss / d weight[index] of each index, in float64, summed over the forward passes."""
+        totals = dict.fromkeys(indices, 0.0)
+        for record in self.caught:
+            for index, value in self._of(record, totals):
+                totals[index] += value
+        return [totals[index] for index in indices]
 
-    def _one(self, record: dict[str, Any], index: tuple[int, ...]) -> float:
+    def _of(self, record: dict[str, Any], indices: Iterable[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], float]]:
         x = record["x"].double().reshape(-1, record["x"].shape[-1])
         slope = record["slope"].double().reshape(len(x), -1)
-        if isinstance(self.module, RMSNorm):
-            (i,) = index
-            scale = torch.rsqrt(x.square().mean(-1) + self.module.eps)
-            return (slope[:, i] * x[:, i] * scale).sum().item()
         if isinstance(self.module, MoE):
-            return self._expert(x, slope, record["routing"], *index)
-        i, j = index
-        return (slope[:, i] @ x[:, j]).item()
+            for e, own in groupby(sorted(indices), key=lambda index: index[0]):
+                yield from self._expert(x, slope, record["routing"], e, own)
+        elif isinstance(self.module, RMSNorm):
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.module.eps)
+            yield from ((index, (slope[:, index[0]] @ x[:, index[0]]).item()) for index in indices)
+        else:
+            yield from ((index, (slope[:, index[0]] @ x[:, index[1]]).item()) for index in indices)
 
-    def _expert(self, x: Tensor, slope: Tensor, routing: Any, e: int, i: int, j: int) -> float:
+    def _expert(self, x: Tensor, slope: Tensor, routing: Any, e: int, indices: Iterable[tuple[int, ...]]):
         token, choice = (routing.expert_index_Nk == e).nonzero(as_tuple=True)
         x, weight = x[token], routing.gate_Nk.detach()[token, choice].double()
         gate_up, down = self.module.gate_up_proj[e].detach().double(), self.module.down_proj[e].detach().double()
         gate, up = (x @ gate_up.T).chunk(2, dim=-1)
         returning = slope[token] * weight[:, None]  # to this expert's output
-        if self.leaf == "down_proj":
-            return (returning[:, i] * (F.gelu(gate, approximate="tanh") * up)[:, j]).sum().item()
         size, inner = down.shape[1], returning @ down
-        if i >= size:
-            into = inner[:, i - size] * F.gelu(gate[:, i - size], approximate="tanh")
-        else:
-            into = inner[:, i] * up[:, i] * _gelu_slope(gate[:, i])
-        return (into * x[:, j]).sum().item()
+        for index in indices:
+            _, i, j = index
+            if self.leaf == "down_proj":
+                into, other = returning[:, i], F.gelu(gate[:, j], approximate="tanh") * up[:, j]
+            elif i >= size:
+                into, other = inner[:, i - size] * F.gelu(gate[:, i - size], approximate="tanh"), x[:, j]
+            else:
+                into, other = inner[:, i] * up[:, i] * _gelu_slope(gate[:, i]), x[:, j]
+            yield index, (into @ other).item()
 
 
 class TiedRule:
@@ -106,9 +113,11 @@ class TiedRule:
             hook.remove()
 
     @torch.no_grad()
-    def element(self, index: tuple[int, ...]) -> float:
-        """d loss / d weight[index] in float64, summed over the forward passes."""
-        v, d = index
+    def elements(self, indices: list[tuple[int, ...]]) -> list[float]:
+        """d loss / d weight[index] of each index, in float64, summed over the forward passes."""
+        return [self._element(*index) for index in indices]
+
+    def _element(self, v: int, d: int) -> float:
         total = 0.0
         for record, batch in zip(self.caught, self.batches, strict=True):
             total += record["slope"][record["tokens"] == v][:, d].double().sum().item()

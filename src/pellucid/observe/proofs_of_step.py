@@ -74,9 +74,10 @@ def prove_edges(
             gradients_of(model, batches, settings)
             for rule in rules.values():
                 rule.close()
-            for edge in edges:
-                edge.autograd = parameters[edge.tensor].grad[edge.index].item()
-                edge.by_hand = rules[edge.tensor].element(edge.index)
+            for name, rule in rules.items():
+                mine = [edge for edge in edges if edge.tensor == name]
+                for edge, by_hand in zip(mine, rule.elements([edge.index for edge in mine]), strict=True):
+                    edge.autograd, edge.by_hand = parameters[name].grad[edge.index].item(), by_hand
             model.zero_grad(set_to_none=True)
 
             def again() -> float:
