@@ -89,8 +89,8 @@ def test_equal_pairs_are_counted_and_their_number_by_chance_is_the_mean_over_all
     twos = list(itertools.combinations(range(5), 2))
     found = lambda order: sum(inputs[i] == inputs[j] and order[i] == order[j] for i, j in twos)
     every = [found(order) for order in itertools.permutations(targets[:5])]
-    assert equal_pairs(inputs, targets) == (found(targets), pytest.approx(np.mean(every)))
-    assert equal_pairs(np.array([]), np.array([])) == (0, 0)
+    assert equal_pairs(inputs, targets) == (found(targets), pytest.approx(np.mean(every)), min(4, 4))
+    assert equal_pairs(np.array([]), np.array([])) == (0, 0, 0)
 
 
 def pairs_said(shuffle, loss=3.2, entropy=3.1, steps=40):
@@ -112,6 +112,32 @@ def test_targets_that_follow_from_nothing_are_told_within_8_steps_and_real_text_
     assert pairs_said(lambda rng, targets: targets) == []
     assert pairs_said(lambda rng, targets: rng.permutation(targets), loss=2.5) == [], "something is learnt all the same"
     assert pairs_said(lambda rng, targets: np.arange(512)) == [], "no two targets alike: nothing can be told"
+
+
+def test_a_source_that_is_nearly_one_token_is_not_called_unrelated():
+    """Where a token makes up nine tenths, equal places are so many that no pairing has 1.25 times those of chance."""
+    rng, watch, said = np.random.default_rng(0), Watch(Run(tokens_per_step=512)), []
+    for step in range(40):
+        text = np.where(rng.random(513) < 0.93, 7, rng.integers(8, 60, 513)).astype(np.int32)
+        facts = {"pairs": np.stack([text[:-1], text[1:]]), "unigram_entropy": 0.5}
+        said += watch.judge(Record(step, {"run": frame("run", loss=0.5, applied=1)}), **facts)
+    assert said == []
+
+
+def repeats_said(rows_of_step, rows_per_epoch, steps):
+    watch = Watch(Run(rows_per_epoch=rows_per_epoch))
+    records = (watch.judge(Record(step, {"run": frame("run", loss=3.0, applied=1)}), row_hashes=rows_of_step(step))
+               for step in range(steps))  # fmt: skip
+    return [event["rule"] for events in records for event in events]
+
+
+def test_rows_that_come_again_are_told_and_those_of_the_next_epoch_are_not():
+    rng = np.random.default_rng(1)
+    order = np.concatenate([rng.permutation(400) for _ in range(4)])
+    assert repeats_said(lambda step: order[4 * step : 4 * step + 4].tolist(), 400, 400) == []
+    assert repeats_said(lambda step: [1, 2, 3, 4], 400, 30) == ["repeated_data"]
+    doubled = np.concatenate([rng.permutation(np.tile(np.arange(200), 2)) for _ in range(2)])
+    assert "repeated_data" in repeats_said(lambda step: doubled[4 * step : 4 * step + 4].tolist(), 400, 200)
 
 
 def documents_said(series, vocab_size=260):

@@ -84,7 +84,7 @@ class History:
         self.document_excess: deque[float] = deque(maxlen=DOCUMENT_STEPS)  # of each step's worst document, this step's last
         self.repeated_share: float | None = None
         self.unigram_entropy: float | None = None
-        self.equal_pairs: deque[tuple[float, float]] = deque(maxlen=PAIR_STEPS)  # in each step: how many, and how many by chance
+        self.equal_pairs: deque[tuple[float, float, float]] = deque(maxlen=PAIR_STEPS)  # in each step: found, by chance, at most
         self.best_loss = float("inf")  # lowest mean of 20 steps
 
     def push(self, step: int, frames: dict[str, np.ndarray]) -> None:

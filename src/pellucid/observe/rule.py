@@ -44,6 +44,7 @@ LIMITS = {
     "patience": 4,  # evaluations without a better one
     "gap": 0.1,  # share of the best held-out loss by which held-out and training loss moved apart meanwhile
     "related": 1.25,  # times chance; code, prose and plays have 1.5 to 20, whatever the tokenizer (bytes the least)
+    "room": 2.0,  # times chance, that could be found at most; nearly all one token, and there is none
     "pairs": 40,  # expected by chance in 8 steps: with fewer, nothing can be told
     "starved": 0.3,  # median of 20 steps
     "repeated": 0.2,

@@ -29,6 +29,7 @@ class Watch:
         self._quiet: dict[tuple[str, str], int] = {}
         self._hashes: deque[set[int]] = deque()
         self._repeats: deque[float] = deque(maxlen=20)
+        self._epoch = 0
 
     @classmethod
     def of_run(cls, config: Any, rows: list, layers: int, experts: int, vocab_size: int, rows_per_epoch: int | None):
@@ -66,13 +67,17 @@ class Watch:
         return True
 
     def _repeated(self, hashes: list[int]) -> float | None:
-        """Share of the last 20 steps' rows that had come before, within half an epoch."""
+        """Share of the last 20 steps' rows that had come before, within half an epoch and in the same."""
         run = self.history.run
         if run.rows_per_epoch is None:
             return None
         reach = min(512, int(0.5 * run.rows_per_epoch / max(1, len(hashes))))
         if reach < 20:
             return None
+        epoch = (self.history.step + 1) * len(hashes) // run.rows_per_epoch
+        if epoch != self._epoch:
+            self._hashes.clear()
+            self._epoch = epoch
         seen = set().union(*self._hashes) if self._hashes else set()
         own = set(hashes)
         repeats = len(hashes) - len(own) + len(own & seen)
@@ -83,15 +88,18 @@ class Watch:
         return sum(self._repeats) / len(self._repeats) if len(self._repeats) == 20 else None
 
 
-def equal_pairs(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
-    """How many two of these places have both the same input and the same target, and how many would if targets were shuffled.
+def equal_pairs(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:
+    """How many two of these places have both the same input and the same target, how many would if targets were shuffled, and
+    how many could at most.
 
     By chance it is exactly (twos with the same input) * (twos with the same target) / (all twos). Negative targets are left out.
     """
     real = targets >= 0
     inputs, targets = inputs[real].astype(np.int64), targets[real].astype(np.int64)
     every = len(inputs) * (len(inputs) - 1) / 2
-    return _twos(inputs << 32 | targets), _twos(inputs) * _twos(targets) / every if every else 0.0
+    same_input, same_target = _twos(inputs), _twos(targets)
+    chance = same_input * same_target / every if every else 0.0
+    return _twos(inputs << 32 | targets), chance, min(same_input, same_target)
 
 
 def _twos(values: np.ndarray) -> float:

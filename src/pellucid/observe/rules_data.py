@@ -20,7 +20,9 @@ from pellucid.observe.rule import LIMITS, Finding, rule
 def unrelated_targets(h: History) -> Iterator[Finding]:
     if h.unigram_entropy is None or len(h.equal_pairs) < PAIR_STEPS:
         return
-    found, chance = map(sum, zip(*h.equal_pairs, strict=True))
+    found, chance, most = map(sum, zip(*h.equal_pairs, strict=True))
+    if most < LIMITS["room"] * chance:
+        return  # nearly all is one token, and whatever pairing has about as many
     loss = float(np.mean(h.scalars("loss", PAIR_STEPS)))
     learnt = loss < h.unigram_entropy - LIMITS["frequencies"][0]  # from more than the token before, then
     if chance > LIMITS["pairs"] and found < LIMITS["related"] * chance and not learnt:
