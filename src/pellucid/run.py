@@ -201,9 +201,9 @@ def _stage_plays(progress: Quiet, run: Run) -> None:
 
     What trained is gone by now: a play needs as much memory.
     """
-    settings, task = run.config.observe, run.config.training.task
+    settings = run.config.observe
     few = parameter_counts(run.config.model)["total"] <= MOST_PLAYED_PARAMETERS
-    if not (settings.enabled and settings.plays and task == "language_modeling" and few):
+    if not (settings.enabled and settings.plays and few):
         return
     gc.collect()
     progress.stage("playing a step in detail", 0, None)

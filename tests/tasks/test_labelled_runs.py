@@ -20,6 +20,8 @@ from pellucid.exchange.convert import convert
 from pellucid.observe.explain import explain
 from pellucid.observe.explain_text import explain_text
 from pellucid.observe.reader import Reader
+from pellucid.observe.replay import state_before
+from pellucid.observe.theatre import staged_steps, theatre_path
 from pellucid.observe.trace import trace
 from pellucid.run import train
 from pellucid.training import checkpoint
@@ -262,3 +264,40 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_answered(command, 
     save_file(weights, file, about)
     code, output, errors = command(*arguments, "broken")
     assert code == 2 and "the weights 'score.weight' hold NaN or infinity" in errors and not output, errors
+
+
+@pytest.mark.parametrize("name", ["class_run", "number_run"])
+def test_a_step_of_a_labelled_run_is_played_with_all_proofs(name, request):
+    """One document's end is followed: what the head said there, against softmax and squared error written out here."""
+    run = request.getfixturevalue(name)
+    step = staged_steps(run.directory)[-1]
+    play = json.loads(theatre_path(run.directory, step).read_text())
+    replay = state_before(run.directory, step)
+    batches, head = replay.micro_batches(), replay.model.config.head
+    row, at = play["row"], play["position"]
+    batch, own = batches[row // 4], row % 4
+    labels_K = batch.labels_BTK[own, at].double()
+    documents = sum(int((~b.labels_BTK[..., 0].isnan()).sum()) for b in batches)
+    with torch.no_grad():
+        scores_K = replay.model(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)[own, at].double()
+    output, here, close = play["outputs"][-1], play["tokens"][-1], lambda value: pytest.approx(float(value), rel=1e-4, abs=1e-6)
+    target = output["target"]
+    if name == "class_run":
+        p_C = scores_K.softmax(-1)
+        assert here["target_text"] == head.labels[target] == head.labels[int(labels_K[0])]
+        assert {choice["id"]: choice["p"] for choice in output["choices"]} == {c: close(p) for c, p in enumerate(p_C)}
+        assert output["loss"] == close(-p_C[target].log()) and output["slope"] == close((p_C[target] - 1) / documents)
+    else:
+        error_K, told_K = scores_K - labels_K, scores_K.numpy() * head.std + head.mean
+        assert [choice["told"] for choice in output["choices"]] == [close(v) for v in told_K]
+        assert [choice["true"] for choice in output["choices"]] == [close(v) for v in labels_K.numpy() * head.std + head.mean]
+        assert output["loss"] == close(error_K.square().mean()) and output["slope"] == close(error_K[target] / documents)
+    assert output["fan"]["tensor"] == "score.weight" and all(other["target"] < 0 for other in play["outputs"][:-1])
+    with Reader(run.directory) as reader:
+        steps, losses = reader.series("run", "loss", stream="run")
+    assert play["losses"]["batch"][0] == close(losses[list(steps).index(step)]) and play["step_result"]["tokens"] == documents
+    assert all(proof["holds"] for proof in play["proofs"])
+    compared = [edge for edge in play["edges"] if edge["difference"] is not None]
+    refuted = [edge for edge in compared if edge["doubt"] <= 0.05 * abs(edge["autograd"])
+               and abs(edge["difference"] - edge["autograd"]) > 1e-3 * abs(edge["autograd"]) + edge["doubt"]]  # fmt: skip
+    assert compared and not refuted and all(edge["by_hand"] == close(edge["autograd"]) for edge in play["edges"])

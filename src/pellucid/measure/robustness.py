@@ -199,15 +199,20 @@ def _mean_curve(curves: Sequence[list[dict]], amount: int, trained: int) -> list
             for n, point in enumerate(curves[0])]
 
 
+def _begin(arm: str) -> str:
+    """An arm's name as the first word of a sentence."""
+    return arm.capitalize().replace("Bpe", "BPE")
+
+
 def _describe(outcome: Outcome) -> None:
     found = outcome.numbers
     for gap in found["gaps"]:
         outcome.findings.append(f"{gap['amount']:,} tokens of text, {gap['epochs']:.1f} times: training loss {gap['train']:.3f}, "
                                 f"held-out {gap['held_out']['mean']:.3f}, a gap of {spread(gap['gap'])}.")
     for row in found["augmentation"]:
-        outcome.findings.append(f"{row['arm'].capitalize()} at {row['amount']:,} tokens: held-out loss changes by {spread(row)}: "
+        outcome.findings.append(f"{_begin(row['arm'])} at {row['amount']:,} tokens: held-out loss changes by {spread(row)}: "
                                 f"{row['verdict']}.")
-    outcome.findings += [f"{arm.capitalize()} could not be tried: {why}" for arm, why in found["unavailable"].items()]
+    outcome.findings += [f"{_begin(arm)} could not be tried: {why}" for arm, why in found["unavailable"].items()]
     if "narrow_minus_varied" in found:
         row = found["narrow_minus_varied"]
         score = lambda kind: np.mean([v["score"] / v["documents"] for name, v in found["vendi"].items() if name.startswith(kind)])

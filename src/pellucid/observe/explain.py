@@ -150,9 +150,9 @@ def explain(
 
 
 def _may_be_played(run_dir: str | Path, replay: Replay) -> bool:
-    """For the dashboard's Network view: unless it is there, or predicts no tokens, or is too large or slow."""
+    """For the dashboard's Network view: unless it is there, or is too large or slow."""
     config = replay.config
-    if config.training.task != "language_modeling" or theatre.theatre_path(run_dir, replay.step).is_file():
+    if theatre.theatre_path(run_dir, replay.step).is_file():
         return False
     tokens = config.training.batch_size * config.data.sequence_length
     flops = tokens * flops_per_token(config.model, config.data.sequence_length)

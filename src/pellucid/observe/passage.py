@@ -177,15 +177,15 @@ class Passage:
 
     @torch.no_grad()
     def scores(self, window: slice) -> Tensor:
-        """[W, V] in fp32, as the model gives them."""
+        """[W, V] in fp32, as the model gives them; of a head [W, K]."""
         return self.model.logits(self.end["h"][window])
 
     @torch.no_grad()
     def output(self, t: int, target: int, score: float, slope: float) -> Fan:
-        """The target's score at position t: its row of the embedding table times the final state."""
-        weight = self.model.embedding.weight[target].detach().to(self.model.compute_dtype).float()
-        state = self.end["h"][t].float() * self.model.config.output_multiplier_scale
-        return make_fan("output", "embedding.weight", (target,), weight, state, score, slope)
+        """The target's score at position t: its row of the embedding table, or of the head, times the final state."""
+        name, scale = ("embedding", self.model.config.output_multiplier_scale) if self.model.score is None else ("score", 1.0)
+        weight = getattr(self.model, name).weight[target].detach().to(self.model.compute_dtype).float()
+        return make_fan("output", f"{name}.weight", (target,), weight, self.end["h"][t].float() * scale, score, slope)
 
     @torch.no_grad()
     def sizes(self, window: slice) -> list[dict[str, list[float]]]:

@@ -208,7 +208,7 @@ def finite_difference(
     `size` and shrink while that makes the answer surer (Ridders 1982): large ones suffer from curvature, small ones from rounding.
     """
     kept = weight.detach().clone()
-    noise = FLOAT32_NOISE / math.sqrt(tokens) * abs(objective())
+    noise = FLOAT32_NOISE / math.sqrt(tokens) * max(1.0, abs(objective()))  # a small loss is what is left of scores of size one
 
     def central(step: float) -> float:
         values = []

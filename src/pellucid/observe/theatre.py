@@ -1,7 +1,8 @@
 """One training step as a play in seven phases: input, forward, predict, loss, backward, update, after. With real numbers.
 
-The step is replayed (replay.py); one token of its batch is followed through the network (passage.py), and every weight
-that is shown carries its whole update: gradient, clipping, moments, terms, weight before and after, and three proofs.
+The step is replayed (replay.py); one token of its batch (of labelled documents: the last of one) is followed through the
+network (passage.py), and every weight that is shown carries its whole update: gradient, clipping, moments, terms, weight before
+and after, and three proofs.
 Written to capsules/step-N.theatre.json. `python -m pellucid.observe.theatre RUN STEP` makes one beside a training.
 Letters: B rows, T positions, W window of a row, V vocabulary, L layers.
 """
@@ -28,10 +29,11 @@ from pellucid.observe.proofs_of_step import Edge, prove_edges
 from pellucid.observe.reader import Reader
 from pellucid.observe.replay import Replay, capsule_path, state_before
 from pellucid.training import checkpoint
-from pellucid.training.evaluate import evaluate_batches, split_batches
-from pellucid.training.losses import IGNORE, cross_entropy
+from pellucid.training.evaluate import split_batches
+from pellucid.training.losses import cross_entropy
 from pellucid.training.optimizers import Update, explain_update, optimizer_parameters, update_settings
-from pellucid.training.step import StepResult, idle_experts
+from pellucid.training.step import StepResult, count_predictions, idle_experts
+from pellucid.training.tasks import TASKS, as_told, label_loss
 
 VERSION = 1
 WINDOW = 12  # tokens shown
@@ -89,13 +91,12 @@ def stage(
 
     seconds: spent on finite differences at most; each weight's costs five forward passes or more.
     """
-    if replay.config.training.task != "language_modeling":
-        raise UserError(f"a play follows one predicted token, and this run's task is {replay.config.training.task}")
     batches, model, step = replay.micro_batches(), replay.model, replay.step
     size = len(batches[0].tokens_BT)
     tell("forward", 0, 1)
     losses_BT = _token_losses(replay, batches)
-    row, focus = choose_token(batches, losses_BT, replay.dataset.tokenizer)
+    predicted_BT = torch.cat([_predicted(replay, batch) for batch in batches]).cpu()
+    row, focus = choose_token(batches, losses_BT, predicted_BT, replay.dataset.tokenizer)
     micro, batch = row // size, batches[row // size]
     window, own = slice(first_of_window(batch, row % size, focus), focus + 1), slice(row % size, row % size + 1)
     held_out = _held_out(replay)
@@ -108,20 +109,20 @@ def stage(
             passage.close()
         if not result.applied:
             raise UserError(f"step {step} changed nothing: its loss or gradient was not finite, so there is no play of it")
-        after_BT, after_WV = _token_losses(replay, batches), _scores(replay, batch[own])[0, window].softmax(-1)
+        after_BT, after_WV = _token_losses(replay, batches), _scores(replay, batch[own])[0, window]
         held_out["after"] = _held_out(replay)["before"]
         proofs = _whole_proofs(replay, result, run_dir)
         replay.model.load_state_dict(start)
         prove_edges(replay, batches, recorder.edges, tell, seconds)
-    predicted_BT = torch.cat([batch.targets_BT for batch in batches]).cpu() != IGNORE
     play = {
         "version": VERSION, "step": step, "row": row, "position": focus, "window": [window.start, window.stop],
         "document": _document(replay, row, focus), "tokens": _tokens(replay, batch, row % size, window),
         "shape": replay.config.model.model_dump(mode="json", exclude={"preset"}),
         "precision": replay.config.training.precision, "batch": [len(losses_BT), losses_BT.shape[1]],
+        "training": {key: getattr(replay.config.training, key) for key in ("task", "label_smoothing", "class_weights", "huber_delta")},
         "optimizer": recorder.settings, "layers": recorder.layers, "outputs": recorder.outputs,
         "edges": [edge.as_dict() for edge in recorder.edges], "proofs": proofs,
-        "step_result": {"loss": result.loss, "tokens": result.tokens, "gradient_norm": result.grad_norm,
+        "step_result": {"loss": result.loss, "tokens": result.predictions, "gradient_norm": result.grad_norm,
                         "clip_factor": result.clip_factor, "gradient_clip": replay.config.training.gradient_clip,
                         "learning_rate": result.learning_rate, "balance_loss": result.balance_loss},
         "losses": {"batch": _means(losses_BT, after_BT, predicted_BT),
@@ -129,22 +130,21 @@ def stage(
                    "held_out": [held_out["before"], held_out["after"]], "held_out_rows": held_out["rows"],
                    "tokens": [losses_BT[row, window].tolist(), after_BT[row, window].tolist()]},
     }  # fmt: skip
-    _after(play, after_WV)
+    _after(play, after_WV, model.config.head)
     return play
 
 
 # ------------------------------------------------------------------------------------------------- choosing
 
 
-def choose_token(batches: list[Any], losses_BT: Tensor, tokenizer: Any) -> tuple[int, int]:
+def choose_token(batches: list[Any], losses_BT: Tensor, real: Tensor, tokenizer: Any) -> tuple[int, int]:
     """(row, position) of the token that is followed: the one nearest to the step's mean loss, so that it is typical.
 
     All that it can see should fit in the window, with some context, and what is predicted should have letters or digits;
-    each wish is dropped if no token of the step fulfils it.
+    each wish is dropped if no token of the step fulfils it. real: bool [B, T], where something is predicted.
     """
     targets_BT = torch.cat([batch.targets_BT for batch in batches]).cpu()
     positions_BT = torch.cat([batch.positions_BT for batch in batches]).cpu()
-    real = targets_BT != IGNORE
     if not real.any():
         raise UserError("this step's batch predicts no token")
     wordlike = torch.tensor([any(c.isalnum() for c in tokenizer.decode([n])) for n in range(tokenizer.vocab_size)])
@@ -174,7 +174,7 @@ class _Recorder(SilentObserver):
 
     def __init__(self, replay: Replay, passage: Passage, micro: int, window: slice, batches: list[Any]):
         self.replay, self.passage, self.micro, self.window, self.batch = replay, passage, micro, window, batches[micro]
-        self.tokens = sum(int((batch.targets_BT != IGNORE).sum()) for batch in batches)
+        self.tokens = count_predictions(batches, replay.config.training)
         self.now, self.last = 0, len(batches) - 1
         self.edges: list[Edge] = []
         self.layers: list[dict[str, Any]] = []
@@ -232,6 +232,9 @@ class _Recorder(SilentObserver):
         return told
 
     def _read_outputs(self, shown: Any) -> None:
+        if self.replay.model.config.head is not None:
+            self._read_answers(shown)
+            return
         targets = self.batch.targets_BT[self.passage.row].tolist()
         scores_WV = self.passage.scores(self.window).float()
         probs_WV, normalizer_W = scores_WV.softmax(-1), scores_WV.logsumexp(-1)
@@ -247,6 +250,38 @@ class _Recorder(SilentObserver):
                 slope = ((1 + 2 * settings.z_loss * normalizer_W[at].item()) * p - 1) / self.tokens
                 output |= {"p": p, "score": score, "loss": normalizer_W[at].item() - score, "slope": slope,
                            "rank": int((probs_WV[at] > probs_WV[at, target]).sum()) + 1}  # fmt: skip
+                if t in shown:
+                    output["fan"] = self._fan(self.passage.output(t, target, score, slope), t == self.window.stop - 1)
+            self.outputs.append(output)
+
+    def _read_answers(self, shown: Any) -> None:
+        """What the head would say after each token; at the document's end, where it is asked, also what that costs."""
+        head, settings = self.replay.model.config.head, self.replay.config.training
+        scores_WK = self.passage.scores(self.window).float()
+        labels_WK = self.batch.labels_BTK[self.passage.row, self.window]
+        for at, t in enumerate(range(self.window.start, self.window.stop)):
+            numbers, asked = head.problem_type == "regression", not labels_WK[at, 0].isnan()
+            told = list(range(len(head.labels))) if numbers else scores_WK[at].topk(min(CHOICES, len(head.labels))).indices.tolist()
+            if asked and not numbers and int(labels_WK[at, 0]) not in told:
+                told.append(int(labels_WK[at, 0]))
+            choices = [{"id": k, "text": head.labels[k], "score": scores_WK[at, k].item()} for k in told]
+            _say(choices, head, scores_WK[at], "")
+            output: dict[str, Any] = {"target": -1, "normalizer": scores_WK[at].logsumexp(-1).item(), "choices": choices}
+            if asked:
+                with torch.enable_grad():
+                    answer_1K = scores_WK[at : at + 1].detach().clone().requires_grad_()
+                    loss = label_loss(head, answer_1K, labels_WK[at : at + 1], settings).sum()
+                    (slope_1K,) = torch.autograd.grad(loss, answer_1K)
+                if numbers:
+                    target = int(slope_1K[0].abs().argmax())
+                    for choice, true in zip(choices, as_told(head, labels_WK[at : at + 1].cpu().numpy())[0].tolist(), strict=True):
+                        choice["true"] = true
+                else:
+                    target = int(labels_WK[at, 0])
+                    rank = int((scores_WK[at] > scores_WK[at, target]).sum()) + 1
+                    output |= {"p": scores_WK[at].softmax(-1)[target].item(), "rank": rank}
+                slope, score = slope_1K[0, target].item() / self.tokens, scores_WK[at, target].item()
+                output |= {"target": target, "score": score, "loss": loss.item(), "slope": slope}
                 if t in shown:
                     output["fan"] = self._fan(self.passage.output(t, target, score, slope), t == self.window.stop - 1)
             self.outputs.append(output)
@@ -285,9 +320,22 @@ class _Recorder(SilentObserver):
 # ------------------------------------------------------------------------------------------------- measuring
 
 
+def _predicted(replay: Replay, batch: Any) -> Tensor:
+    """bool [B, T]."""
+    return TASKS[replay.config.training.task].predicts(batch).view(batch.tokens_BT.shape)
+
+
 @torch.no_grad()
 def _token_losses(replay: Replay, batches: list[Any]) -> Tensor:
-    """[B, T] in nats, 0 where nothing is predicted."""
+    """[B, T] in nats (of numbers: squared deviations), 0 where nothing is predicted."""
+    head, settings = replay.model.config.head, replay.config.training
+    if head is not None:
+        found = []
+        for batch in batches:
+            at_BT = _predicted(replay, batch)
+            loss_M = label_loss(head, _scores(replay, batch)[at_BT], batch.labels_BTK[at_BT], settings)
+            found.append(loss_M.new_zeros(at_BT.shape).masked_scatter(at_BT, loss_M))
+        return torch.cat(found).cpu()
     losses, vocabulary = [], replay.config.model.vocab_size
     for batch in batches:
         B, T = batch.tokens_BT.shape
@@ -300,7 +348,7 @@ def _token_losses(replay: Replay, batches: list[Any]) -> Tensor:
 
 @torch.no_grad()
 def _scores(replay: Replay, batch: Any) -> Tensor:
-    """[B, T, V] in fp32."""
+    """[B, T, V] in fp32; of a head [B, T, K]."""
     return replay.model(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT).float()
 
 
@@ -308,8 +356,9 @@ def _held_out(replay: Replay) -> dict[str, Any]:
     split = replay.dataset.validation
     if split is None:
         return {"before": None, "rows": 0}
-    batches = split_batches(split, replay.config.training.micro_batch_size, HELD_OUT_ROWS)
-    loss = evaluate_batches(replay.model, batches, replay.dataset.tokenizer.byte_lengths).loss
+    settings = replay.config.training
+    batches = split_batches(split, settings.micro_batch_size, HELD_OUT_ROWS)
+    loss = TASKS[settings.task].evaluate(replay.model, batches, settings, replay.dataset.tokenizer.byte_lengths).loss
     return {"before": loss, "rows": min(HELD_OUT_ROWS, len(split))}
 
 
@@ -318,12 +367,20 @@ def _means(losses_BT: Tensor, after_BT: Tensor, predicted_BT: Tensor) -> list[fl
     return [losses[predicted_BT].double().mean().item() for losses in (losses_BT, after_BT)]
 
 
-def _after(play: dict[str, Any], after_WV: Tensor) -> None:
+def _say(choices: list[dict[str, Any]], head: Any, scores_V: Tensor, when: str) -> None:
+    """Adds the probability of each choice, or of numbers what is told in their own unit."""
+    numbers = head is not None and head.problem_type == "regression"
+    said = as_told(head, scores_V[None].cpu().numpy())[0] if numbers else scores_V.softmax(-1)
+    for choice in choices:
+        choice[("told" if numbers else "p") + when] = said[choice["id"]].item()
+
+
+def _after(play: dict[str, Any], after_WV: Tensor, head: Any) -> None:
     for at, output in enumerate(play["outputs"]):
-        for choice in output["choices"]:
-            choice["p_after"] = after_WV[at, choice["id"]].item()
+        _say(output["choices"], head, after_WV[at], "_after")
         if output["target"] >= 0:
-            output["p_after"] = after_WV[at, output["target"]].item()
+            if "p" in output:
+                output["p_after"] = next(choice["p_after"] for choice in output["choices"] if choice["id"] == output["target"])
             output["loss_after"] = play["losses"]["tokens"][1][at]
 
 
@@ -359,10 +416,17 @@ def _text(replay: Replay, token: int) -> str:
 
 def _tokens(replay: Replay, batch: Any, row: int, window: slice) -> list[dict[str, Any]]:
     tokens, targets = batch.tokens_BT[row, window].tolist(), batch.targets_BT[row, window].tolist()
-    positions = batch.positions_BT[row, window].tolist()
-    return [{"id": token, "text": _text(replay, token), "target": target, "position": position,
-             "target_text": _text(replay, target) if target >= 0 else None}
-            for token, target, position in zip(tokens, targets, positions, strict=True)]  # fmt: skip
+    positions, head = batch.positions_BT[row, window].tolist(), replay.model.config.head
+    found = [{"id": token, "text": _text(replay, token), "target": target, "position": position,
+              "target_text": _text(replay, target) if target >= 0 and head is None else None}
+             for token, target, position in zip(tokens, targets, positions, strict=True)]  # fmt: skip
+    if head is not None:  # the label, at the end of a document
+        for here, labels_K in zip(found, batch.labels_BTK[row, window], strict=True):
+            here["target"] = -1
+            if not labels_K[0].isnan():
+                told, numbers = as_told(head, labels_K[None].cpu().numpy())[0], head.problem_type == "regression"
+                here["target_text"] = ", ".join(f"{v:.4g}" for v in told) if numbers else head.labels[int(told[0])]
+    return found
 
 
 def _document(replay: Replay, row: int, focus: int) -> dict[str, Any]:

@@ -57,19 +57,22 @@ def has_label(batch: Any) -> Tensor:
     return ~batch.labels_BTK[..., 0].reshape(-1).isnan()
 
 
-def class_loss(model: Grok1, hidden_BTD: Tensor, batch: Any, settings: TrainingConfig) -> TokenLoss:
-    """Cross-entropy of each document's class, by the head."""
-    scores_MC, labels_MK, at_N = answers(model, hidden_BTD, batch)
+def document_loss(model: Grok1, hidden_BTD: Tensor, batch: Any, settings: TrainingConfig) -> TokenLoss:
+    """What the head's answer at the end of each document costs."""
+    outputs_MK, labels_MK, at_N = answers(model, hidden_BTD, batch)
+    loss_M = label_loss(model.config.head, outputs_MK, labels_MK, settings)
+    return TokenLoss(loss_M.sum(), at_N.sum(), loss_M.new_zeros(len(at_N)).masked_scatter(at_N, loss_M.detach()),
+                     loss_M.new_zeros(()))  # fmt: skip
+
+
+def label_loss(head: HeadConfig, outputs_MK: Tensor, labels_MK: Tensor, settings: TrainingConfig) -> Tensor:
+    """[M]: cross-entropy of each document's class, or squared (or Huber) error of its standardised numbers."""
+    if head.problem_type == "regression":
+        return number_error(outputs_MK, labels_MK, settings.huber_delta)
     weights_C = None
     if settings.class_weights:
-        weights_C = scores_MC.new_tensor([settings.class_weights.get(name, 1.0) for name in model.config.head.labels])
-    return _at_documents(class_cross_entropy(scores_MC, labels_MK[:, 0].long(), weights_C, settings.label_smoothing), at_N)
-
-
-def number_loss(model: Grok1, hidden_BTD: Tensor, batch: Any, settings: TrainingConfig) -> TokenLoss:
-    """Squared (or Huber) error of each document's standardised numbers, by the head."""
-    outputs_MK, labels_MK, at_N = answers(model, hidden_BTD, batch)
-    return _at_documents(number_error(outputs_MK, labels_MK, settings.huber_delta), at_N)
+        weights_C = outputs_MK.new_tensor([settings.class_weights.get(name, 1.0) for name in head.labels])
+    return class_cross_entropy(outputs_MK, labels_MK[:, 0].long(), weights_C, settings.label_smoothing)
 
 
 def class_cross_entropy(
@@ -97,11 +100,6 @@ def answers(model: Grok1, hidden_BTD: Tensor, batch: Any) -> tuple[Tensor, Tenso
     """(the head's outputs [M, K], the labels [M, K], where documents end: bool [N])."""
     at_N = has_label(batch)
     return model.logits(hidden_BTD.flatten(0, 1)[at_N]), batch.labels_BTK.flatten(0, 1)[at_N], at_N
-
-
-def _at_documents(loss_M: Tensor, at_N: Tensor) -> TokenLoss:
-    per_token_N = loss_M.new_zeros(len(at_N)).masked_scatter(at_N, loss_M.detach())
-    return TokenLoss(loss_M.sum(), at_N.sum(), per_token_N, loss_M.new_zeros(()))
 
 
 # ------------------------------------------------------------------------------------- judging documents
@@ -165,23 +163,20 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _evaluate_labels(loss: Callable[..., TokenLoss]) -> Callable[..., LabelEvaluation]:
-    @torch.no_grad()
-    def evaluate(model: Grok1, batches: Iterable[Any], settings: TrainingConfig, byte_lengths_V: Any = None) -> LabelEvaluation:
-        result, device = LabelEvaluation(model.config.head), model.embedding.weight.device
-        for batch in batches:
-            batch = batch.to(device)
-            hidden, _ = model.hidden_states(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)
-            outputs_MK, labels_MK, _ = answers(model, hidden, batch)
-            result.total += float(loss(model, hidden, batch, settings).total)
-            result.add(outputs_MK.cpu().numpy(), labels_MK.cpu().numpy())
-        return result
-
-    return evaluate
+@torch.no_grad()
+def _evaluate_labels(model: Grok1, batches: Iterable[Any], settings: TrainingConfig, byte_lengths_V: Any = None) -> LabelEvaluation:
+    result, device = LabelEvaluation(model.config.head), model.embedding.weight.device
+    for batch in batches:
+        batch = batch.to(device)
+        hidden, _ = model.hidden_states(batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT)
+        outputs_MK, labels_MK, _ = answers(model, hidden, batch)
+        result.total += float(document_loss(model, hidden, batch, settings).total)
+        result.add(outputs_MK.cpu().numpy(), labels_MK.cpu().numpy())
+    return result
 
 
 TASKS = {
     "language_modeling": Task(has_target, token_loss, lambda model, batches, _, lengths: evaluate_batches(model, batches, lengths)),
-    "classification": Task(has_label, class_loss, _evaluate_labels(class_loss)),
-    "regression": Task(has_label, number_loss, _evaluate_labels(number_loss)),
+    "classification": Task(has_label, document_loss, _evaluate_labels),
+    "regression": Task(has_label, document_loss, _evaluate_labels),
 }

@@ -64,13 +64,15 @@ class River:
         training = config.get("training", {})
         split = self.dataset.split("train", training.get("seed", 0))
         pieces = split.trace(step, training.get("batch_size", 16))
+        label_at = {(piece["row"], piece["position_start"] + piece["length"] - 1): piece["label"] for piece in pieces}
         loss_of = {(loss["row"], loss["segment"]): loss for loss in losses}
         for piece in pieces:
             piece.update({key: loss_of.get((piece["row"], piece["segment"]), {}).get(key) for key in ("loss", "worst")})
         pieces.sort(key=lambda piece: -(piece["loss"] if piece["loss"] is not None else -1))
         for piece in pieces[:12]:
             piece["excerpt"] = self._piece_text(split, piece)
-        tokens = [self._token(split, step, training, token) for token in worst]
+        tokens = [{**self._token(split, step, training, token), "label": label_at.get((token["row"], token["position"]))}
+                  for token in worst if not self.dataset.labels or token["loss"] > 0]
         return {"problem": None, "step": step, "pieces": pieces, "tokens": tokens}
 
     def _piece_text(self, split: Any, piece: dict[str, Any]) -> str:
@@ -87,11 +89,16 @@ class River:
         return {**token, "before": split.tokenizer.decode(before), "target_text": self.token_text(token["target"])}
 
     def sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A kept row with its tokens as text."""
+        """A kept row with its tokens as text; of labelled documents `labels`, at the last token of each what it is, else None."""
         tokens, targets, losses = row["tokens"].tolist(), row["targets"].tolist(), row["losses"].tolist()
         texts = [self.token_text(target) if target >= 0 else None for target in targets]
-        return {"step": row["step"], "row": row["row"], "sample": row["sample_id"], "tokens": tokens, "targets": targets,
-                "losses": losses, "texts": texts}  # fmt: skip
+        found = {"step": row["step"], "row": row["row"], "sample": row["sample_id"], "tokens": tokens, "targets": targets,
+                 "losses": losses, "texts": texts}  # fmt: skip
+        if self.dataset is not None and self.dataset.labels:
+            found["labels"] = [None] * len(tokens)
+            for piece in self.dataset.train.describe_rows([row["sample_id"]]):
+                found["labels"][piece["position_start"] + piece["length"] - 1] = piece["label"]
+        return found
 
     def token_text(self, token: int) -> str:
         if self.dataset is None:

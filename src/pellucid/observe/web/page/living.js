@@ -6,6 +6,7 @@ import { colourAt, css, scaleOf } from "./colour.js";
 import { ColourBar } from "./heatmap.js";
 import { count, number, percent } from "./format.js";
 import { visible } from "./play.js";
+import { taskOf } from "./task.js";
 
 const EVERY = 250, TOKENS = 10;
 const curve = (x0, y0, x1, y1) => { const m = (x0 + x1) / 2; return `M${x0} ${y0}C${m} ${y0} ${m} ${y1} ${x1} ${y1}`; };
@@ -34,7 +35,7 @@ export function LiveNetwork({ theme }) {
   const at = router.columnOf(step), ratio = (rows) => relative(rows, weights, updates, step), load = statIndex(run, "router", "load");
   const layers = parts.layers.map((layer) => ({ ...layer, attention: ratio(layer.attentionRows), routed: ratio(layer.routerRows),
     experts: layer.expertRows.map((rows, e) => ({ load: at < 0 ? null : router.value(at, layer.routerAt[e], load), ratio: ratio(rows) })) }));
-  const sample = pickSample(kept.current?.rows ?? [], step), ends = { embedding: ratio(parts.embedding) };
+  const sample = pickSample(kept.current?.rows ?? [], step, taskOf(run)), ends = { embedding: ratio(parts.embedding) };
   const all = layers.flatMap((l) => l.experts.map((x, e) => ({ ...x, e, layer: l.layer }))).filter((x) => x.load !== null);
   const busiest = all.reduce((a, b) => (b.load > (a?.load ?? -1) ? b : a), null);
   const sentence = busiest ? `At step ${count(step)} expert ${busiest.e} of layer ${busiest.layer} carries most, ${number(busiest.load, { digits: 3 })} times its fair share; its weights moved by ${number(busiest.ratio)} of their size.` : "No router was observed at this step.";
@@ -64,14 +65,19 @@ function relative(rows, weights, updates, step) {
   return rows.length && w && dw !== null ? dw / w : null;
 }
 
-/** A stretch of a recorded training row: tokens, what came next, and the probability the model gave it. */
-function pickSample(rows, step) {
+/** A stretch of a recorded training row: tokens, what came next, and the probability the model gave it. Of labelled documents:
+ * the last token of each, and the probability of its class, or how wrong its numbers were. */
+function pickSample(rows, step, task) {
   const row = rows.findLast((r) => r.step <= step) ?? rows[0];
   if (!row) return null;
+  if (task.labelled) {
+    const ends = row.losses.map((loss, i) => [loss, i]).filter(([, i]) => i > 0 && (row.labels?.[i] ?? null) !== null).slice(0, TOKENS);
+    return { step: row.step, head: "what the text is", pick: ends.map(([loss, i]) => ({ token: row.texts[i - 1], target: row.labels[i], p: task.share(loss) ?? Math.exp(-loss), told: task.share(loss) === null ? `${number(loss, { digits: 2 })} ${task.unit}` : percent(task.share(loss)) })) };
+  }
   const letters = (i) => row.texts.slice(i, i + TOKENS).join("").replace(/[^\p{L}]/gu, "").length, starts = row.texts.map((_, i) => i).slice(1, Math.max(2, row.texts.length - TOKENS));
   const from = starts.reduce((best, i) => (letters(i) > letters(best) ? i : best), 1), pick = []; // where most can be read
-  for (let i = from; i < row.texts.length && pick.length < TOKENS; i++) if (row.texts[i] !== null && typeof row.losses[i] === "number") pick.push({ token: row.texts[i - 1] ?? "", target: row.texts[i], p: Math.exp(-row.losses[i]) });
-  return { step: row.step, pick };
+  for (let i = from; i < row.texts.length && pick.length < TOKENS; i++) if (row.texts[i] !== null && typeof row.losses[i] === "number") pick.push({ token: row.texts[i - 1] ?? "", target: row.texts[i], p: Math.exp(-row.losses[i]), told: percent(Math.exp(-row.losses[i])) });
+  return { step: row.step, head: "what came next", pick };
 }
 
 function Picture({ label, ...drawn }) {
@@ -85,7 +91,7 @@ function Drawing({ layers, ends, sample, scale, width, live }) {
   const paint = (ratio) => (ratio === null || !Number.isFinite(ratio) ? "none" : css(colourAt(scale, ratio))), band = (v) => 1 + 9 * Math.min(4, v ?? 0);
   const tokens = sample?.pick ?? [], name = (text) => { const seen = visible(text); return seen.length > 11 ? seen.slice(0, 10) + "…" : seen; };
   return html`<svg class=${`scene living${live ? " is-live" : ""}`} viewBox=${`0 0 ${W} ${H}`} width=${W} height=${H} aria-hidden="true">
-    <text class="zone" x="8" y="22">tokens</text><text class="zone" x=${W - right + 40} y="22">what came next</text>
+    <text class="zone" x="8" y="22">tokens</text><text class="zone" x=${W - right + 40} y="22">${sample?.head ?? ""}</text>
     ${tokens.map((t, i) => html`<path class="ribbon faint" d=${curve(100, yt(i), left + 4, middle)} stroke-width="5"/><g class="token"><rect x="4" y=${yt(i) - 13} width="94" height="26" rx="6"/><text x="14" y=${yt(i) + 4}>${name(t.token)}</text></g>`)}
     <g class="part"><rect x=${left - 4} y=${middle - 30} width="12" height="60" rx="4" fill=${paint(ends.embedding)}><title>${`embedding: moved by ${number(ends.embedding)} of its size`}</title></rect></g>
     ${layers.map((layer, n) => { const x = left + n * each, xa = x + each * 0.2, xr = x + each * 0.36, xe = x + each * 0.66, xo = x + each;
@@ -98,7 +104,7 @@ function Drawing({ layers, ends, sample, scale, width, live }) {
         ${layer.experts.map((x2, e) => html`<g class="part pick" onClick=${() => select({ view: "experts", layer: layer.layer, expert: e })}><circle cx=${xe} cy=${ye(e)} r=${((E > 12 ? 0.4 : 1) * (6 + 7 * Math.sqrt(Math.min(4, x2.load ?? 0)))).toFixed(2)} class=${x2.load === 0 ? "idle" : ""} fill=${paint(x2.ratio)}/>
           ${each > 120 && E <= 12 && html`<text class="fine" x=${xe + 24} y=${ye(e) + 4}>${number(x2.load, { digits: 3 })}×</text>`}<title>${`expert ${e} of layer ${layer.layer}: load ${number(x2.load)}, moved by ${number(x2.ratio)} of its size`}</title></g>`)}</g>`; })}
     ${tokens.map((t, i) => html`<path class="ribbon faint" d=${curve(W - right, middle, W - right + 38, yt(i))} stroke-width=${(1 + 8 * t.p).toFixed(2)}/>
-      <g class="choice-row"><text x=${W - right + 44} y=${yt(i) - 2}>${name(t.target)}</text><text class="number" x=${W - 8} y=${yt(i) - 2} text-anchor="end">${percent(t.p)}</text><rect class="bar" x=${W - right + 44} y=${yt(i) + 4} width=${Math.max(1.5, 138 * t.p).toFixed(1)} height="5" rx="2"/></g>`)}
+      <g class="choice-row"><text x=${W - right + 44} y=${yt(i) - 2}>${name(t.target)}</text><text class="number" x=${W - 8} y=${yt(i) - 2} text-anchor="end">${t.told}</text><rect class="bar" x=${W - right + 44} y=${yt(i) + 4} width=${Math.max(1.5, 138 * t.p).toFixed(1)} height="5" rx="2"/></g>`)}
     ${sample && html`<text class="fine" x="8" y=${H - 8}>a row of the batch of step ${count(sample.step)}</text>`}
   </svg>`;
 }

@@ -1,6 +1,7 @@
 // One step's play (observe/theatre.py) as the Network view reads it: phases, fans, edges, and the words for each of them.
 import { html } from "./ui.js";
 import { count, number, percent } from "./format.js";
+import { taskOf } from "./task.js";
 
 export const PHASES = [["input", "Input"], ["forward", "Forward"], ["predict", "Predict"], ["loss", "Loss"], ["backward", "Backward"], ["update", "Update"], ["after", "After"]];
 
@@ -40,6 +41,17 @@ export function fanOf(fans, edge, key) {
   return fans.find((f) => f.fan.terms.some((term) => term.edge === edge)) ?? fans.find((f) => f.key === key) ?? fans.find((f) => f.key === "expert0") ?? fans[0];
 }
 
+/** The task of a play's run, as task.js tells it. */
+export const taskIn = (play) => taskOf({ config: { model: play.shape, training: play.training } });
+
+/** What a head says of a document: its likeliest class, or all its numbers; with `after` behind it, after the step. */
+export function answerOf(output, after = "") {
+  const { choices } = output;
+  if (choices[0]["told" + after] !== undefined) return choices.map((c) => `${c.text} ${number(c["told" + after])}`).join(", ");
+  const best = choices.reduce((a, b) => (b["p" + after] > a["p" + after] ? b : a));
+  return `${quoted(best.text)} with ${percent(best["p" + after], 2)}`;
+}
+
 export const place = (edge) => `${edge.tensor}[${edge.index.join(", ")}]`;
 
 /** What a term multiplies, in words. */
@@ -48,38 +60,44 @@ export function inputName(kind, j, play) {
   return kind === "experts" ? `hidden unit ${j}` : `channel ${j}`;
 }
 export function sumName(fan, play) {
-  const text = fan.kind === "output" ? quoted(play.outputs.flatMap((o) => o.choices).find((c) => c.id === fan.index[0])?.text) : "";
+  const text = fan.kind === "output" ? quoted(play.outputs.flatMap((o) => o.choices).find((c) => c.id === fan.index[0])?.text) : "", head = play.shape.head;
   return { attention: `channel ${fan.index[0]} of what attention adds`, router: `score of expert ${fan.index[0]}`,
-    experts: `channel ${fan.index[1]} of expert ${fan.index[0]}'s answer`, output: `score of the token ${text}` }[fan.kind];
+    experts: `channel ${fan.index[1]} of expert ${fan.index[0]}'s answer`, output: head?.problem_type === "regression" ? `the number ${text} in standard deviations` : `score of the ${head ? "class" : "token"} ${text}` }[fan.kind];
 }
 
 /** {sentence, formula} of a phase, for the followed token and one weight of it. */
 export function tell(play, phase, token, layer, chosen) {
   const here = play.tokens[token], output = play.outputs[token], result = play.step_result;
-  const { fan } = chosen.fan, term = chosen.term, edge = play.edges[term.edge];
+  const { fan } = chosen.fan, term = chosen.term, edge = play.edges[term.edge], task = taskIn(play);
   const n = (value, options) => html`<b title=${String(value)}>${number(value, options)}</b>`;
-  const router = play.layers[layer].router, [first, second] = router.chosen[token];
+  const router = play.layers[layer].router, [first, second] = router.chosen[token], asked = output.target >= 0, numbers = task.head?.problem_type === "regression";
   switch (PHASES[phase][0]) {
     case "input": return {
-      sentence: `${play.tokens.length} tokens of row ${play.row} of the batch go in; every one is a row of the embedding table. We follow ${quoted(here.text)}: after it the text goes on with ${quoted(here.target_text)}.`,
+      sentence: `${play.tokens.length} tokens of row ${play.row} of the batch go in; every one is a row of the embedding table. We follow ${quoted(here.text)}${!task.labelled ? `: after it the text goes on with ${quoted(here.target_text)}` : asked ? `, the last of a document that is ${quoted(here.target_text)}` : ""}.`,
       formula: html`h = √D · E[${here.id}] <span>D = ${play.shape.hidden_size}; RMS of h = ${n(play.layers[0].rms.entering[token])}</span>` };
     case "forward": return {
       sentence: `Layer ${layer}: attention gathers from earlier tokens; the router gives this token to experts ${first} (${percent(router.probs[token][first])})${second === undefined ? "" : ` and ${second} (${percent(router.probs[token][second])})`}; each sums its hidden units.`,
       formula: html`${sumName(fan, play)} = Σ w·a = ${fan.terms.slice(0, 3).map((t, i) => html`${i ? " + " : ""}${n(t.w)}·${n(t.a)}`)} + … + ${n(fan.others.sum)} <span>(${count(fan.others.count)} others)</span> = ${n(fan.value)}` };
-    case "predict": return {
+    case "predict": if (task.labelled) return {
+      sentence: `The head reads the final state of a document's last token${asked ? `, and says ${answerOf(output)}. The truth is ${quoted(here.target_text)}.` : `. Here the document goes on; already it would say ${answerOf(output)}.`}`,
+      formula: numbers ? html`${output.choices.map((c, k) => html`${k ? "; " : ""}${c.text} = mean + σ·output = ${n(task.head.mean[k])} + ${n(task.head.std[k])}·${n(c.score)} = ${n(c.told)}`)}` : html`p = exp(score) / Σ exp${asked && html` = exp(${n(output.score)} − ${n(output.normalizer)}) = ${n(output.p)}`}` };
+    return {
       sentence: `The scores of all ${count(play.shape.vocab_size)} tokens become probabilities. ${output.target < 0 ? "Nothing is asked here." : `The token that came, ${quoted(here.target_text)}, gets ${percent(output.p, 2)}: rank ${output.rank}.`}`,
       formula: html`p = exp(score) / Σ exp = exp(${n(output.score)} − ${n(output.normalizer)}) = ${n(output.p)}` };
-    case "loss": return {
+    case "loss": if (task.labelled) return {
+      sentence: asked ? `How wrong is it? Loss ${number(output.loss)} ${task.unit} for this document; the mean over the step's ${count(result.tokens)} documents is ${number(result.loss)}.` : "Nothing is asked here: a document has one answer, at its end.",
+      formula: !asked ? "" : output.p !== undefined && task.share(1) !== null ? html`loss = −ln p = −ln ${n(output.p)} = ${n(output.loss)}` : numbers && task.guess ? html`loss = mean of ((said − truth) / σ)² = ${n(output.loss)}` : html`loss = ${n(output.loss)}` };
+    return {
       sentence: `How surprised is the model? Loss ${number(output.loss)} nats at this token; the mean over the step's ${count(result.tokens)} tokens is ${number(result.loss)}.`,
       formula: html`loss = −ln p = −ln ${n(output.p)} = ${n(output.loss)}` };
     case "backward": return {
       sentence: "Responsibility flows back, from right to left: each weight learns how the loss would change if it grew. All tokens of the step add their share.",
-      formula: html`∂L/∂w = Σ slope·a = ${n(fan.slope)}·${n(term.a)} <span>(this token)</span> + ${n(edge.gradient - fan.slope * term.a)} <span>(${count(result.tokens - 1)} others)</span> = ${n(edge.gradient)}` };
+      formula: html`∂L/∂w = Σ slope·a = ${n(fan.slope)}·${n(term.a)} <span>(this token)</span> + ${n(edge.gradient - fan.slope * term.a)} <span>(${task.labelled ? "all" : count(result.tokens - 1)} others)</span> = ${n(edge.gradient)}` };
     case "update": { const [before, after] = pair(edge.before, edge.after); return {
       sentence: `${play.optimizer[edge.tensor].rule} moves every weight${result.clip_factor < 1 ? `, after all gradients were scaled by ${number(result.clip_factor)}` : "; nothing was clipped"}. The chosen one: ${before} → ${after}.`,
       formula: updateFormula(play, edge, n) }; }
     default: return {
-      sentence: output.target < 0 ? "Nothing was asked at this token." : `The same tokens again, with the new weights: ${quoted(here.target_text)} now gets ${percents(output.p, output.p_after)[1]} instead of ${percents(output.p, output.p_after)[0]}. The batch's loss went ${play.losses.batch[1] < play.losses.batch[0] ? "down" : "up"}.`,
+      sentence: output.target < 0 ? "Nothing was asked at this token." : task.labelled ? `The same tokens again, with the new weights: the head says ${answerOf(output, "_after")} instead of ${answerOf(output)}. The batch's loss went ${play.losses.batch[1] < play.losses.batch[0] ? "down" : "up"}.` : `The same tokens again, with the new weights: ${quoted(here.target_text)} now gets ${percents(output.p, output.p_after)[1]} instead of ${percents(output.p, output.p_after)[0]}. The batch's loss went ${play.losses.batch[1] < play.losses.batch[0] ? "down" : "up"}.`,
       formula: html`L(batch) ${n(play.losses.batch[0])} → ${n(play.losses.batch[1])}${play.losses.held_out[0] !== null && html` <span>held out (${play.losses.held_out_rows} rows)</span> ${n(play.losses.held_out[0])} → ${n(play.losses.held_out[1])}`}` };
   }
 }

@@ -3,7 +3,7 @@
 // numbers stand in the tables beside it.
 import { html } from "./ui.js";
 import { number, percent } from "./format.js";
-import { PHASES, pair, percents, visible } from "./play.js";
+import { PHASES, pair, percents, taskIn, visible } from "./play.js";
 
 const TOP = 64, ROW = 40, TOKENS = 128, OUTPUT = 208, SMALL = 84;
 const sign = (v) => (v < 0 ? "negative" : "positive");
@@ -27,7 +27,7 @@ export function Scene({ play, width, phase, layer, token, head, chosen, onEdge, 
     ${play.layers.map((_, i) => (i === layer ? html`<${OpenLayer} ...${shown} n=${i} x=${starts[i]} w=${open} head=${head} />`
     : html`<${SmallLayer} ...${shown} n=${i} x=${starts[i]} w=${small} onLayer=${onLayer} />`))}
     <${Output} ...${shown} x=${end} />
-    <text class="zone" x="8" y="22">tokens</text><text class="zone" x=${end + 34} y="22">${name === "after" ? "predicted, before → after" : "predicted next token"}</text>
+    <text class="zone" x="8" y="22">tokens</text><text class="zone" x=${end + 34} y="22">${name === "after" ? "predicted, before → after" : play.shape.head ? "what the head says" : "predicted next token"}</text>
   </svg>`;
 }
 
@@ -109,14 +109,18 @@ function SmallLayer({ play, n, x, w, token, y, phase, middle, H, onLayer }) {
 function Output({ play, token, y, phase, middle, x, H }) {
   const output = play.outputs[token], after = phase === "after", early = phase === "input" || phase === "forward";
   const rows = output.choices.length, step = Math.min(46, (H - TOP - 60) / rows), yc = (i) => middle + (i - (rows - 1) / 2) * step, most = Math.max(...output.choices.flatMap((c) => [c.p, c.p_after ?? 0]));
+  if (output.choices[0].told !== undefined) return html`<g class=${early ? "output dim" : "output"}>${output.choices.map((c, i) => html`<path class=${`vote${c.id === output.target ? " came" : ""}`} d=${curve(x, y(token), x + 32, yc(i))} stroke-width="2"/>
+      <g class=${`choice-row${c.id === output.target ? " came" : ""}`}><text x=${x + 34} y=${yc(i)}>${cut(visible(c.text), 12)}</text><text class="number" x=${x + 190} y=${yc(i)} text-anchor="end">${after ? pair(c.told, c.told_after).join(" → ") : number(c.told)}</text>
+      ${c.true !== undefined && html`<text class="fine" x=${x + 34} y=${yc(i) + 14}>truth ${number(c.true)}</text>`}</g>`)}
+    ${output.loss !== undefined && !early && html`<text class="loss" x=${x + 34} y=${H - 14}>loss ${number(output.loss)}${after ? ` → ${number(output.loss_after)}` : ""}</text>`}</g>`;
   return html`<g class=${early ? "output dim" : "output"}>${output.choices.map((c, i) => { const came = c.id === output.target;
     return html`<path class=${`vote${came ? " came" : ""}`} d=${curve(x, y(token), x + 32, yc(i))} stroke-width=${(0.6 + (9 * c.p) / most).toFixed(2)}/>
       <g class=${`choice-row${came ? " came" : ""}`}><rect class="bar" x=${x + 34} y=${yc(i) + 5} width=${Math.max(1.5, (150 * c.p) / most).toFixed(1)} height="7" rx="2"/>
       ${after && html`<rect class="bar after" x=${x + 34} y=${yc(i) + 13} width=${Math.max(1.5, (150 * c.p_after) / most).toFixed(1)} height="4" rx="2"/>`}
       <text x=${x + 34} y=${yc(i)}>${cut(visible(c.text), after ? 8 : 13)}${came ? " ✓" : ""}</text>
       <text class="number" x=${x + 190} y=${yc(i)} text-anchor="end">${after ? percents(c.p, c.p_after).join(" → ") : percent(c.p, 2)}</text></g>`; })}
-    ${phase === "loss" || phase === "backward" ? html`<text class="loss" x=${x + 34} y=${H - 14}>−ln ${number(output.p)} = ${number(output.loss)}</text>` : ""}
-    ${after ? html`<text class="loss" x=${x + 34} y=${H - 14}>loss ${number(output.loss)} → ${number(output.loss_after)}</text>` : ""}</g>`;
+    ${(phase === "loss" || phase === "backward") && output.loss !== undefined ? html`<text class="loss" x=${x + 34} y=${H - 14}>${taskIn(play).share(1) === null ? "loss" : `−ln ${number(output.p)} =`} ${number(output.loss)}</text>` : ""}
+    ${after && output.loss !== undefined ? html`<text class="loss" x=${x + 34} y=${H - 14}>loss ${number(output.loss)} → ${number(output.loss_after)}</text>` : ""}</g>`;
 }
 
 const Plus = ({ x, y }) => html`<g class="plus"><circle cx=${x} cy=${y} r="8"/><path d=${`M${x - 4} ${y}h8M${x} ${y - 4}v8`}/></g>`;

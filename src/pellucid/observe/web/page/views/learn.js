@@ -5,7 +5,8 @@ import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
 import { holds } from "../source.js";
 import { Spark } from "../line.js";
 import { bytes, count, number, percent } from "../format.js";
-import { Mark, derivation, fansOf, pair, percents, place, proofsOf, quoted, updateFormula, visible } from "../play.js";
+import { Mark, answerOf, derivation, fansOf, pair, percents, place, proofsOf, quoted, updateFormula, visible } from "../play.js";
+import { taskOf } from "../task.js";
 
 const SOURCES = [
   ["Rumelhart, Hinton & Williams 1986", "Learning representations by back-propagating errors", "https://doi.org/10.1038/323533a0"],
@@ -37,11 +38,12 @@ export function Learn() {
   const series = (window, stream, stat) => (window?.columns ? window.series(0, statIndex(run, stream, stat)) : []);
   const losses = series(main, "run", "loss"), heldLosses = series(held, "evaluation", "loss"), now = main?.columns ? main.columnOf(step) : -1;
   const value = (stat) => (now < 0 ? null : main.value(now, 0, statIndex(run, "run", stat)));
+  const labelled = taskOf(run).labelled;
   const facts = { run, index, step, play, river, losses, heldLosses, held, router, now, value };
   return html`
     <${Panel} id="learn-title" wide question="What is happening here, and why does it work?"
-      answer="Two pictures: a network that predicts the next token and is adjusted by its errors, and the river of text that teaches it. Each idea with this run's own numbers.">
-      <p class="learn-way"><b>Picture 1.</b> tokens → layers of attention and experts → predicted token → loss → backward → update, again and again. <b>Picture 2.</b> source → normalise → filter → augment → tokenise → pack → train.</p><//>
+      answer=${`Two pictures: a network that predicts ${labelled ? "what a document is" : "the next token"} and is adjusted by its errors, and the river of text that teaches it. Each idea with this run's own numbers.`}>
+      <p class="learn-way"><b>Picture 1.</b> tokens → layers of attention and experts → ${labelled ? "predicted label" : "predicted token"} → loss → backward → update, again and again. <b>Picture 2.</b> source → normalise → filter → augment → tokenise → pack → train.</p><//>
     <div class="ideas"><${Forward} ...${facts} /><${Attention} ...${facts} /><${Experts} ...${facts} /><${Loss} ...${facts} /><${Backward} ...${facts} /><${Update} ...${facts} /><${Data} ...${facts} /><${Generalise} ...${facts} /></div>
     <${Panel} id="sources-title" wide question="Where does this come from?" answer="The papers and the book behind the two pictures.">
       <ul class="sources">${SOURCES.map(([who, title, url]) => html`<li><b>${who}</b> <a href=${url} rel="noopener noreferrer" target="_blank">${title}</a></li>`)}</ul><//>`;
@@ -55,7 +57,7 @@ function Forward({ run, play }) {
   return html`<${Idea} id="idea-forward" title="Tokens in, a prediction out" sources=${[2, 3, 6]}
     formula=${html`h = √D · E[token]<br/>h = h + norm(attention(norm(h)))<br/>h = h + norm(moe(norm(h)))`}>
     <p>A token is a number that stands for a piece of text; this run knows ${count(model.vocab_size)} of them. Each picks its row of ${count(model.hidden_size)} numbers from a table, and ${count(model.num_hidden_layers)} layers read those numbers and add to them${total ? html`, with ${count(total)} weights in all` : ""}. Grok-1 has the same shape, with 64 layers and 314 billion weights. There are no biases anywhere.</p>
-    ${play ? html`<p>In step ${count(play.step)} it read ${play.tokens.slice(-8).map((t) => html`<span class="piece">${visible(t.text)}</span>`)} and thought ${quoted(first.text)} most likely, with ${p(first.p, 2)}. What came was ${quoted(token.target_text)}, to which it gave ${p(output.p, 2)}.</p>` : unplayed}<//>`;
+    ${play ? html`<p>In step ${count(play.step)} it read ${play.tokens.slice(-8).map((t) => html`<span class="piece">${visible(t.text)}</span>`)} and ${play.shape.head ? html`said ${answerOf(output)}. The truth is ${quoted(token.target_text)}.` : html`thought ${quoted(first.text)} most likely, with ${p(first.p, 2)}. What came was ${quoted(token.target_text)}, to which it gave ${p(output.p, 2)}.`}</p>` : unplayed}<//>`;
 }
 
 function Attention({ play }) {
@@ -83,7 +85,13 @@ function Experts({ run, play, router, step }) {
 }
 
 function Loss({ run, play, losses, now, step, value }) {
-  const vocabulary = run.config?.model?.vocab_size, output = play?.outputs.at(-1), loss = value("loss");
+  const vocabulary = run.config?.model?.vocab_size, output = play?.outputs.at(-1), loss = value("loss"), task = taskOf(run);
+  if (task.labelled) {
+    return html`<${Idea} id="idea-loss" title="Loss: how wrong was it?" sources=${[5]}
+      formula=${task.head.problem_type === "regression" ? "loss = mean of ((said − truth) / σ)²" : "loss = −ln p(the right class)"}>
+      <p>A document has one answer, read by the head from the state of its last token. ${task.guess?.words ?? ""} This run began at ${n(losses[0] ?? null)}${loss !== null ? html` and stands at ${n(loss)} ${task.unit} at step ${count(step)}: ${task.meaning(loss)}` : ""}.</p>
+      <p class="spark-line"><${Spark} values=${losses.slice(0, now + 1)} hue="#0072B2" width=${220} height=${36} label="loss of every step so far" /> ${see("learning", "the whole curve")}</p><//>`;
+  }
   return html`<${Idea} id="idea-loss" title="Loss: how wrong was it?" sources=${[5]}
     formula=${html`loss = −ln p(the token that came)${output ? html`<br/>−ln ${n(output.p)} = ${n(output.loss)}` : ""}`}>
     <p>The loss is the surprise. A model that knows nothing spreads its bets evenly over ${count(vocabulary)} tokens: ln ${count(vocabulary)} = ${n(Math.log(vocabulary))}. This run began at ${n(losses[0] ?? null)}${loss !== null ? html` and stands at ${n(loss)} at step ${count(step)}: as if it hesitated between ${n(Math.exp(loss), { digits: 3 })} tokens` : ""}.</p>
@@ -95,13 +103,13 @@ const example = (play) => {
   return fan ? { fan, term: fan.fan.terms[0] } : null;
 };
 
-function Backward({ play }) {
+function Backward({ run, play }) {
   const chosen = example(play), edge = chosen && play.edges[chosen.term.edge], share = chosen && chosen.fan.fan.slope * chosen.term.a;
   const proofs = edge ? proofsOf(edge).slice(0, 2).filter(([, holds]) => holds !== null) : [];
   return html`<${Idea} id="idea-backward" title="Backward: who was responsible?" sources=${[0]}
-    formula=${html`∂loss/∂x = ∂loss/∂y · ∂y/∂x<br/>∂loss/∂logit_j = p_j − [j is the target]`}>
+    formula=${html`∂loss/∂x = ∂loss/∂y · ∂y/∂x<br/>${taskOf(run).head?.problem_type === "regression" ? "∂loss/∂output_k = 2 · error_k / K" : "∂loss/∂logit_j = p_j − [j is the target]"}`}>
     <p>Change a weight a little and the loss changes a little; the ratio is its gradient. Back-propagation finds the gradients of all weights in one sweep from right to left, by the chain rule. A weight's share is <em>how wrong its output was</em> times <em>how active its input was</em>.</p>
-    ${edge ? html`<p>The weight <span class="mono">${place(edge)}</span> in step ${count(play.step)}: ${n(chosen.fan.fan.slope)} · ${n(chosen.term.a)} = ${n(share)} from this token, ${n(edge.gradient - share)} from the ${count(play.step_result.tokens - 1)} others, together ${n(edge.gradient)}.</p>
+    ${edge ? html`<p>The weight <span class="mono">${place(edge)}</span> in step ${count(play.step)}: ${n(chosen.fan.fan.slope)} · ${n(chosen.term.a)} = ${n(share)} from this token, ${n(edge.gradient - share)} from ${play.shape.head ? "all" : html`the ${count(play.step_result.tokens - 1)}`} others, together ${n(edge.gradient)}.</p>
       ${proofs.length ? html`<ul class="proofs">${proofs.map(([claim, holds, detail]) => html`<li class=${holds ? "holds" : "fails"}><${Mark} holds=${holds} /><span>${claim}<small>${detail}</small></span></li>`)}</ul>` : ""}` : unplayed}<//>`;
 }
 
@@ -113,7 +121,7 @@ function Update({ run, play }) {
     formula=${adam ? html`m ← β₁ m + (1−β₁) g<br/>v ← β₂ v + (1−β₂) g²<br/>w ← w − η m̂ / (√v̂ + ε)` : html`w ← w − η · step of ${rule ?? "the optimizer"}`}>
     <p>Each weight takes a small step against its gradient. Adam keeps what the gradient usually is (m) and how large it usually is (v): weights whose gradients agree move, those whose gradients cancel hardly do. This run uses ${rule}.</p>
     ${edge ? html`<p>The same weight went from ${n(edge.before)} to <b data-value=${edge.after}>${after}</b> (${terms.map(([what, , value], i) => html`${i ? ", " : ""}${what.replace(/:.*/, "")} ${n(value, { signed: true })}`)}).</p><div class="formula">${updateFormula(play, edge, n)}</div>
-      <p>With all weights moved, ${quoted(play.tokens.at(-1).target_text)} went from ${percents(output.p, output.p_after)[0]} to ${percents(output.p, output.p_after)[1]}. ${see("network", "Play it", { step: play.step, phase: 5 })}.</p>` : unplayed}<//>`;
+      <p>With all weights moved, ${play.shape.head ? html`the head says ${answerOf(output, "_after")} instead of ${answerOf(output)}` : html`${quoted(play.tokens.at(-1).target_text)} went from ${percents(output.p, output.p_after)[0]} to ${percents(output.p, output.p_after)[1]}`}. ${see("network", "Play it", { step: play.step, phase: 5 })}.</p>` : unplayed}<//>`;
 }
 
 function Data({ run, river, value, step }) {

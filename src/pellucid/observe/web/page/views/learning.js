@@ -5,6 +5,7 @@ import { RUNS } from "../colour.js";
 import { Lines } from "../line.js";
 import { isReport } from "../source.js";
 import { count, number, percent, plural, visible } from "../format.js";
+import { taskOf } from "../task.js";
 
 const TRAIN = "#0072B2", HELD = "#D55E00";
 
@@ -31,18 +32,21 @@ export function Learning({ theme }) {
       other && otherHeld?.columns ? dots(otherHeld, `${other.name}, held-out`, "#CC79A7") : null].filter(Boolean);
   }, [window, held, otherRun, otherHeld]);
   if (!window) return html`<p class="boot">Reading the losses …</p>`;
-  const column = window.columnOf(step), now = window.value(column, 0, loss), vocabulary = run.config?.model?.vocab_size;
+  const column = window.columnOf(step), now = window.value(column, 0, loss), task = taskOf(run);
   const lr = statIndex(run, "run", "learning_rate"), norm = statIndex(run, "run", "gradient_norm");
   const evaluated = held?.columns ? held.columns - 1 : -1;
-  const answer = `At step ${count(step)} the batch's loss is ${number(now)} nats per token: the right token gets ${percent(Math.exp(-now), 2)} on (geometric) average.`
-    + (vocabulary ? ` Guessing among ${count(vocabulary)} tokens would give ${number(Math.log(vocabulary))}.` : "")
-    + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} after step ${count(held.steps[evaluated])}.` : "");
+  const measures = task.head?.problem_type === "regression" ? [["r2", "held-out R²", "#009E73"], ["spearman", "held-out rank correlation", "#CC79A7"]] : [["accuracy", "held-out accuracy", "#009E73"], ["macro_f1", "held-out macro-F1", "#CC79A7"]];
+  const answer = `At step ${count(step)} the batch's loss is ${number(now)} ${task.unit} per ${task.each}: ${task.meaning(now)}.`
+    + (task.guess ? ` ${task.guess.words}` : "")
+    + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} after step ${count(held.steps[evaluated])}${task.labelled ? ` (${measures.map(([stat, label]) => `${label.replace("held-out ", "")} ${number(held.value(evaluated, 0, statIndex(run, "evaluation", stat)))}`).join(", ")})` : ""}.` : "");
   return html`
     <${Panel} id="loss-title" wide question="Is it learning, and does that hold for text it has not seen?" answer=${answer}
       aside=${(chosen.from !== null || chosen.to !== null) && html`<button type="button" onClick=${() => select({ from: null, to: null })}>all steps</button>`}>
-      <${Lines} label="loss" series=${series} unit="nats" height=${260} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
-        theory=${vocabulary ? [{ value: Math.log(vocabulary), label: "guessing" }] : []} />
+      <${Lines} label="loss" series=${series} unit=${task.unit} height=${260} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
+        theory=${task.guess ? [task.guess] : []} />
       <${Epochs} run=${run} index=${index} step=${step} />
+      ${task.labelled && held?.columns && html`<${Lines} label="held-out measures" series=${measures.map(([stat, label, hue]) => ({ label, hue, steps: Array.from(held.steps), values: held.series(0, statIndex(run, "evaluation", stat)), points: true }))}
+        height=${140} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} />`}
     <//>
     <div class="columns">
       <${ByPosition} run=${run} index=${index} step=${step} />
@@ -83,10 +87,12 @@ function ByPosition({ run, index, step }) {
   if (!window?.columns) return null;
   const rows = run.streams.position.rows.map((row, i) => ({ name: row.name, now: nearMean(window, step, 0, i), then: nearMean(window, window.steps[0] + 9, 0, i) })).filter((row) => row.now !== null);
   const top = Math.max(...rows.flatMap((row) => [row.now, row.then ?? 0]), 0.1);
-  const first = rows[0], last = rows[rows.length - 1];
-  return html`<${Panel} id="position-title" question="Does it use the text before?" answer=${first && last ? `After ${last.name} tokens of context the loss is ${number(last.now)}, against ${number(first.now)} without any: context is worth ${number(first.now - last.now)} nats.` : ""}>
+  const first = rows[0], last = rows[rows.length - 1], task = taskOf(run);
+  const answer = !first || !last ? "" : task.labelled ? `The loss is ${number(first.now)} where ${first.name} tokens stand before a document's last, and ${number(last.now)} where ${last.name} do.`
+    : `After ${last.name} tokens of context the loss is ${number(last.now)}, against ${number(first.now)} without any: context is worth ${number(first.now - last.now)} nats.`;
+  return html`<${Panel} id="position-title" question=${task.labelled ? "Does the length of a document matter?" : "Does it use the text before?"} answer=${answer}>
     <table class="bars"><caption class="sr">loss by position in the document, mean of the last 10 recorded steps</caption>
-      <thead><tr><th scope="col">tokens before</th><th scope="col" class="left">loss now (bar), in the first 10 steps (mark)</th><th scope="col">nats</th></tr></thead>
+      <thead><tr><th scope="col">tokens before</th><th scope="col" class="left">loss now (bar), in the first 10 steps (mark)</th><th scope="col">${task.unit}</th></tr></thead>
       <tbody>${rows.map((row) => html`<tr><th scope="row">${row.name}</th><td class="left"><div class="bar-cell"><i style=${{ width: `${(100 * row.now) / top}%`, background: TRAIN }}></i>
         ${row.then !== null && html`<b style=${{ left: `${(100 * row.then) / top}%` }}></b>`}</div></td><td>${number(row.now)}</td></tr>`)}</tbody></table>
   <//>`;
@@ -98,41 +104,42 @@ function BySource({ run, index, step, theme }) {
   const series = useMemo(() => (window ? rows.map((row, i) => ({ label: row.name, hue: RUNS[i % RUNS.length], dash: i >= 8 ? [4, 3] : undefined, steps: Array.from(window.steps), values: window.series(i, 0) })) : []), [window]);
   if (!there || !window?.columns || rows.length < 2) return null;
   return html`<${Panel} id="source-title" wide question="Which sources are learned, and which are not?" answer=${`${rows.length} sources; the mean hides what one of them does.`}>
-    <${Lines} label="loss by source" series=${series} unit="nats" height=${200} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} /><//>`;
+    <${Lines} label="loss by source" series=${series} unit=${taskOf(run).unit} height=${200} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} /><//>`;
 }
 
 /** The batch of the selected step: pieces of documents with the loss on each, the worst on top. */
-export function Documents({ index, step }) {
+export function Documents({ run, index, step }) {
   const { data, problem } = useAnswer(`step?run=${index}&step=${step}`, 0, !isReport);
   const [open, show] = useState(null);
   const question = `Which documents were in step ${count(data?.step ?? step)}?`;
   if (problem || data?.problem) return html`<${Panel} id="documents-title" wide question=${question}><${Nothing}>${problem ?? data.problem}<//><//>`;
   if (!data) return null;
-  const measured = data.pieces.filter((piece) => piece.loss !== null && piece.loss !== undefined);
+  const measured = data.pieces.filter((piece) => piece.loss !== null && piece.loss !== undefined), task = taskOf(run);
   return html`<${Panel} id="documents-title" wide question=${question}
-    answer=${measured.length ? `${plural(data.pieces.length, "piece")} of documents; the hardest is ${measured[0].source} with ${number(measured[0].loss)} nats per token.` : `${plural(data.pieces.length, "piece")} of documents; their losses were not recorded at this step.`}>
+    answer=${measured.length ? `${plural(data.pieces.length, "piece")} of documents; the hardest is ${measured[0].source} with ${number(measured[0].loss)} ${task.unit}${task.labelled ? "" : " per token"}.` : `${plural(data.pieces.length, "piece")} of documents; their losses were not recorded at this step.`}>
     <div class="columns">
-      <div class="scroll tall" tabindex="0" role="region" aria-label="documents of the step"><table><thead><tr><th class="left" scope="col">document</th><th scope="col">bytes</th><th scope="col">tokens</th><th scope="col">loss</th><th scope="col">worst token</th></tr></thead>
+      <div class="scroll tall" tabindex="0" role="region" aria-label="documents of the step"><table><thead><tr><th class="left" scope="col">document</th><th scope="col">bytes</th><th scope="col">tokens</th><th scope="col">loss</th><th scope="col">${task.labelled ? "label" : "worst token"}</th></tr></thead>
         <tbody>${data.pieces.map((piece, i) => html`<tr class=${open === i ? "chosen" : ""}><td class="left"><button type="button" class="link" aria-expanded=${open === i} onClick=${() => show(open === i ? null : i)}>${piece.source}</button>
           ${open === i && html`<p><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "river", document: piece.document }); }}>follow this document through the river</a></p><pre class="text">${piece.excerpt ?? "(its text is shown for the twelve hardest)"}</pre>`}</td>
-          <td>${count(piece.byte_start)}–${count(piece.byte_end)}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${number(piece.worst)}</td></tr>`)}</tbody></table></div>
-      <div><h3>The tokens it expected least</h3>
-        <ol class="worst">${data.tokens.map((token) => html`<li><span class="loss">${number(token.loss)}</span><span class="mono">…${visible(token.before.slice(-60))}<mark>${visible(token.target_text)}</mark></span></li>`)}</ol></div>
+          <td>${count(piece.byte_start)}–${count(piece.byte_end)}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${task.labelled ? piece.label : number(piece.worst)}</td></tr>`)}</tbody></table></div>
+      <div><h3>${task.labelled ? "The documents it was most wrong about, and what they are" : "The tokens it expected least"}</h3>
+        <ol class="worst">${data.tokens.map((token) => html`<li><span class="loss">${number(token.loss)}</span><span class="mono">…${visible(token.before.slice(-60))}<mark>${visible(token.label ?? token.target_text)}</mark></span></li>`)}</ol></div>
     </div><//>`;
 }
 
 /** Texts the model wrote, and kept rows whose tokens carry the colour of their loss. */
-function Samples({ index, step }) {
+function Samples({ run, index, step }) {
   const { data } = useAnswer(`samples?run=${index}`, Math.floor(step / 100));
   const [at, pick] = useState(null);
   if (!data) return null;
-  const rows = data.rows, row = rows[at ?? rows.length - 1];
+  const rows = data.rows, row = rows[at ?? rows.length - 1], { labelled, unit, share } = taskOf(run);
+  const told = (loss) => `${number(loss)} ${unit}${share(loss) === null ? "" : `, probability ${percent(share(loss), 2)}`}`;
   return html`<div class="columns">
-    <${Panel} id="tokens-title" question="Where in a text is it still surprised?" answer=${row ? "Each token of a training row, darker the more it surprised the model at that step. Point at one for its loss." : ""}>
+    <${Panel} id="tokens-title" question=${labelled ? "Which documents is it still wrong about?" : "Where in a text is it still surprised?"} answer=${!row ? "" : labelled ? "The documents of a training row; the end of each is darker the more wrong the model was about it at that step. Point at one for its loss." : "Each token of a training row, darker the more it surprised the model at that step. Point at one for its loss."}>
       ${row ? html`<label>kept row of <select value=${at ?? rows.length - 1} onChange=${(e) => pick(Number(e.target.value))}>${rows.map((r, i) => html`<option value=${i} selected=${i === (at ?? rows.length - 1)}>step ${count(r.step)}</option>`)}</select></label>
-        <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${count(row.step)}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${`${JSON.stringify(text)}: ${number(row.losses[i])} nats, probability ${percent(Math.exp(-row.losses[i]), 2)}`}>${text}</span>`)}</p>`
+        <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${count(row.step)}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${!labelled ? `${JSON.stringify(text)}: ${told(row.losses[i])}` : (row.labels?.[i] ?? null) === null ? null : `${row.labels[i]}: ${told(row.losses[i])}`}>${text}</span>`)}</p>`
     : html`<${Nothing}>No row with the loss of each token was kept yet.<//>`}<//>
-    <${Panel} id="written-title" question="What does it write?" answer=${data.texts.length ? `The same words continued by the model, ${plural(data.texts.length, "time")} over the run; the newest on top.` : ""}>
+    <${Panel} id="written-title" question=${labelled ? "What does it say of documents?" : "What does it write?"} answer=${data.texts.length ? `${labelled ? "Held-out documents, what they are, and what the model says" : "The same words continued by the model"}, ${plural(data.texts.length, "time")} over the run; the newest on top.` : ""}>
       ${data.texts.length ? html`<div class="scroll tall" tabindex="0" role="region" aria-label="texts the model wrote">${data.texts.toReversed().map((text) => html`<h3>after step ${count(text.step)}</h3>
         <pre class="text">${text.prompt}<mark class="written">${text.text}</mark></pre>`)}</div>`
     : html`<${Nothing}>No text was written during this run yet.<//>`}<//>

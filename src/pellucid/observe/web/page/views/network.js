@@ -5,7 +5,7 @@ import { holds, isReport } from "../source.js";
 import { count, float32, number, percent } from "../format.js";
 import { LiveNetwork, useCalm } from "../living.js";
 import { Scene } from "../scene.js";
-import { Mark, PHASES, derivation, fanOf, fansOf, inputName, pair, percents, place, proofsOf, quoted, sumName, tell, visible } from "../play.js";
+import { Mark, PHASES, answerOf, derivation, fanOf, fansOf, inputName, pair, percents, place, proofsOf, quoted, sumName, taskIn, tell, visible } from "../play.js";
 
 export function Network({ theme }) {
   return html`<${LiveNetwork} theme=${theme} /><${Theatre} />`;
@@ -88,7 +88,8 @@ function Stage({ play, picker, chosen: selection }) {
   const pickEdge = (edge) => select({ edge });
   return html`<div class="theatre" onKeyDown=${keys}>
     <${Panel} id="play-title" wide question=${`What happens in step ${count(play.step)}?`}
-      answer=${`After ${quoted(here.text)} comes ${quoted(here.target_text)}: the model gives it ${percents(output.p, output.p_after)[0]}, and ${percents(output.p, output.p_after)[1]} after the step. ${play.proofs.every((p) => p.holds) ? "Replayed bit for bit." : ""}`}>
+      answer=${`${!play.shape.head ? `After ${quoted(here.text)} comes ${quoted(here.target_text)}: the model gives it ${percents(output.p, output.p_after)[0]}, and ${percents(output.p, output.p_after)[1]} after the step.`
+    : output.target < 0 ? `After ${quoted(here.text)} the document goes on.` : `A document that is ${quoted(here.target_text)}: the model says ${answerOf(output)}, and after the step ${answerOf(output, "_after")}.`} ${play.proofs.every((p) => p.holds) ? "Replayed bit for bit." : ""}`}>
       ${picker}
       <div class="stepper" role="group" aria-label="phases of the step; left and right arrow keys go through them">
         <button type="button" class="turn" onClick=${() => { if (!playing && phase === PHASES.length - 1) go(0); setPlaying(!playing); }} aria-label=${playing ? "pause" : "play all phases"}>${playing ? "❚❚" : "▶"}</button>
@@ -115,7 +116,7 @@ function Stage({ play, picker, chosen: selection }) {
 function Lens({ play, fans, chosen, layer, token, phase, onEdge }) {
   const { fan, title, gate } = chosen.fan, rows = fan.terms, sum = rows.reduce((total, t) => total + t.wa, 0);
   const shown = { forward: "wa", backward: "gradient", update: "after", after: "after" }[PHASES[phase][0]], mark = (name) => name + (name === shown ? " now" : "");
-  return html`<${Panel} id="lens-title" question=${`How is ${sumName(fan, play)} made?`} answer=${fan.kind === "output" ? "From the final state, by the token's own row of the embedding table." : `In layer ${layer}, for ${quoted(play.tokens[token].text)}: the largest terms of the sum, and all others as one.`}>
+  return html`<${Panel} id="lens-title" question=${`How is ${sumName(fan, play)} made?`} answer=${fan.kind === "output" ? `From the final state, by its row of the ${play.shape.head ? "head" : "embedding table"}.` : `In layer ${layer}, for ${quoted(play.tokens[token].text)}: the largest terms of the sum, and all others as one.`}>
     <${Choice} label="which sum" value=${chosen.fan.key} onChange=${(key) => onEdge(fans.find((f) => f.key === key).fan.terms[0].edge)} options=${fans.map((f) => [f.key, f.title])} />
     <div class="scroll whole" tabindex="0" role="region" aria-label=${`terms of ${sumName(fan, play)}, ${title}`}><table class="terms"><thead><tr><th scope="col" class="left">from</th><th scope="col">w</th><th scope="col">a</th><th scope="col" class=${mark("wa")}>w·a</th><th scope="col" class=${mark("gradient")}>∂L/∂w</th><th scope="col" class=${mark("after")}>w after</th></tr></thead>
       <tbody>${rows.map((t) => { const edge = play.edges[t.edge], after = pair(edge.before, edge.after)[1];
@@ -140,13 +141,13 @@ function Calculator({ play, chosen }) {
 
 /** Before and after, and whether the replayed step is the one that was trained. */
 function Outcome({ play, token }) {
-  const { losses } = play, output = play.outputs[token];
-  const rows = [[`this token, ${quoted(play.tokens[token].target_text)}`, losses.tokens[0][token], losses.tokens[1][token]], ["its row", ...losses.row], [`the batch, ${count(play.step_result.tokens)} tokens`, ...losses.batch],
+  const { losses } = play, output = play.outputs[token], task = taskIn(play), asked = output.target >= 0;
+  const rows = [...(asked || !task.labelled ? [[`this ${task.each}, ${quoted(play.tokens[token].target_text)}`, losses.tokens[0][token], losses.tokens[1][token]]] : []), ["its row", ...losses.row], [`the batch, ${count(play.step_result.tokens)} ${task.each}s`, ...losses.batch],
     ...(losses.held_out[0] === null ? [] : [[`held out, ${losses.held_out_rows} rows`, ...losses.held_out]])];
-  return html`<${Panel} id="outcome-title" wide question="Did the step help?" answer="Loss before and after this one step, in nats per token; a step may help its own batch and not the rest.">
+  return html`<${Panel} id="outcome-title" wide question="Did the step help?" answer=${`Loss before and after this one step, in ${task.unit} per ${task.each}; a step may help its own batch and not the rest.`}>
     <div class="columns"><table class="outcome"><thead><tr><th scope="col" class="left">loss of</th><th scope="col">before</th><th scope="col">after</th><th scope="col">change</th></tr></thead>
       <tbody>${rows.map(([what, before, after]) => { const [a, b] = pair(before, after); return html`<tr><th scope="row" class="left">${what}</th><td data-value=${before}>${a}</td><td data-value=${after}>${b}</td><td class=${after < before ? "better" : "worse"}>${number(after - before, { signed: true })}</td></tr>`; })}
-      <tr><th scope="row" class="left">p(${visible(play.tokens[token].target_text)})</th><td data-value=${output.p}>${percent(output.p, 3)}</td><td data-value=${output.p_after}>${percent(output.p_after, 3)}</td><td class=${output.p_after > output.p ? "better" : "worse"}>${number(output.p_after - output.p, { signed: true })}</td></tr></tbody></table>
+      ${output.p === undefined ? "" : html`<tr><th scope="row" class="left">p(${visible(play.tokens[token].target_text)})</th><td data-value=${output.p}>${percent(output.p, 3)}</td><td data-value=${output.p_after}>${percent(output.p_after, 3)}</td><td class=${output.p_after > output.p ? "better" : "worse"}>${number(output.p_after - output.p, { signed: true })}</td></tr>`}</tbody></table>
     <div><ul class="proofs">${play.proofs.map((p) => html`<li class=${p.holds ? "holds" : "fails"}><${Mark} holds=${p.holds} /><span>${p.claim}<small>${p.detail}</small></span></li>`)}</ul>
-      <p class="hint">Row ${play.row} of the batch, tokens ${play.window[0]} to ${play.window[1] - 1}${play.document.source ? html`, from <span class="mono">${play.document.source}</span>, bytes ${count(play.document.byte_start)} to ${count(play.document.byte_end)}` : ""}. The followed token is the one whose loss was nearest to the batch's mean.</p></div></div><//>`;
+      <p class="hint">Row ${play.row} of the batch, tokens ${play.window[0]} to ${play.window[1] - 1}${play.document.source ? html`, from <span class="mono">${play.document.source}</span>, bytes ${count(play.document.byte_start)} to ${count(play.document.byte_end)}` : ""}. The followed ${task.each} is the one whose loss was nearest to the batch's mean.</p></div></div><//>`;
 }
