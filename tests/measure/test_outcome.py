@@ -59,3 +59,19 @@ def test_points_lie_where_their_values_say():
 def test_a_chart_without_spread_or_values_can_be_drawn():
     for xs, ys in (([3], [7]), ([], []), ([1, 2], [5, 5])):
         ElementTree.fromstring(draw({"title": "t", "x": "x", "y": "y", "lines": [{"name": "n", "x": xs, "y": ys}]}))
+
+
+@pytest.mark.parametrize("top_left", [True, False])
+def test_neither_the_legend_nor_a_level_s_name_lies_on_a_whisker(top_left):
+    """Marks in a low row, whose whiskers reach into one upper corner; a level that the marks at its right end would cross."""
+    reach = [0.9, 0.1] if top_left else [0.1, 0.9]
+    line = {"name": "a name", "points": True, "x": [1, 10], "y": [0.1, 0.1], "low": [-0.1, -0.1], "high": reach}
+    root = ElementTree.fromstring(draw({**LINES, "lines": [line], "level": ["none at all", 0.0]}))
+    whisker = max((float(v) for p in root.findall(f"{SVG}path") if p.get("stroke-width") == "1.5"
+                   for v in [p.get("d").split()[0][1:]]), key=lambda x: x if not top_left else -x)
+    legend = next(r for r in root.findall(f"{SVG}rect") if r.get("opacity") == "0.75")
+    name = next(t for t in root.findall(f"{SVG}text") if t.text == "none at all")
+    left, wide = float(legend.get("x")), float(legend.get("width"))
+    assert not (left - 6 <= whisker <= left + wide and float(legend.get("y")) < 100), "the tall whisker is free"
+    at = [float(p.get("d").split()[0][1:]) for p in root.findall(f"{SVG}path") if p.get("stroke-width") == "1.5"]
+    assert all(not float(name.get("x")) <= x <= float(name.get("x")) + 6.2 * len(name.text) for x in at)

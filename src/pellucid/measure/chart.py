@@ -38,15 +38,19 @@ def _lines(chart: dict[str, Any]) -> str:
     place_x, ticks_x = _axis(columns("x"), bool(chart.get("log_x")), LEFT, WIDTH - RIGHT)
     place_y, ticks_y = _axis(columns("y", "low", "high") + level, bool(chart.get("log_y")), HEIGHT - BOTTOM, TOP)
     parts = [_grid(chart, place_x, ticks_x, place_y, ticks_y)]
+    marks = [(place_x(x), place_y(high), place_y(low)) for line in lines for x, low, high in
+             zip(line["x"], line.get("low") or line["y"], line.get("high") or line["y"], strict=True)
+             if _finite(x) and _finite(low) and _finite(high)]  # x, top and bottom of points, whiskers, bands
     if level:
-        y = place_y(level[0])
+        y, wide = place_y(level[0]), 6.2 * len(chart["level"][0])
+        places = (WIDTH - RIGHT - 4 - wide, LEFT + 4, (LEFT + WIDTH - RIGHT - wide) / 2)
+        left = min(places, key=lambda left: _met(marks, left, y - 16, wide, 14))
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#777" stroke-dasharray="5 4"/>')
-        parts.append(_text(WIDTH - RIGHT - 4, y - 5, chart["level"][0], anchor="end", fill="#555"))
+        parts.append(_text(left, y - 5, chart["level"][0], fill="#555"))
+        marks += [(left + share * wide, y - 14, y - 4) for share in (0.1, 0.5, 0.9)]
     for number, line in enumerate(lines):
         parts.append(_line(line, COLOURS[line.get("colour", number) % len(COLOURS)], place_x, place_y))
-    points = [(place_x(x), place_y(y)) for line in lines for x, y in zip(line["x"], line["y"], strict=True)
-              if _finite(x) and _finite(y)] + [(WIDTH - RIGHT - back, place_y(y) - 8) for y in level for back in (20, 40)]  # its name
-    parts.append(_legend([line.get("name", "") for line in lines], points))
+    parts.append(_legend([line.get("name", "") for line in lines], marks))
     return "".join(parts)
 
 
@@ -83,15 +87,19 @@ def _grid(chart: dict[str, Any], place_x: Callable, ticks_x: list, place_y: Call
     return "".join(parts)
 
 
-def _legend(names: list[str], points: list[tuple[float, float]]) -> str:
-    """Names below each other, in the corner where they hide the fewest points."""
+def _met(marks: list[tuple[float, float, float]], left: float, top: float, wide: float, high: float) -> int:
+    """How many marks a box would hide."""
+    return sum(left - 6 <= x <= left + wide + 6 and y0 <= top + high + 6 and y1 >= top - 6 for x, y0, y1 in marks)
+
+
+def _legend(names: list[str], marks: list[tuple[float, float, float]]) -> str:
+    """Names below each other, in the corner where they hide the fewest marks."""
     shown = [(number, name) for number, name in enumerate(names) if name]
     if not shown:
         return ""
     wide, high = max(len(name) for _, name in shown) * 6.2 + 22, 15 * len(shown) + 6
     corners = [(x, y) for x in (WIDTH - RIGHT - wide - 4, LEFT + 4) for y in (TOP + 2, HEIGHT - BOTTOM - high - 2)]
-    hidden = lambda corner: sum(corner[0] - 6 <= x <= corner[0] + wide and corner[1] - 6 <= y <= corner[1] + high for x, y in points)
-    left, top = min(corners, key=hidden)
+    left, top = min(corners, key=lambda corner: _met(marks, *corner, wide, high))
     parts = [f'<rect x="{left:.0f}" y="{top}" width="{wide:.0f}" height="{high}" fill="#fff" opacity="0.75"/>']
     for row, (number, name) in enumerate(shown):
         y = top + 14 + 15 * row

@@ -225,7 +225,8 @@ def _describe(outcome: Outcome) -> None:
         "rows": [[r["arm"], r["amount"], r["mean"], r["low"], r["high"], r["verdict"]] for r in found["augmentation"]]})
     curve = lambda gap, key: {"x": [p["epochs"] for p in gap["curve"]], "y": [p[key] for p in gap["curve"]]}
     outcome.charts.append({
-        "title": "The same text again and again", "x": "times the text was seen", "y": "nats per token", "log_x": True,
+        "title": "The same text again and again (dashed: loss on the training text)", "x": "times the text was seen",
+        "y": "nats per token", "log_x": True,
         "lines": [*({"name": f"{g['amount']:,} tokens, held-out", **curve(g, "held_out")} for g in found["gaps"]),
                   *({"name": "", "dashed": True, "colour": n, **curve(g, "train")} for n, g in enumerate(found["gaps"]))]})
     arms = list(dict.fromkeys(row["arm"] for row in found["augmentation"]))
