@@ -5,7 +5,8 @@ predicted: the dry step's; counted: a Ledger's on the real step; measured: the g
 VmHWM. malloc is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that what grows is what is used; with
 --as-is it keeps what is freed, as in `pellucid train`, and so takes more where sizes change.
 
-Run: python bench/memory.py [--only NAME] [--as-is]; writes bench/results/memory.json.
+Run: python bench/memory.py [--only NAME] [--as-is]; writes bench/results/memory.json. With --fits 24GiB: which presets, and how
+long a sequence of each, fit in that memory.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--only", help="a part of the names of the cases to run; others keep their last result")
     parser.add_argument("--as-is", action="store_true", help="leave malloc as it is")
     parser.add_argument("--predict", action="store_true", help="only predict anew; what was measured stays")
+    parser.add_argument("--fits", metavar="MEMORY", help="only ask which presets and contexts fit in so much")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -103,6 +105,8 @@ def main() -> None:
         return
     if options.predict:
         return predict_anew()
+    if options.fits:
+        return ask_what_fits(options.fits)
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     if not options.as_is:
         environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -136,6 +140,23 @@ def predict_anew() -> None:
             found |= {"predicted": peak.total, "phase": peak.phase, "kinds": peak.kinds, "error": peak.total / found["measured"] - 1}
             print(f"{name:<36} error {found['error']:+.1%}", flush=True)
         results[f"largest_error_{key}"] = max(abs(found["error"]) for found in results[key].values())
+    RESULTS.write_text(json.dumps(results | {"about": about()}, indent=1) + "\n")
+
+
+def ask_what_fits(memory: str) -> None:
+    """Of each preset, by the way to recompute: tokens of the longest sequence that trains in `memory`, the program included."""
+    from pellucid.config import load_config, preset_names
+    from pellucid.measure.memory import largest_context, parse_bytes, program_bytes
+    from pellucid.model.size import with_vocabulary
+
+    there, found = parse_bytes(memory) - program_bytes("cpu"), {}
+    for preset in preset_names():
+        config = with_vocabulary(load_config(None, [f"model.preset={preset}", *DEFAULTS]))
+        found[preset] = {mode: fit and {"tokens": fit[0], "peak": fit[1].total}
+                         for mode, fit in largest_context(config, there).items()}  # fmt: skip
+        print(f"{preset:<8}", *(f"{mode} {fit['tokens'] if fit else 0:>8,}" for mode, fit in found[preset].items()), flush=True)
+    results = json.loads(RESULTS.read_text())  # what others have written meanwhile
+    results["fits"] = results.get("fits", {}) | {memory: found}
     RESULTS.write_text(json.dumps(results | {"about": about()}, indent=1) + "\n")
 
 

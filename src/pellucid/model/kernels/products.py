@@ -35,7 +35,8 @@ def product_by_rows(x_MI: Tensor, weight_OI: Tensor, out: Tensor) -> Tensor:
     megabyte kept), and is as fast with 256 rows as with more."""
     if _is_emulated(x_MI):
         weight_OI = weight_OI.float()  # once, not for every piece
-    for x, y in zip(x_MI.split(ROWS), out.split(ROWS), strict=True):
+    for start in native.starts(len(x_MI), ROWS):
+        x, y = x_MI[start : start + ROWS], out[start : start + ROWS]
         if _onednn_fits(x_MI) or _is_emulated(x_MI):
             y.copy_(product(x, weight_OI))
         else:
