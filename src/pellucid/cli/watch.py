@@ -34,11 +34,11 @@ def watch(
 @app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="a run, finished or not")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="file to write; default RUN_DIR/report.html")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="file to write; default RUN_DIR/report.html")] = None,
 ) -> None:
     """Write the dashboard of a run as one HTML file that opens by double click, without a network.
 
-    Example: pellucid report runs/demo -o demo.html
+    Example: pellucid report runs/demo --out demo.html
     """
     from pellucid.measure.outcome import sections
     from pellucid.observe.web.report import write_report
@@ -46,7 +46,7 @@ def report(
 
     shown = Shown()
     try:
-        path = write_report(run_dir, output, progress=shown.stage, sections=sections(run_dir))
+        path = write_report(run_dir, out, progress=shown.stage, sections=sections(run_dir))
     finally:
         shown.close()
     print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")

@@ -67,7 +67,7 @@ function Epochs({ run, index, step }) {
   const rows = river?.splits?.train?.packing?.rows, batch = run.config?.training?.batch_size;
   if (!rows || !batch) return null;
   const seen = ((step + 1) * batch) / rows, total = run.meta?.max_steps ? (run.meta.max_steps * batch) / rows : seen;
-  return html`<p class="epochs"><span>After step ${count(step)} the model has read ${number(seen)} epochs: ${count((step + 1) * batch)} of ${count(rows)} rows${seen > 1 ? ", each more than once" : ""}.</span>
+  return html`<p class="epochs"><span>After step ${count(step)} the model has read ${number(seen)} epochs: ${count((step + 1) * batch)} rows${seen > 1 ? `, so each of the ${count(rows)} more than once` : ` of ${count(rows)}`}.</span>
     <progress max=${Math.max(1, total)} value=${Math.min(seen, Math.max(1, total))} aria-label="epochs read"></progress></p>`;
 }
 
