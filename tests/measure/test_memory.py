@@ -48,6 +48,17 @@ def test_what_onednn_keeps_of_a_product_is_counted_once_for_each_size():
     assert ledger.live["libraries"] == 3 * memory.KEPT
 
 
+def test_onednn_keeps_no_more_than_its_caches_hold(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_KEPT", int(2.5 * memory.KEPT))
+    factors = torch.ones(4, 2, 8, dtype=torch.bfloat16), torch.ones(4, 8, 2, dtype=torch.bfloat16)
+    for ledger in (Ledger(), memory.DryLedger()):
+        ledger.chunks = 6  # of which a dry run would do two
+        with ledger:
+            for rows in (1, 2, 3, 4):
+                torch.bmm(*(factor[:rows] for factor in factors))
+        assert ledger.live["libraries"] == memory.MOST_KEPT
+
+
 CASES = {
     "fp32": settings(),
     "two micro-batches, bf16": settings(precision="bf16", micro_batch_size=1),
