@@ -51,12 +51,13 @@ def scaling_jobs(
     if min(tokens) < LEAST_STEPS * step:
         raise UserError(f"--tokens {min(tokens)}: under {LEAST_STEPS} steps of {step} tokens, too few to tell how loss falls; give "
                         "more, or a smaller training.batch_size")
-    if min(len(sizes), len(tokens)) < LEAST_EACH:
-        raise UserError("through two points goes a power law with any exponent: give three or more --sizes and --tokens")
     *active, largest = (parameter_counts(fitted({"model": shape(size, base)}, dataset).model)["active"] for size in [*sizes, trial[0]])
-    if largest <= max(active) or trial[1] <= max(tokens):
+    if min(len(set(active)), len({amount // step for amount in tokens})) < LEAST_EACH:
+        raise UserError("through two points goes a power law with any exponent: give three or more --sizes and --tokens, of different "
+                        f"active parameters and whole steps of {step} tokens")
+    if largest <= max(active) or trial[1] // step <= max(tokens) // step:
         raise UserError(f"--trial {trial[0]}:{trial[1]}: the run that judges the law must be larger than all others, in active "
-                        f"parameters ({largest:,}; the largest has {max(active):,}) and in tokens")
+                        f"parameters ({largest:,}; the largest has {max(active):,}) and in steps of {step} tokens")
     known: dict[str, float] = {}
     runs = [(size, amount) for size in sizes for amount in tokens] + [trial]
     jobs = []
