@@ -88,7 +88,7 @@ function Loss({ run, play, losses, now, step, value }) {
   const vocabulary = run.config?.model?.vocab_size, output = play?.outputs.at(-1), loss = value("loss"), task = taskOf(run);
   if (task.labelled) {
     return html`<${Idea} id="idea-loss" title="Loss: how wrong was it?" sources=${[5]}
-      formula=${task.head.problem_type === "regression" ? "loss = mean of ((said − truth) / σ)²" : "loss = −ln p(the right class)"}>
+      formula=${task.head.problem_type === "regression" ? (task.guess ? "loss = mean of ((said − truth) / σ)²" : "loss = mean of Huber((said − truth) / σ)") : task.guess ? "loss = −ln p(the right class)" : "loss = −Σ target · ln p, smoothed or weighted"}>
       <p>A document has one answer, read by the head from the state of its last token. ${task.guess?.words ?? ""} This run began at ${n(losses[0] ?? null)}${loss !== null ? html` and stands at ${n(loss)} ${task.unit} at step ${count(step)}: ${task.meaning(loss)}` : ""}.</p>
       <p class="spark-line"><${Spark} values=${losses.slice(0, now + 1)} hue="#0072B2" width=${220} height=${36} label="loss of every step so far" /> ${see("learning", "the whole curve")}</p><//>`;
   }
@@ -103,11 +103,14 @@ const example = (play) => {
   return fan ? { fan, term: fan.fan.terms[0] } : null;
 };
 
+/** The slope where the chain begins; nothing where the loss is smoothed, weighted or Huber's. */
+const slopeOf = (task) => (!task.guess && task.labelled ? "" : task.head?.problem_type === "regression" ? "∂loss/∂output_k = 2 · error_k / K" : "∂loss/∂logit_j = p_j − [j is the target]");
+
 function Backward({ run, play }) {
   const chosen = example(play), edge = chosen && play.edges[chosen.term.edge], share = chosen && chosen.fan.fan.slope * chosen.term.a;
   const proofs = edge ? proofsOf(edge).slice(0, 2).filter(([, holds]) => holds !== null) : [];
   return html`<${Idea} id="idea-backward" title="Backward: who was responsible?" sources=${[0]}
-    formula=${html`∂loss/∂x = ∂loss/∂y · ∂y/∂x<br/>${taskOf(run).head?.problem_type === "regression" ? "∂loss/∂output_k = 2 · error_k / K" : "∂loss/∂logit_j = p_j − [j is the target]"}`}>
+    formula=${html`∂loss/∂x = ∂loss/∂y · ∂y/∂x<br/>${slopeOf(taskOf(run))}`}>
     <p>Change a weight a little and the loss changes a little; the ratio is its gradient. Back-propagation finds the gradients of all weights in one sweep from right to left, by the chain rule. A weight's share is <em>how wrong its output was</em> times <em>how active its input was</em>.</p>
     ${edge ? html`<p>The weight <span class="mono">${place(edge)}</span> in step ${count(play.step)}: ${n(chosen.fan.fan.slope)} · ${n(chosen.term.a)} = ${n(share)} from this token, ${n(edge.gradient - share)} from ${play.shape.head ? "all" : html`the ${count(play.step_result.tokens - 1)}`} others, together ${n(edge.gradient)}.</p>
       ${proofs.length ? html`<ul class="proofs">${proofs.map(([claim, holds, detail]) => html`<li class=${holds ? "holds" : "fails"}><${Mark} holds=${holds} /><span>${claim}<small>${detail}</small></span></li>`)}</ul>` : ""}` : unplayed}<//>`;
