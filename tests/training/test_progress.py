@@ -30,3 +30,13 @@ def test_a_stage_of_unknown_length_tells_its_counts_alone():
         shown.stage("dry steps", 0, None, "7 tokens")
     shown.close()
     assert out.getvalue().splitlines() == ["dry steps ...", "dry steps · 7 tokens"]
+
+
+def test_where_only_the_answer_counts_a_stage_is_told_after_a_minute_and_not_at_once():
+    out, now = io.StringIO(), [0.0]
+    shown = Shown(Console(file=out, get_time=lambda: now[0], width=120), seconds=60.0, begin=False)
+    for second in range(0, 150, 10):
+        now[0] = float(second)
+        shown.stage("measuring", second, 200, "0 of 2 jobs, 3 min left")
+    shown.close()
+    assert out.getvalue().splitlines() == [f"measuring {share} % · 0 of 2 jobs, 3 min left" for share in (30, 60)]

@@ -94,15 +94,14 @@ def load_with_tokenizer(model: str, tokenizer: Path | None, dtype: str) -> tuple
 
 
 def progress() -> Any:
-    """On stderr, where it is a terminal: stdout holds the answer alone."""
+    """On stderr, for stdout holds the answer alone: a bar on a terminal, elsewhere a line a minute."""
     from contextlib import closing
 
     from rich.console import Console
 
-    from pellucid.training.progress import Quiet, Shown
+    from pellucid.training.progress import Shown
 
-    console = Console(stderr=True, highlight=False)
-    return closing(Shown(console) if console.is_terminal else Quiet())
+    return closing(Shown(Console(stderr=True, highlight=False), seconds=60.0, begin=False))
 
 
 def answer(facts: Any, as_json: bool, picture: Any) -> None:

@@ -21,10 +21,11 @@ class Quiet:
 
 
 class Shown(Quiet):
-    """A live bar on a terminal; elsewhere a line every ten seconds."""
+    """A live bar on a terminal; elsewhere a line every ten seconds, or so many, and for stages one at once where `begin`."""
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: Console | None = None, seconds: float = 10.0, begin: bool = True):
         self.console = console or Console(highlight=False)
+        self.seconds, self.begin = seconds, begin
         self.bar: Progress | None = None
         self.task = None
         self.stage_name: str | None = None
@@ -46,13 +47,15 @@ class Shown(Quiet):
             )  # fmt: skip
             self.task = self.bar.add_task(name, total=total, completed=done)
             if not self.console.is_terminal:
-                self.say(f"{name} ...")
+                if self.begin:
+                    self.say(f"{name} ...")
                 self.last_line = self.console.get_time()
         self.bar.update(self.task, completed=done, total=total, description=f"{name} {detail}".rstrip())
         if self._line_is_due():
             task = self.bar.tasks[0]
             share = [f"{name} {task.percentage:.0f} %" if total else name]
-            left = [f"left {timedelta(seconds=round(task.time_remaining))}"] if task.time_remaining is not None else []
+            known = task.time_remaining is not None and "left" not in detail
+            left = [f"left {timedelta(seconds=round(task.time_remaining))}"] if known else []
             self.say(" · ".join([*share, *([detail] if detail else []), *left]))
 
     def start(self, step: int, max_steps: int, epochs: float) -> None:
@@ -81,9 +84,9 @@ class Shown(Quiet):
         self.bar, self.stage_name = None, None
 
     def _line_is_due(self, last: bool = False) -> bool:
-        """Whether to print a line where there is no bar: every ten seconds, and the last one."""
+        """Whether to print a line where there is no bar: from time to time, and the last one."""
         now = self.console.get_time()
-        due = not self.console.is_terminal and (last or now - self.last_line >= 10)
+        due = not self.console.is_terminal and (last or now - self.last_line >= self.seconds)
         self.last_line = now if due else self.last_line
         return due
 
