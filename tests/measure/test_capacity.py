@@ -59,9 +59,9 @@ def test_bits_are_entropy_minus_cross_entropy():
     (model,) = outcome.numbers["models"]
     assert outcome.numbers["runs"][0]["bits"] == pytest.approx(50 * 32 * 2) and model["load"] == 1.0
     assert model["per_parameter"]["mean"] == pytest.approx(3.2) and model["per_active"]["mean"] == pytest.approx(4.0)
-    assert "within 15 % of" in outcome.findings[0]
+    assert "3.20 (3.20 to 3.20) bits a parameter, 11.1 % below the published 3.6" in outcome.findings[0]
     low = capacity_outcome(*made_jobs({(1.0, 0): (50, math.log(4))}))
-    assert "-56% off" in low.findings[0] and low.numbers["models"][0]["per_parameter"]["low"] is None
+    assert "1.60 bits a parameter, 55.6 % below" in low.findings[0] and low.numbers["models"][0]["per_parameter"]["low"] is None
 
 
 def test_student_intervals():

@@ -163,11 +163,11 @@ def _describe(outcome: Outcome) -> None:
     for model in found["models"]:
         if model["model"] == "dense":
             away = model["per_parameter"]["mean"] / REFERENCE - 1
-            verdict = "within 15 % of" if abs(away) <= 0.15 else f"{away:+.0%} off"
+            still = model["last_quarter"]
             outcome.findings.append(
-                f"Dense, {model['total']:,} parameters: {words(model['per_parameter'])} bits a parameter, {verdict} the published 3.6; "
-                f"the last quarter of training still added {model['last_quarter']:.1%}." if model["last_quarter"] is not None else
-                f"Dense, {model['total']:,} parameters: {words(model['per_parameter'])} bits a parameter, {verdict} the published 3.6.")
+                f"Dense, {model['total']:,} parameters: {words(model['per_parameter'])} bits a parameter, {100 * abs(away):.1f} % "
+                f"{'below' if away < 0 else 'above'} the published 3.6"
+                + (f"; the last quarter of training still added {100 * still:.1f} %." if still is not None else "."))
         else:
             outcome.findings.append(f"{model['model'].capitalize()}, {model['total']:,} parameters, {model['active']:,} active: "
                                     f"{words(model['per_parameter'])} bits a parameter, {words(model['per_active'])} an active one.")
