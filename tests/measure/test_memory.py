@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pellucid.config import UserError, make_config
 from pellucid.measure import memory
@@ -62,6 +63,7 @@ def test_onednn_keeps_no_more_than_its_caches_hold(monkeypatch):
 CASES = {
     "fp32": settings(),
     "two micro-batches, bf16": settings(precision="bf16", micro_batch_size=1),
+    "five chunks of queries, bf16": settings({"data": {"sequence_length": 640}}, precision="bf16", batch_size=1),
     "recompute attention": settings(recompute="attention"),
     "recompute all": settings(recompute="all"),
     "bf16 moments": settings({"optimizer": {"name": "adamw", "state_dtype": "bf16"}}),
@@ -78,6 +80,17 @@ def test_a_dry_step_allocates_and_frees_what_a_real_one_does(name):
         assert dry.peaks[phase].total == pytest.approx(peak.total, rel=0.002, abs=4096), phase
     for kind in ("weights", "gradients", "moments"):
         assert dry.peaks["update"].kinds[kind] == real.peaks["update"].kinds[kind], kind
+
+
+def test_in_a_dry_step_experts_get_unequal_numbers_of_tokens_and_others_in_every_layer():
+    ledger, found = DryLedger(), set()
+    with FakeTensorMode(), ledger:
+        for ledger.layer in range(5):
+            rows = torch.bincount(torch.zeros(1000, dtype=torch.int64), minlength=8).tolist()
+            assert sum(rows) == 1000 and rows[memory.BUSIEST] == max(rows) == int(memory.BUSY * 1000 / 8)
+            found.add(tuple(rows))
+    assert len(found) == 5 and min(map(min, found)) >= 0
+    assert trace_step(CASES["fp32"], CPU, DryLedger()).layer == 1, "the last of two layers told the ledger that it is at work"
 
 
 def test_weights_gradients_and_moments_are_what_arithmetic_says():
