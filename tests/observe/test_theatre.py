@@ -264,6 +264,13 @@ def test_in_bf16_sums_close_with_their_rounding_and_proofs_hold(run_dir):
     assert all(e["by_hand"] == pytest.approx(e["autograd"], rel=1e-3, abs=1e-9) for e in play["edges"])
 
 
+def test_the_weight_that_the_page_opens_with_is_the_first_to_be_proven(run_dir):
+    play = stage(state_before(run_dir, 4), seconds=1e-3)  # time for one
+    fans = play["layers"][-1]["fans"][str(play["position"] - play["window"][0])]
+    opened = play["edges"][fans["experts"][0]["terms"][0]["edge"]]
+    assert [edge for edge in play["edges"] if edge["difference"] is not None] == [opened]
+
+
 def test_a_finished_run_has_a_play_and_can_make_others(run_dir):
     assert 25 in staged_steps(run_dir), "made at the last checkpoint before the end, by training itself"
     assert stage_last(run_dir, 0) == []

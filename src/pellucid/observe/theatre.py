@@ -209,6 +209,8 @@ class _Recorder(SilentObserver):
                            "gates": part("gate_Nk"), "slopes": part("logits_slope")},
                 "fans": {str(t - window.start): self._fans(passage.fans(n, t), t) for t in shown},
             })  # fmt: skip
+        opened = self.layers[-1]["fans"][str(W - 1)]["experts"][0]["terms"][0]["edge"]
+        self.edges[opened].rank = -1  # the weight that the page shows first is proven first
         self._read_outputs(shown)
 
     def _fans(self, fans: dict[str, Any], t: int) -> dict[str, Any]:
