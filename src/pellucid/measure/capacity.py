@@ -180,13 +180,14 @@ def _describe(outcome: Outcome) -> None:
         "columns": ["model", "parameters", "active", "a parameter", "low", "high", "an active one", "low", "high", "seeds"],
         "rows": [[m["model"], m["total"], m["active"], *(m["per_parameter"][e] for e in ends), *(m["per_active"][e] for e in ends),
                   m["seeds"]] for m in found["models"]]})
-    lines = []
+    lines, several = [], len({run["load"] for run in found["runs"]}) > 1
     for model in found["models"]:
         mine = [run for run in found["runs"] if (run["model"], run["size"]) == (model["model"], model["size"])]
         loads = sorted({run["load"] for run in mine})
         at = lambda load, key, mine=mine: [run[key] for run in mine if run["load"] == load]
+        origin = [0.0] if len(loads) > 1 or not several else []  # beside curves, one load is one point
         lines.append({"name": f"{model['model']} {model['total']:,}",
-                      "x": [0.0, *(float(np.mean(at(load, "random_bits"))) / model["total"] for load in loads)],
-                      "y": [0.0, *(float(np.mean(at(load, "bits"))) / model["total"] for load in loads)]})
+                      "x": [*origin, *(float(np.mean(at(load, "random_bits"))) / model["total"] for load in loads)],
+                      "y": [*origin, *(float(np.mean(at(load, "bits"))) / model["total"] for load in loads)]})
     outcome.charts.append({"title": "What is remembered of more and more random bits", "x": "random bits per parameter",
                            "y": "remembered bits per parameter", "level": ["published: 3.6", REFERENCE], "lines": lines})
