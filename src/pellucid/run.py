@@ -211,6 +211,7 @@ def _stage_plays(progress: Quiet, run: Run) -> None:
         stage_last(run.directory, settings.plays)
     except Exception as error:
         progress.say(f"no step could be played in detail: {error}")
+    progress.close()
 
 
 def _fit_vocabulary(config: Config, dataset: Dataset) -> None:

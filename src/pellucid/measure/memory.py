@@ -87,7 +87,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if (func in PRODUCTS and args[0].dtype == torch.bfloat16) or func.namespace == "mkldnn":
-            self._compile(func, args[:2])
+            self._see_product(func, args[:2])
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
                 self.see(leaf)
@@ -106,7 +106,7 @@ class Ledger(TorchDispatchMode):
             record[1] = kind
             self._add(*record)
 
-    def _compile(self, func, factors: tuple[Tensor, Tensor]) -> None:
+    def _see_product(self, func, factors: tuple[Tensor, Tensor]) -> None:
         product = (func, *((factor.shape, factor.is_contiguous()) for factor in factors))
         if factors[0].device.type == self.device == "cpu" and product not in self._products:
             self._products.add(product)
