@@ -174,7 +174,7 @@ def test_without_gradients_the_same_bits():
 
 def test_rows_of_an_expert_are_its_tokens_in_order_and_padding_belongs_to_nobody():
     index = torch.tensor([[2, 0], [2, 1], [0, 2], *[[2, 3]] * 15])
-    row_Nk, rows_E, token_M = sort_by_expert(index, 5)
+    row_Nk, rows_E, token_M = sort_by_expert(index, 5, True)
     assert rows_E == [2, 1, 32, 15, 0]  # a handful as they are, 18 rounded up
     assert row_Nk[:3].tolist() == [[3, 0], [4, 2], [1, 5]]
     assert torch.equal(token_M[row_Nk], torch.arange(18)[:, None].expand(18, 2))

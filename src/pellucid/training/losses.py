@@ -97,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if want_hidden:
                     ctx.grad_hidden_ND[rows] = product(slope, table_VD.t())
                 if want_embedding:
-                    _accumulate(ctx.grad_embedding_VD, slope, hidden_ND[rows])
+                    transposed_product(slope, hidden_ND[rows], out=ctx.grad_embedding_VD, add=True)
         ctx.embedding_dtype = embedding_VD.dtype
         ctx.mark_non_differentiable(per_token_N, z_loss)
         return per_token_N.sum() + z_loss, per_token_N, z_loss
@@ -153,14 +153,6 @@ def fused_rows(products_NV, targets_N, multiplier, z_loss_weight, ignore_index, 
     settings = (float(multiplier), float(z_loss_weight), int(want_slope))
     native.call("cross_entropy", dtype, products_NV, targets_N, nats_N, normalizer_N, N, V, *settings)
     return nats_N, normalizer_N, products_NV if want_slope else None
-
-
-def _accumulate(total_VD: Tensor, slope_NV: Tensor, hidden_ND: Tensor) -> None:
-    if total_VD.dtype == slope_NV.dtype:
-        total_VD.addmm_(slope_NV.T, hidden_ND)
-    else:
-        # The chunk's product rounds once, sums over chunks do not.
-        total_VD.add_(transposed_product(slope_NV, hidden_ND, out=hidden_ND.new_empty(total_VD.shape)))
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

@@ -45,7 +45,7 @@ class _CappedAttention(torch.autograd.Function):
             weights = batched_product(q[:, queries], k[:, :stop].mT)
             sizes = (B * K, K, (stop - start) * G, G, stop, T, start)
             native.call("capped_softmax", q.dtype, weights, *ctx.documents, total, *sizes, *ctx.settings)
-            out[:, queries] = batched_product(weights, v[:, :stop])
+            batched_product(weights, v[:, :stop], out=out[:, queries])
         ctx.save_for_backward(q_BKTGd, k_BKTd, v_BKTd)
         return out.view_as(q_BKTGd)
 
@@ -55,7 +55,8 @@ class _CappedAttention(torch.autograd.Function):
         B, K, T, G, d = grad_BKTGd.shape
         saved = ctx.saved_tensors  # once: recomputation gives them only once
         q, k, v, grad = (x.contiguous().view(B * K, -1, d) for x in (*saved, grad_BKTGd))
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = torch.zeros(k.shape), torch.zeros(v.shape)  # sums over chunks, in fp32
         for start in native.starts(T, ctx.chunk_size):
             stop = min(start + ctx.chunk_size, T)
             queries, total = slice(start * G, stop * G), ctx.totals[B * K * G * start : B * K * G * stop]
@@ -63,8 +64,7 @@ class _CappedAttention(torch.autograd.Function):
             slope = batched_product(grad[:, queries], v[:, :stop].mT)
             sizes = (B * K, K, (stop - start) * G, G, stop, T, start)
             native.call("capped_softmax_backward", q.dtype, weights, slope, *ctx.documents, total, *sizes, *ctx.settings)
-            grad_q[:, queries] = batched_product(slope, k[:, :stop])
-            grad_k[:, :stop] += batched_product(slope.mT, q[:, queries])
-            grad_v[:, :stop] += batched_product(weights.mT, grad[:, queries])
-        shapes = (x.shape for x in saved)
-        return *(g.view(s) for g, s in zip((grad_q, grad_k, grad_v), shapes, strict=True)), *[None] * 5
+            batched_product(slope, k[:, :stop], out=grad_q[:, queries])
+            batched_product(slope.mT, q[:, queries], out=grad_k[:, :stop], add=True)
+            batched_product(weights.mT, grad[:, queries], out=grad_v[:, :stop], add=True)
+        return *(g.view(x.shape).to(x.dtype) for g, x in zip((grad_q, grad_k, grad_v), saved, strict=True)), *[None] * 5

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pellucid.model.kernels import native
-from pellucid.model.kernels.products import product_by_rows, transposed_product
+from pellucid.model.kernels.products import product, sizes_cost, transposed_product
 
 
 def fits(x_ND: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> bool:
@@ -31,17 +31,17 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, gate_Nk, expert_index_Nk, gate_up_proj, down_proj):
         x_ND, dtype, F = x_ND.contiguous(), x_ND.dtype, down_proj.shape[2]
-        ctx.row_Nk, ctx.rows_E, ctx.token_M = sort_by_expert(expert_index_Nk, len(down_proj))
+        ctx.row_Nk, ctx.rows_E, ctx.token_M = sort_by_expert(expert_index_Nk, len(down_proj), sizes_cost(x_ND))
         ctx.factor_M = torch.zeros(len(ctx.token_M)).index_copy_(0, ctx.row_Nk.view(-1), gate_Nk.reshape(-1))
         gate_up_M, outputs_MD = x_ND.new_empty(len(ctx.token_M), 2 * F), x_ND.new_empty(len(ctx.token_M), x_ND.shape[1])
         columns = (column.split(ctx.rows_E) for column in (ctx.token_M, ctx.factor_M, gate_up_M, outputs_MD))
         for e, (token, factor, gate_up, output) in enumerate(zip(*columns, strict=True)):
             if not len(token):
                 continue
-            product_by_rows(x_ND.index_select(0, token), gate_up_proj[e].to(dtype), out=gate_up)
+            product(x_ND, gate_up_proj[e], out=gate_up, rows=token)
             inner = gate_up.new_empty(len(gate_up), F)
             native.call("geglu", dtype, gate_up, factor, inner, len(inner), F)
-            product_by_rows(inner, down_proj[e].to(dtype), out=output)
+            product(inner, down_proj[e], out=output)
         ctx.save_for_backward(x_ND, gate_up_M, gate_up_proj, down_proj)
         return _gather_sum(outputs_MD, ctx.row_Nk)
 
@@ -54,27 +54,26 @@ class _Experts(torch.autograd.Function):
         grad_factor_M, grad_x_MD = torch.empty_like(ctx.factor_M), x_ND.new_empty(len(gate_up_M), x_ND.shape[1])
         columns = (c.split(ctx.rows_E) for c in (ctx.token_M, ctx.factor_M, gate_up_M, grad_factor_M, grad_x_MD))
         for e, (token, factor, gate_up, grad_factor, grad_x) in enumerate(zip(*columns, strict=True)):
-            grad_y = grad_ND.index_select(0, token)
-            inner = grad_y.new_empty(len(grad_y), down_proj.shape[2])  # its gradient, before the factor
-            product_by_rows(grad_y, down_proj[e].to(dtype).t(), out=inner)
+            inner = gate_up.new_empty(len(token), down_proj.shape[2])  # its gradient, before the factor
+            product(grad_ND, down_proj[e].t(), out=inner, rows=token)
             grad_gate_up = torch.empty_like(gate_up)
             native.call("geglu_backward", dtype, inner, gate_up, factor, grad_gate_up, grad_factor, *inner.shape)
-            transposed_product(grad_y, inner, out=grad_down_proj[e])
-            transposed_product(grad_gate_up, x_ND.index_select(0, token), out=grad_gate_up_proj[e])
-            product_by_rows(grad_gate_up, gate_up_proj[e].to(dtype).t(), out=grad_x)
+            transposed_product(grad_ND, inner, out=grad_down_proj[e], left_rows=token)
+            transposed_product(grad_gate_up, x_ND, out=grad_gate_up_proj[e], right_rows=token)
+            product(grad_gate_up, gate_up_proj[e].t(), out=grad_x)
         return _gather_sum(grad_x_MD, ctx.row_Nk), grad_factor_M[ctx.row_Nk], None, grad_gate_up_proj, grad_down_proj
 
 
-def sort_by_expert(expert_index_Nk: Tensor, experts: int) -> tuple[Tensor, list[int], Tensor]:
+def sort_by_expert(expert_index_Nk: Tensor, experts: int, sizes_cost: bool) -> tuple[Tensor, list[int], Tensor]:
     """Where each (token, choice) pair stands when pairs are sorted by expert: (row_Nk, rows of each expert, token_M).
 
-    Each expert's rows are rounded up to a coarse number, because oneDNN compiles a product anew for every size it
-    meets. The rows that fill up read token 0; with a factor of 0 they add nothing to any result or gradient.
+    Where every new size of a product has a price, an expert's rows are rounded up to a coarse number. The rows that fill up
+    read token 0; with a factor of 0 they add nothing to any result or gradient.
     """
     chosen, k = expert_index_Nk.reshape(-1), expert_index_Nk.shape[1]
     order = torch.sort(chosen, stable=True).indices
     real_E = torch.bincount(chosen, minlength=experts)
-    rows_E = [_round_up(rows) for rows in real_E.tolist()]
+    rows_E = [_round_up(rows) if sizes_cost else rows for rows in real_E.tolist()]
     shift_E = torch.tensor(rows_E).cumsum(0) - torch.tensor(rows_E) - (real_E.cumsum(0) - real_E)
     row_M = torch.arange(len(order)) + shift_E.repeat_interleave(real_E)
     row_Nk = torch.empty_like(order).index_copy_(0, order, row_M).view_as(expert_index_Nk)

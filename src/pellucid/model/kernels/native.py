@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of cpu.cpp: built once per machine by the C++ compiler it has, kept in a cache, called by name.
+"""The compiled CPU kernels of cpu.cpp and products.cpp: built once per machine by the C++ compiler it has, kept in a cache, called by name.
 
 Without a compiler, or with PELLUCID_KERNELS=plain in the environment, the plain functions serve instead; `status()`
 says which and why. The choice never depends on the length of a run, so that a resumed run computes the same bits.
@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "products.cpp")]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 WIDE = {"x86_64": ["-mprefer-vector-width=512"]}  # compilers choose 256 bits where they fear for the clock
 C_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}  # a tensor goes by its address
@@ -64,26 +65,30 @@ def fits(*tensors: Tensor) -> bool:
     )
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
-    """Run kernel `name` for `dtype` on contiguous tensors (by address), integers and floats, in its declared order."""
+def has(name: str, dtype: torch.dtype) -> bool:
+    """Whether kernel `name` was built for `dtype`: some are for certain processors only."""
+    return hasattr(_load()[0], f"{name}_{SUFFIXES[dtype]}")
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None, strided: bool = False) -> None:
+    """Run kernel `name` for `dtype` on tensors (by address), integers and floats, in its declared order.
+
+    Tensors must be contiguous, but where the kernel is told their strides.
+    """
     if _dry:
         return
     function = getattr(_load()[0], f"{name}_{SUFFIXES[dtype]}")
     if function.argtypes is None:
         function.argtypes = [C_TYPES.get(type(argument), ctypes.c_void_p) for argument in arguments]
-    function(*[_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments])
+    if not strided and not all(argument.is_contiguous() for argument in arguments if isinstance(argument, Tensor)):
+        raise ValueError("a kernel was given a tensor that is not contiguous")
+    function(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
 
 
 def status() -> str:
     """One line: what serves, and why not the kernels."""
     library, reason = _load()
     return f"compiled by this machine's C++ compiler ({library._name})" if library else f"plain PyTorch: {reason}"
-
-
-def _address(tensor: Tensor) -> int:
-    if not tensor.is_contiguous():
-        raise ValueError("a kernel was given a tensor that is not contiguous")
-    return tensor.data_ptr()
 
 
 @functools.cache
@@ -118,7 +123,7 @@ def _fingerprint(compiler: str) -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256("\n".join([SOURCE.read_text(), version, processor, *FLAGS]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([*(source.read_text() for source in SOURCES), version, processor, *FLAGS]).encode()).hexdigest()[:16]
 
 
 def _build(compiler: str, path: Path) -> None:
@@ -127,15 +132,20 @@ def _build(compiler: str, path: Path) -> None:
     flags = [*FLAGS, *WIDE.get(platform.machine(), [])]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
         run = lambda *arguments: subprocess.run(
             [compiler, *arguments], capture_output=True, text=True, check=True, timeout=300
         )
-        try:
+
+        def build(openmp: str) -> None:
             # Linked without an OpenMP of its own: it must share torch's, or two pools of threads would fight.
-            run(*flags, "-fopenmp", "-c", str(SOURCE), "-o", f"{built}.o")
-            run("-shared", f"{built}.o", "-o", str(built))
+            with ThreadPoolExecutor() as together:
+                list(together.map(lambda source, to: run(*flags, openmp, "-c", str(source), "-o", to), SOURCES, objects))
+            run("-shared", *objects, "-o", str(built))
             ctypes.CDLL(str(built))
+
+        try:
+            build("-fopenmp")
         except (subprocess.CalledProcessError, OSError):
-            run(*flags, "-fopenmp-simd", "-shared", str(SOURCE), "-o", str(built))  # one thread
-            ctypes.CDLL(str(built))
+            build("-fopenmp-simd")  # one thread
         os.replace(built, path)

@@ -1,10 +1,11 @@
 """Matrix products by the fastest way this processor has for them, forward and backward.
 
-In fp32 torch asks Intel's MKL, which on AMD processors leaves AVX-512 unused: there oneDNN runs 1.1 to 1.4 times as
-fast, except for the weight's gradient; on processors without AVX-512 MKL is the faster. In bf16 torch asks oneDNN, which
-needs a processor with AVX-512; elsewhere torch multiplies number by number (8 to 10 GFLOP/s a core, 1 for an input's
-gradient, against 42 to 70). There the factors are widened to fp32, where a product of two bf16 numbers is exact, and
-the result is rounded once: the same definition, operands in bf16 and sums in fp32.
+On AMD processors with AVX-512 the product is Pellucid's own (products.cpp): there torch asks Intel's MKL in fp32, which
+leaves AVX-512 unused, and oneDNN in bf16, which compiles a product anew for every size it meets (0.7 ms, and half a megabyte
+kept). Elsewhere torch's serves; in bf16 it needs a processor with AVX-512, and otherwise multiplies number by number (8 to
+10 GFLOP/s a core, 1 for an input's gradient, against 42 to 70). There the factors are widened to fp32, where a product of two
+bf16 numbers is exact, and the result is rounded once. All are the same definition: operands in the activations' dtype (fp32
+masters are rounded to bf16 as they are read), sums in fp32.
 """
 
 from __future__ import annotations
@@ -19,52 +20,59 @@ from torch.nn import functional as F
 from pellucid.model.kernels import native
 
 ROWS = 256  # at a time, of products whose number of rows changes from call to call
+FEW = 16  # rows below which packing costs more than it brings, as in decoding
 
 
-def product(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x @ weight.T without a gradient; [M, I], [O, I] -> [M, O]. Either may be a transposed view."""
+def product(x_MI: Tensor, weight_OI: Tensor, out: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """x @ weight.T, or x[rows] @ weight.T, without a gradient; [M, I], [O, I] -> [M, O]. The weight may be a transposed view,
+    and an fp32 master of bf16 products."""
+    M = len(x_MI) if rows is None else len(rows)
+    if _is_ours(x_MI) and M >= FEW:
+        return _own(x_MI, weight_OI.t(), x_MI.new_empty(M, len(weight_OI)) if out is None else out, rows)
+    x_MI = x_MI if rows is None else x_MI.index_select(0, rows)
+    weight_OI = weight_OI.to(x_MI.dtype)
     if _is_emulated(x_MI):
-        return torch.mm(x_MI.float(), weight_OI.float().t()).to(x_MI.dtype)
-    if not _onednn_fits(x_MI):
+        found = torch.mm(x_MI.float(), weight_OI.float().t())
+        return found.to(x_MI.dtype) if out is None else out.copy_(found)
+    if out is None:
         return torch.mm(x_MI, weight_OI.t())
-    return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, None, "none", [], "")
-
-
-def product_by_rows(x_MI: Tensor, weight_OI: Tensor, out: Tensor) -> Tensor:
-    """out = x @ weight.T, ROWS rows at a time: oneDNN compiles a product anew for every size it meets (0.7 ms, and half a
-    megabyte kept), and is as fast with 256 rows as with more."""
-    if _is_emulated(x_MI):
-        weight_OI = weight_OI.float()  # once, not for every piece
-    for start in native.starts(len(x_MI), ROWS):
-        x, y = x_MI[start : start + ROWS], out[start : start + ROWS]
-        if _onednn_fits(x_MI) or _is_emulated(x_MI):
-            y.copy_(product(x, weight_OI))
-        else:
-            torch.mm(x, weight_OI.t(), out=y)
+    for start in native.starts(M, ROWS):  # as fast as all at once, and of fewer sizes: see `sizes_cost`
+        torch.mm(x_MI[start : start + ROWS], weight_OI.t(), out=out[start : start + ROWS])
     return out
 
 
-def transposed_product(left_MO: Tensor, right_MI: Tensor, out: Tensor) -> Tensor:
-    """out = left.T @ right, the gradient of a weight; out [O, I] may be wider than the factors (an fp32 master's)."""
+def transposed_product(
+    left_MO: Tensor, right_MI: Tensor, out: Tensor, *, add: bool = False,
+    left_rows: Tensor | None = None, right_rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """out = left.T @ right, or out += it: the gradient of a weight; out [O, I] may be wider than the factors (an fp32
+    master's). left_rows, right_rows: which rows of a factor are meant, where not all."""
+    if _is_ours(left_MO) and right_MI.shape[1] > 1:
+        return _own(left_MO.t(), right_MI, out, left_rows, right_rows, add)
+    left_MO = left_MO if left_rows is None else left_MO.index_select(0, left_rows)
+    right_MI = right_MI if right_rows is None else right_MI.index_select(0, right_rows)
     if _is_emulated(left_MO):
         left_MO, right_MI = left_MO.float(), right_MI.float()
-    if out.dtype == left_MO.dtype:
-        return torch.mm(left_MO.t(), right_MI, out=out)
-    return out.copy_(torch.mm(left_MO.t(), right_MI))
+    if out.dtype != left_MO.dtype:
+        found = torch.mm(left_MO.t(), right_MI)
+        return out.add_(found) if add else out.copy_(found)
+    return out.addmm_(left_MO.t(), right_MI) if add else torch.mm(left_MO.t(), right_MI, out=out)
 
 
-def batched_product(a_BMI: Tensor, b_BIO: Tensor) -> Tensor:
-    """a @ b for each of B pairs of matrices, without a gradient."""
-    if _is_emulated(a_BMI):
-        return torch.bmm(a_BMI.float(), b_BIO.float()).to(a_BMI.dtype)
-    return torch.bmm(a_BMI, b_BIO)
+def batched_product(a_BMI: Tensor, b_BIO: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a @ b for each of B pairs of matrices, without a gradient; into `out`, or added to what it holds."""
+    if _is_ours(a_BMI) and (not add or out.dtype == torch.float32):
+        out = a_BMI.new_empty(len(a_BMI), a_BMI.shape[1], b_BIO.shape[2]) if out is None else out
+        return _own(a_BMI, b_BIO, out, add=add)
+    found = torch.bmm(a_BMI.float(), b_BIO.float()).to(a_BMI.dtype) if _is_emulated(a_BMI) else torch.bmm(a_BMI, b_BIO)
+    return found if out is None else out.add_(found) if add else out.copy_(found)
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """`F.linear(x, weight)`, of which it is the fast twin."""
-    fast = _onednn_fits(x) or _is_emulated(x)
+    """`F.linear(x, weight.to(x.dtype))`, of which it is the fast twin."""
+    fast = _is_ours(x) or _is_emulated(x)
     if not fast or not native.is_ordinary(x):
-        return F.linear(x, weight_OI)
+        return F.linear(x, weight_OI.to(x.dtype))
     if not torch.is_grad_enabled():
         return product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
     return _Linear.apply(x, weight_OI)
@@ -88,24 +96,44 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight
 
 
-def _onednn_fits(x: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # it cannot look into what is asked below, and chooses by itself
-        return False
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and _onednn_is_faster()
+def _own(
+    left: Tensor, right: Tensor, out: Tensor, left_rows: Tensor | None = None, right_rows: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """out [.., M, N] = left [.., M, K] @ right [.., K, N] by products.cpp, of which left_rows and right_rows choose rows as they
+    lie in memory: columns of a factor that is a transposed view."""
+    left, right = (x if 1 in x.stride()[-2:] else x.contiguous() for x in (left, right))
+    K = left.shape[-1] if left_rows is None or left.stride(-1) == 1 else len(left_rows)
+    if K == 0:
+        return out if add else out.zero_()
+    batch = [len(out), left.stride(0), right.stride(0), out.stride(0)] if out.dim() == 3 else [1, 0, 0, 0]
+    native.call(
+        "product", left.dtype, left, left.stride(-2), left.stride(-1), left_rows, right, right.stride(-1), right.stride(-2),
+        right_rows, out, out.stride(-2), out.shape[-2], out.shape[-1], K, int(add), *batch,
+        int(right.dtype == torch.float32), int(out.dtype == torch.float32), strided=True,
+    )  # fmt: skip
+    return out
+
+
+def sizes_cost(x: Tensor) -> bool:
+    """Whether each new size of a product has a price: oneDNN compiles one for each."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _is_ours(x) and not _is_emulated(x)
+
+
+def _is_ours(x: Tensor) -> bool:
+    """Whether products.cpp serves; of a single column strides tell nothing."""
+    return x.shape[-1] > 1 and native.fits(x) and _own_serves(x.dtype)
+
+
+@functools.cache
+def _own_serves(dtype: torch.dtype) -> bool:
+    return "AMD" in torch.cpu.get_capabilities().get("cpu_name", "") and native.has("product", dtype)
 
 
 def _is_emulated(x: Tensor) -> bool:
     """Whether torch would multiply these bf16 numbers one by one."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # it cannot look into what is asked below, and chooses by itself
         return False
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _lacks_bf16()
-
-
-@functools.cache
-def _onednn_is_faster() -> bool:
-    has_it = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    processor = torch.cpu.get_capabilities()
-    return has_it and bool(processor.get("avx512_f")) and "AMD" in processor.get("cpu_name", "")
 
 
 @functools.cache
