@@ -62,14 +62,15 @@ static inline __m512 along(bf16, const float* x, int64_t left) {
     return (__m512)_mm512_cvtne2ps_pbh(get(x + 16, lanes(left - 16)), get(x, lanes(left)));
 }
 
-static inline __m512i halves(const bf16* x, __mmask16 wanted) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(wanted, x)); }
-static inline __m512i halves(const float* x, __mmask16 wanted) {
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(get(x, wanted)));
-}
+static inline __m256i halves(const bf16* x, __mmask16 wanted) { return _mm256_maskz_loadu_epi16(wanted, x); }
+static inline __m256i halves(const float* x, __mmask16 wanted) { return (__m256i)_mm512_cvtneps_pbh(get(x, wanted)); }
 template <class S>
 static inline __m512 across(bf16, const S* x, const S* next, __mmask16 wanted) {
-    __m512i high = next ? _mm512_slli_epi32(halves(next, wanted), 16) : _mm512_setzero_si512();
-    return (__m512)_mm512_or_si512(halves(x, wanted), high);
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i turns = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
+    __m512i low = _mm512_castsi256_si512(halves(x, wanted));
+    __m512i high = next ? _mm512_castsi256_si512(halves(next, wanted)) : _mm512_setzero_si512();
+    return (__m512)_mm512_permutex2var_epi16(low, turns, high);
 }
 
 static inline void put(bf16* to, __mmask16 wanted, __m512 x) {
