@@ -138,16 +138,9 @@ static Item* scratch(int64_t size) {
     return memory.data();
 }
 
-// What a row may see: keys up to its own position, real, of its document (document_BT holds -1 for pads).
-static inline int64_t visible_keys(const int32_t* key_document, int32_t own, int64_t position, uint8_t* seen) {
-    int64_t count = 0;
-#pragma omp simd reduction(+ : count)
-    for (int64_t s = 0; s <= position; s++) {
-        seen[s] = key_document[s] == own;
-        count += seen[s];
-    }
-    return count;
-}
+// What a row may see: keys up to its own position, real, of its document (document_BT holds -1 for pads). Rows are walked in
+// whole vectors, past their position where the row of S keys goes on: what is left of a vector would be done number by number.
+static inline int32_t walked(int32_t position, int64_t S) { return std::min<int64_t>(S, (position / 16 + 1) * 16); }
 
 // In place, products q.k [B*K, c*G, S] of the queries start.. become weights; total: the sum of e^logit of each row.
 // No maximum is subtracted: capped logits cannot overflow. A row that sees nothing is uniform (total = 0).
@@ -160,22 +153,26 @@ static void capped_softmax(T* products, const int32_t* key_document_BT, const in
     for (int64_t bk = 0; bk < BK; bk++)
         for (int64_t r = 0; r < rows; r++) {
             float* weight = scratch<float, 0>(S);
-            uint8_t* seen = scratch<uint8_t, 1>(S);
-            int64_t position = start + r / G, b = bk / K;
-            int32_t own = query_document_BT[b * length + position];
-            int64_t count = visible_keys(key_document_BT + b * length, own, position, seen);
+            int64_t b = bk / K;
+            int32_t position = start + r / G, end = walked(position, S), own = query_document_BT[b * length + position];
+            const int32_t* document = key_document_BT + b * length;
             T* row = products + (bk * rows + r) * S;
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t s = 0; s <= position; s++) {
-                weight[s] = seen[s] ? exponential(cap * tangent(load(row[s]) * inner)) : 0.0f;
+            for (int32_t s = 0; s < end; s++) {
+                bool seen = (s <= position) & (document[s] == own);
+                weight[s] = seen ? exponential(cap * tangent(load(row[s]) * inner)) : 0.0f;
                 sum += weight[s];
             }
-            float scale = count ? 1.0f / sum : 0.0f, otherwise = count ? 0.0f : 1.0f / S;
-            total[bk * rows + r] = count ? sum : 0.0f;
+            total[bk * rows + r] = sum;
+            if (sum == 0) {
+                for (int64_t s = 0; s < S; s++) store(row[s], 1.0f / S);
+                continue;
+            }
+            float scale = 1.0f / sum;
 #pragma omp simd
-            for (int64_t s = 0; s <= position; s++) store(row[s], count ? weight[s] * scale : otherwise);
-            for (int64_t s = position + 1; s < S; s++) store(row[s], otherwise);
+            for (int32_t s = 0; s < end; s++) store(row[s], weight[s] * scale);
+            std::memset(row + end, 0, (S - end) * sizeof(T));
         }
 }
 
@@ -189,31 +186,31 @@ static void capped_softmax_backward(T* products, T* grad_weights, const int32_t*
 #pragma omp parallel for collapse(2) if (BK * rows > SMALL)
     for (int64_t bk = 0; bk < BK; bk++)
         for (int64_t r = 0; r < rows; r++) {
-            float *weight = scratch<float, 0>(S), *slope = scratch<float, 2>(S);
-            uint8_t* seen = scratch<uint8_t, 1>(S);
-            int64_t position = start + r / G, b = bk / K;
-            int32_t own = query_document_BT[b * length + position];
-            visible_keys(key_document_BT + b * length, own, position, seen);
+            float *weight = scratch<float, 0>(S), *slope = scratch<float, 1>(S);
+            int64_t b = bk / K;
+            int32_t position = start + r / G, end = walked(position, S), own = query_document_BT[b * length + position];
+            const int32_t* document = key_document_BT + b * length;
             T *row = products + (bk * rows + r) * S, *grad = grad_weights + (bk * rows + r) * S;
             float sum = total[bk * rows + r], scale = 1.0f / sum, dot = 0;
-            bool blind = sum == 0;
-            if (blind) {
+            if (sum == 0) {
                 for (int64_t s = 0; s < S; s++) store(row[s], 1.0f / S), store(grad[s], 0.0f);
                 continue;
             }
 #pragma omp simd reduction(+ : dot)
-            for (int64_t s = 0; s <= position; s++) {
+            for (int32_t s = 0; s < end; s++) {
+                bool seen = (s <= position) & (document[s] == own);
                 float bend = tangent(load(row[s]) * inner);
-                weight[s] = seen[s] ? exponential(cap * bend) * scale : 0.0f;
+                weight[s] = seen ? exponential(cap * bend) * scale : 0.0f;
                 slope[s] = 1.0f - bend * bend;
                 dot += weight[s] * load(grad[s]);
             }
 #pragma omp simd
-            for (int64_t s = 0; s <= position; s++) {
+            for (int32_t s = 0; s < end; s++) {
                 store(row[s], weight[s]);
                 store(grad[s], weight[s] * (load(grad[s]) - dot) * slope[s] * multiplier);
             }
-            for (int64_t s = position + 1; s < S; s++) store(row[s], 0.0f), store(grad[s], 0.0f);
+            std::memset(row + end, 0, (S - end) * sizeof(T));
+            std::memset(grad + end, 0, (S - end) * sizeof(T));
         }
 }
 
