@@ -33,6 +33,12 @@ def _kernels():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["torch's products", *(["own products"] if products._own_serves(torch.float32) else [])])
+def way(request, monkeypatch):
+    if request.param == "torch's products":
+        monkeypatch.setattr(products, "_own_serves", lambda dtype: False)
+
+
 def random(*shape, dtype=torch.float32, scale=1.0):
     return (scale * torch.randn(shape)).to(dtype).requires_grad_()
 
@@ -86,7 +92,7 @@ def test_rotate(dtype, heads, group):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "chunk", "G"), [(2, 128, 1), (37, 8, 3), (64, 16, 2)])
-def test_capped_attention_with_pads_and_documents(dtype, T, chunk, G):
+def test_capped_attention_with_pads_and_documents(way, dtype, T, chunk, G):
     B, K, d = 2, 2, 8
     q, k, v = random(B, K, T, G, d, dtype=dtype, scale=3), random(B, K, T, d, dtype=dtype, scale=3), random(B, K, T, d, dtype=dtype)
     valid = torch.rand(B, T) > 0.2
@@ -128,7 +134,7 @@ def moe_of(D, size, E, k):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("choice", ["spread", "all to one", "one token", "an expert without tokens"])
-def test_experts(dtype, choice):
+def test_experts(way, dtype, choice):
     D, size, E, k = 24, 20, 4, 2
     N = 1 if choice == "one token" else 53
     index = torch.stack([torch.randperm(E)[:k] for _ in range(N)])
@@ -219,7 +225,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_and_its_gradients(dtype):
+def test_linear_and_its_gradients(way, dtype):
     x, weight = random(3, 5, 24, dtype=dtype), random(40, 24, dtype=dtype)
     assert_agree(products.linear, F.linear, [x, weight], dtype=dtype)
 

@@ -86,7 +86,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if (func in PRODUCTS and args[0].dtype == torch.bfloat16) or func.namespace == "mkldnn":
+        if func in PRODUCTS and args[0].dtype == torch.bfloat16:
             self._see_product(func, args[:2])
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:

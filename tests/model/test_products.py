@@ -1,0 +1,140 @@
+"""Matrix products against float64, by every way this processor has for them: views, chosen rows, wider results, odd sizes."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pellucid.model.kernels import native, products
+from pellucid.model.kernels.products import batched_product, linear, product, transposed_product
+
+OWN_SERVES = {dtype: native.fits(torch.ones(1, 2, dtype=dtype)) and products._own_serves(dtype) for dtype in native.SUFFIXES}
+WAYS = ["torch", *(["own"] if any(OWN_SERVES.values()) else [])]
+DTYPES = list(native.SUFFIXES)
+
+
+@contextmanager
+def served_by(way):
+    """torch's libraries, or products.cpp where this processor is one that it is for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_own_serves", lambda dtype: way == "own" and OWN_SERVES[dtype])
+        yield
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    with served_by(request.param):
+        yield request.param
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype)
+
+
+def assert_close(found, left, right, added=0):
+    """found = left @ right, [.., M, K] and [.., K, N]: within the rounding of a sum in fp32, and of the result's dtype."""
+    left, right = left.double(), right.to(left.dtype).double()
+    exact, size = left @ right + added, left.abs() @ right.abs() + abs(added)
+    assert found.shape == exact.shape and not found.isnan().any()
+    within = (2**-23 * (left.shape[-1] + 2) ** 0.5 + torch.finfo(found.dtype).eps) * size
+    assert ((found.double() - exact).abs() <= within).all(), ((found.double() - exact).abs() / size).max()
+
+
+def inside(tensor, memory):
+    """The same numbers as a part of a larger matrix that is NaN around them."""
+    whole = torch.full([size + 3 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
+    part = whole[tuple(slice(1, size + 1) for size in tensor.shape)]
+    part.copy_(tensor)
+    return part if memory == "inside" else tensor
+
+
+sizes = st.integers(1, 70)
+
+
+@settings(deadline=None, max_examples=150)
+@given(sizes, sizes, sizes, st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["own", "inside"]))
+@example(2100, 33, 40, torch.float32, False, False, True, "own")  # sums in two pieces
+@example(33, 2100, 4200, torch.bfloat16, False, True, False, "own")  # the same in bf16, more columns than rows
+@example(530, 540, 2050, torch.float32, False, False, False, "own")  # more columns than are shared at once
+@example(1, 1, 1, torch.bfloat16, True, True, True, "inside")
+def test_product_of_views_and_masters_and_chosen_rows(M, N, K, dtype, turned_x, turned_weight, choose, memory):
+    torch.manual_seed(M * N + K)
+    x = inside(random(K, M, dtype=dtype), memory).t() if turned_x else inside(random(M, K, dtype=dtype), memory)
+    weight = random(K, N).t() if turned_weight else random(N, K)
+    for way in WAYS:
+        with served_by(way):
+            rows = torch.randint(0, M, (M + 20,)) if choose and not turned_x else None
+            meant = x if rows is None else x[rows]
+            assert_close(product(x, weight, rows=rows), meant, weight.t())
+            into = inside(torch.zeros(len(meant), N, dtype=dtype), "inside")
+            assert_close(product(x, weight.to(dtype), out=into, rows=rows), meant, weight.t())
+            assert into._base.isnan().sum() == into._base.numel() - into.numel(), "nothing is written around it"
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes, sizes, st.integers(0, 90), st.sampled_from(DTYPES), st.booleans(), st.booleans())
+@example(40, 33, 5000, torch.bfloat16, True, False)
+@example(33, 40, 2100, torch.float32, True, True)
+def test_gradient_of_a_weight(O, I, M, dtype, choose, add):
+    torch.manual_seed(O * I + M)
+    for way in WAYS:
+        with served_by(way):
+            left, right, rows = random(M, O, dtype=dtype), random(M + 5, I, dtype=dtype), torch.randint(0, M + 5, (M,))
+            before = random(O, I)
+            chosen = {"right_rows": rows} if choose else {}
+            meant = right[rows] if choose else right[:M]
+            out = transposed_product(left, right if choose else meant, out=before.clone(), add=add, **chosen)
+            exact, size = left.double().t() @ meant.double(), left.double().abs().t() @ meant.double().abs()
+            rounds = way == "torch" or 1 in (O, I)  # torch's bf16 product, before it is widened
+            rounding = torch.finfo(dtype).eps if rounds else 0
+            bound = (2**-22 * (M + 2) ** 0.5 + rounding) * (size + before.abs() + 1e-30)
+            assert ((out.double() - exact - (before.double() if add else 0)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_batched_products_of_views_into_views(way, dtype, B):
+    a, b = random(B, 40, 24, dtype=dtype), random(B, 33, 24, dtype=dtype).mT
+    assert_close(batched_product(a, b), a, b)
+    assert_close(batched_product(a.mT[:, :, 3:30], a[:, 3:30]), a.mT[:, :, 3:30], a[:, 3:30])
+    whole = torch.zeros(B, 70, 33, dtype=dtype)
+    assert_close(batched_product(a, b, out=whole[:, 10:50]), a, b)
+    assert not whole[:, :10].any() and not whole[:, 50:].any()
+    total = torch.ones(B, 50, 33)
+    batched_product(a, b, out=total[:, 5:45], add=True)
+    assert_close(total[:, 5:45], a, b, added=1) if dtype == torch.float32 else None
+    assert (total[:, :5] == 1).all() and (total[:, 45:] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_and_its_gradients_with_an_fp32_master(way, dtype):
+    x, weight = random(3, 9, 24, dtype=dtype).requires_grad_(), random(40, 24).requires_grad_()
+    slope = random(3, 9, 40, dtype=dtype)
+    y = linear(x, weight)
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), slope)
+    assert y.dtype == grad_x.dtype == dtype and grad_weight.dtype == torch.float32
+    assert_close(y.detach(), x.detach(), weight.detach().t())
+    assert_close(grad_x, slope, weight.detach())
+    exact = torch.einsum("abo,abi->oi", slope.double(), x.detach().double())
+    assert (grad_weight - exact).norm() < {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype] * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if OWN_SERVES[dtype]])
+def test_a_row_is_the_same_bits_in_any_company_and_on_any_number_of_threads(dtype):
+    x, weight = random(200, 90, dtype=dtype), random(150, 90)
+    whole = product(x, weight)
+    assert torch.equal(product(x[50:70], weight), whole[50:70]) and torch.equal(product(x, weight[30:]), whole[:, 30:])
+    before = torch.get_num_threads()
+    torch.set_num_threads(before % 2 + 1)
+    again = product(x, weight)
+    torch.set_num_threads(before)
+    assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_stays_in_its_row(way, dtype):
+    x, weight = random(40, 20, dtype=dtype), random(24, 20)
+    x[7, 3] = torch.nan
+    assert product(x, weight).isnan().all(1).nonzero().tolist() == [[7]] and product(x, weight).isnan().sum() == 24
