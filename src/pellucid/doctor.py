@@ -12,7 +12,7 @@ from pellucid.config import TokenizerConfig
 from pellucid.data.bpe_training import PROBE, gigabpe_problem
 from pellucid.data.encoders import choose_encoder
 from pellucid.data.tokenizer_training import train_tokenizer
-from pellucid.model.kernels import gpu, native
+from pellucid.model.kernels import gpu, native, products
 from pellucid.run import REPORTED_PACKAGES, installed_version
 from pellucid.training.device import choose_device, choose_precision, has_fast_bf16
 
@@ -33,7 +33,7 @@ def examine() -> dict[str, str]:
         "device": f"{device} (training.device = 'auto')",
         "bf16": "fast on this device" if bf16 else "slow or absent on this device: fp32 is used",
         "precision": f"{'bf16, fp32 master weights' if dtype == torch.bfloat16 else 'fp32'} (training.precision = 'auto')",
-        **(_on_gpu(device) if device.type == "cuda" else {"kernels": native.status(), "experts": _experts(device)}),
+        **(_on_gpu(device) if device.type == "cuda" else _on_cpu(device)),
         "tokenizer.model": _encoder("sentencepiece"),
         "tokenizer.json": _encoder("bpe"),
         "bpe training": "gigabpe" if gigabpe_problem() is None else f"tokenizers (gigabpe: {gigabpe_problem()})",
@@ -53,6 +53,10 @@ def _memory() -> str:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
     except (ValueError, OSError, AttributeError):
         return "unknown"
+
+
+def _on_cpu(device: torch.device) -> dict[str, str]:
+    return {"kernels": native.status(), "products": products.status(), "experts": _experts(device)}
 
 
 def _on_gpu(device: torch.device) -> dict[str, str]:

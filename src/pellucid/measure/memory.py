@@ -4,8 +4,9 @@ The training step itself runs, on tensors that have shapes but no memory (torch'
 freed is the program's own doing, kernels and observation included, and no formula can fall behind it. Values decide
 little: every gradient is taken to be finite, one expert to get BUSY times its share of the tokens and the others unequal
 parts of the rest, as routers do before they learn. Beside tensors, what oneDNN keeps of every matrix product it has compiled is
-counted: of one step, though later ones give experts other numbers of tokens and so make products of other sizes. What else
-libraries allocate inside one operation is not seen. bench/memory.py compares with what the system measured.
+counted, where it serves (see kernels/products.py): of one step, though later ones give experts other numbers of tokens and so make
+products of other sizes. What else is allocated inside one operation is not seen. bench/memory.py compares with what the system
+measured.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ class MoE(nn.Module):
         """`mix_plain` of a single token, as in decoding, where sorting would cost more than the products."""
         mixed_1D = x_1D.new_zeros(x_1D.shape, dtype=torch.float32)
         for choice, e in enumerate(routing.expert_index_Nk[0].tolist()):
-            gate, up = linear(x_1D, self.gate_up_proj[e].to(x_1D.dtype)).chunk(2, dim=-1)
-            output = linear(F.gelu(gate, approximate="tanh") * up, self.down_proj[e].to(x_1D.dtype))
+            gate, up = linear(x_1D, self.gate_up_proj[e]).chunk(2, dim=-1)
+            output = linear(F.gelu(gate, approximate="tanh") * up, self.down_proj[e])
             mixed_1D.addcmul_(output, routing.gate_Nk[:, choice : choice + 1])
         return mixed_1D.to(x_1D.dtype)
 

@@ -56,7 +56,7 @@ class _CappedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: recomputation gives them only once
         q, k, v, grad = (x.contiguous().view(B * K, -1, d) for x in (*saved, grad_BKTGd))
         grad_q = torch.empty_like(q)
-        grad_k, grad_v = torch.zeros(k.shape), torch.zeros(v.shape)  # sums over chunks, in fp32
+        grad_k, grad_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))  # sums over chunks
         for start in native.starts(T, ctx.chunk_size):
             stop = min(start + ctx.chunk_size, T)
             queries, total = slice(start * G, stop * G), ctx.totals[B * K * G * start : B * K * G * stop]

@@ -50,10 +50,13 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, grad_ND):
         x_ND, gate_up_M, gate_up_proj, down_proj = ctx.saved_tensors
         grad_ND, dtype = grad_ND.contiguous(), grad_ND.dtype
-        grad_gate_up_proj, grad_down_proj = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
+        grad_gate_up_proj, grad_down_proj = (weight.new_empty(weight.shape) for weight in (gate_up_proj, down_proj))
         grad_factor_M, grad_x_MD = torch.empty_like(ctx.factor_M), x_ND.new_empty(len(gate_up_M), x_ND.shape[1])
         columns = (c.split(ctx.rows_E) for c in (ctx.token_M, ctx.factor_M, gate_up_M, grad_factor_M, grad_x_MD))
         for e, (token, factor, gate_up, grad_factor, grad_x) in enumerate(zip(*columns, strict=True)):
+            if not len(token):
+                grad_gate_up_proj[e], grad_down_proj[e] = 0, 0
+                continue
             inner = gate_up.new_empty(len(token), down_proj.shape[2])  # its gradient, before the factor
             product(grad_ND, down_proj[e].t(), out=inner, rows=token)
             grad_gate_up = torch.empty_like(gate_up)

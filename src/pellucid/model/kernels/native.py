@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of cpu.cpp and products.cpp: built once per machine by the C++ compiler it has, kept in a cache, called by name.
+"""The compiled CPU kernels of cpu.cpp and products.cpp: built once per machine by its C++ compiler, kept in a cache, called by name.
 
 Without a compiler, or with PELLUCID_KERNELS=plain in the environment, the plain functions serve instead; `status()`
 says which and why. The choice never depends on the length of a run, so that a resumed run computes the same bits.
@@ -123,7 +123,8 @@ def _fingerprint(compiler: str) -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256("\n".join([*(source.read_text() for source in SOURCES), version, processor, *FLAGS]).encode()).hexdigest()[:16]
+    sources = [source.read_text() for source in SOURCES]
+    return hashlib.sha256("\n".join([*sources, version, processor, *FLAGS]).encode()).hexdigest()[:16]
 
 
 def _build(compiler: str, path: Path) -> None:

@@ -3,7 +3,8 @@
 // Both factors are packed, as in BLIS (Van Zee & van de Geijn 2015), into panels that are read from end to end: a cell
 // holds what one multiply-add takes of a row, a float or two bf16 that follow each other along the sum. A tile of ROWS x
 // COLUMNS sums stays in registers. Packing also converts (fp32 masters to bf16), gathers rows by index and transposes.
-// Each result is one sum in order of k, whatever the other sizes and the number of threads: the same bits.
+// Each result is one sum in order of k, in pieces of DEPTH cells, whatever the other sizes and the number of threads: the same
+// bits. The instructions for bf16 take subnormal numbers for zero.
 // Letters: M rows of a and out, N rows of b and columns of out, K numbers of each sum; P rows of a panel.
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -130,9 +131,17 @@ static void pack(const Matrix<S>& x, int64_t o0, int64_t o1, int64_t k0, int64_t
         }
 }
 
+// Where sums are kept: lines of numbers, `stride` from one to the next.
+template <class O>
+struct Lines {
+    O* first;
+    int64_t stride;
+    Lines at(int64_t line, int64_t number) const { return {first ? first + line * stride + number : nullptr, stride}; }
+};
+
 // height x columns of out, or of its transpose where `turned`: the panels' product, and what is in `before`.
 template <class T, class O, int rows, bool turned>
-static void tile(int64_t cells, const float* a, const float* b, const float* before, O* out, int64_t stride, int64_t height,
+static void tile(int64_t cells, const float* a, const float* b, Lines<float> before, Lines<O> out, int64_t height,
                  int64_t columns) {
     __m512 sum[16][VECTORS];
 #pragma GCC unroll 16
@@ -158,11 +167,11 @@ static void tile(int64_t cells, const float* a, const float* b, const float* bef
         if (turned) transpose(line);
 #pragma GCC unroll 16
         for (int i = 0; i < (turned ? 16 : rows); i++) {
-            int64_t at = turned ? (16 * j + i) * stride : i * stride + 16 * j;
+            int64_t to = turned ? 16 * j + i : i, from = turned ? 0 : 16 * j;
             int64_t wide = turned ? height : columns - 16 * j, high = turned ? columns - 16 * j : height;
             __mmask16 wanted = i < high ? lanes(wide) : 0;
-            if (before) line[i] = _mm512_add_ps(line[i], get(before + at, wanted));
-            put(out + at, wanted, line[i]);
+            if (before.first) line[i] = _mm512_add_ps(line[i], get(before.at(to, from).first, wanted));
+            put(out.at(to, from).first, wanted, line[i]);
         }
     }
 }
@@ -170,8 +179,8 @@ static void tile(int64_t cells, const float* a, const float* b, const float* bef
 // The smallest tile that holds so many rows: of 2, 4, .. ROWS.
 template <class T, class O, bool turned, int... pair>
 static void tile_of(int64_t height, std::integer_sequence<int, pair...>, int64_t cells, const float* a, const float* b,
-                    const float* before, O* out, int64_t stride, int64_t columns) {
-    (void)((height <= 2 * pair + 2 && (tile<T, O, 2 * pair + 2, turned>(cells, a, b, before, out, stride, height, columns), true)) || ...);
+                    Lines<float> before, Lines<O> out, int64_t columns) {
+    (void)((height <= 2 * pair + 2 && (tile<T, O, 2 * pair + 2, turned>(cells, a, b, before, out, height, columns), true)) || ...);
 }
 
 // Memory that a thread keeps from product to product, for each purpose.
@@ -188,7 +197,8 @@ static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t str
     const int64_t per = sizeof(float) / sizeof(T), depth = DEPTH * per, panels = (M + ROWS - 1) / ROWS;
     const int64_t deepest = (std::min(K, depth) + per - 1) / per, width = std::max<int64_t>(1, SHARED / deepest / COLUMNS) * COLUMNS;
     float* packed_b = room<0>((std::min(N, width) + COLUMNS - 1) / COLUMNS * COLUMNS * deepest);
-    float* partial = sizeof(O) == sizeof(float) ? (float*)out : K > depth ? room<1>(turned ? N * stride : M * stride) : nullptr;
+    const int64_t shared = std::min(N, width);  // columns at a time
+    float* sums = K > depth && sizeof(O) < sizeof(float) ? room<1>(M * shared) : nullptr;
     for (int64_t n0 = 0; n0 < N; n0 += width)
         for (int64_t k0 = 0; k0 < K; k0 += depth) {
             int64_t k1 = std::min(K, k0 + depth), cells = (k1 - k0 + per - 1) / per, n1 = std::min(N, n0 + width);
@@ -208,14 +218,17 @@ static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t str
                     pack<T, A, ROWS>(a, m0, m1, k0, k1, packed_a);
                     for (int64_t n = n0; n < n1; n += COLUMNS)
                         for (int64_t m = m0; m < m1; m += ROWS) {
-                            int64_t at = turned ? n * stride + m : m * stride + n, rows = std::min<int64_t>(ROWS, m1 - m);
+                            int64_t rows = std::min<int64_t>(ROWS, m1 - m), column = sums ? n - n0 : n;
                             const float *panel_a = packed_a + (m - m0) * cells, *panel_b = packed_b + (n - n0) * cells;
-                            const float* before = k0 || add ? partial + at : nullptr;
+                            Lines<float> partial = {sums ? sums : (float*)out, !sums ? stride : turned ? M : shared};
+                            Lines<O> result = Lines<O>{out, stride}.at(turned ? n : m, turned ? m : n);
+                            partial = partial.at(turned ? column : m, turned ? m : column);
+                            Lines<float> before = k0 || add ? partial : Lines<float>{nullptr, 0};
                             auto sizes = std::make_integer_sequence<int, ROWS / 2>();
                             if (k1 < K)
-                                tile_of<T, float, turned>(rows, sizes, cells, panel_a, panel_b, before, partial + at, stride, n1 - n);
+                                tile_of<T, float, turned>(rows, sizes, cells, panel_a, panel_b, before, partial, n1 - n);
                             else
-                                tile_of<T, O, turned>(rows, sizes, cells, panel_a, panel_b, before, out + at, stride, n1 - n);
+                                tile_of<T, O, turned>(rows, sizes, cells, panel_a, panel_b, before, result, n1 - n);
                         }
                 }
             }

@@ -2,10 +2,10 @@
 
 On AMD processors with AVX-512 the product is Pellucid's own (products.cpp): there torch asks Intel's MKL in fp32, which
 leaves AVX-512 unused, and oneDNN in bf16, which compiles a product anew for every size it meets (0.7 ms, and half a megabyte
-kept). Elsewhere torch's serves; in bf16 it needs a processor with AVX-512, and otherwise multiplies number by number (8 to
-10 GFLOP/s a core, 1 for an input's gradient, against 42 to 70). There the factors are widened to fp32, where a product of two
-bf16 numbers is exact, and the result is rounded once. All are the same definition: operands in the activations' dtype (fp32
-masters are rounded to bf16 as they are read), sums in fp32.
+kept). A handful of rows, and all other processors, are torch's; in bf16 it needs a processor with AVX-512, and otherwise
+multiplies number by number (8 to 10 GFLOP/s a core, 1 for an input's gradient, against 42 to 70). There the factors are
+widened to fp32, where a product of two bf16 numbers is exact, and the result is rounded once. All are the same definition:
+operands in the activations' dtype (fp32 masters are rounded to bf16 as they are read), sums in fp32.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def product(x_MI: Tensor, weight_OI: Tensor, out: Tensor | None = None, rows: Te
     """x @ weight.T, or x[rows] @ weight.T, without a gradient; [M, I], [O, I] -> [M, O]. The weight may be a transposed view,
     and an fp32 master of bf16 products."""
     M = len(x_MI) if rows is None else len(rows)
-    if _is_ours(x_MI) and M >= FEW:
-        return _own(x_MI, weight_OI.t(), x_MI.new_empty(M, len(weight_OI)) if out is None else out, rows)
-    x_MI = x_MI if rows is None else x_MI.index_select(0, rows)
-    weight_OI = weight_OI.to(x_MI.dtype)
+    x_MI, rows = _with_rows(x_MI, rows)
+    if M >= FEW:
+        into = x_MI.new_empty(M, len(weight_OI)) if out is None else out
+        if _is_ours(x_MI, weight_OI.t(), into):
+            return _own(x_MI, weight_OI.t(), into, rows)
+    x_MI, weight_OI = _chosen(x_MI, rows), weight_OI.to(x_MI.dtype)
     if _is_emulated(x_MI):
         found = torch.mm(x_MI.float(), weight_OI.float().t())
         return found.to(x_MI.dtype) if out is None else out.copy_(found)
@@ -47,10 +49,10 @@ def transposed_product(
 ) -> Tensor:  # fmt: skip
     """out = left.T @ right, or out += it: the gradient of a weight; out [O, I] may be wider than the factors (an fp32
     master's). left_rows, right_rows: which rows of a factor are meant, where not all."""
-    if _is_ours(left_MO) and right_MI.shape[1] > 1:
+    (left_MO, left_rows), (right_MI, right_rows) = _with_rows(left_MO, left_rows), _with_rows(right_MI, right_rows)
+    if _is_ours(left_MO, right_MI, out, add):
         return _own(left_MO.t(), right_MI, out, left_rows, right_rows, add)
-    left_MO = left_MO if left_rows is None else left_MO.index_select(0, left_rows)
-    right_MI = right_MI if right_rows is None else right_MI.index_select(0, right_rows)
+    left_MO, right_MI = _chosen(left_MO, left_rows), _chosen(right_MI, right_rows)
     if _is_emulated(left_MO):
         left_MO, right_MI = left_MO.float(), right_MI.float()
     if out.dtype != left_MO.dtype:
@@ -61,20 +63,20 @@ def transposed_product(
 
 def batched_product(a_BMI: Tensor, b_BIO: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """a @ b for each of B pairs of matrices, without a gradient; into `out`, or added to what it holds."""
-    if _is_ours(a_BMI) and (not add or out.dtype == torch.float32):
-        out = a_BMI.new_empty(len(a_BMI), a_BMI.shape[1], b_BIO.shape[2]) if out is None else out
-        return _own(a_BMI, b_BIO, out, add=add)
+    into = a_BMI.new_empty(len(a_BMI), a_BMI.shape[1], b_BIO.shape[2]) if out is None else out
+    if _is_ours(a_BMI, b_BIO, into, add):
+        return _own(a_BMI, b_BIO, into, add=add)
     found = torch.bmm(a_BMI.float(), b_BIO.float()).to(a_BMI.dtype) if _is_emulated(a_BMI) else torch.bmm(a_BMI, b_BIO)
     return found if out is None else out.add_(found) if add else out.copy_(found)
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`F.linear(x, weight.to(x.dtype))`, of which it is the fast twin."""
-    fast = _is_ours(x) or _is_emulated(x)
-    if not fast or not native.is_ordinary(x):
+    fast = _own_serves(x.dtype) if native.fits(x) else _is_emulated(x) and native.is_ordinary(x)
+    if not fast:
         return F.linear(x, weight_OI.to(x.dtype))
     if not torch.is_grad_enabled():
-        return product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
+        return product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], len(weight_OI))
     return _Linear.apply(x, weight_OI)
 
 
@@ -82,7 +84,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_OI):
         ctx.save_for_backward(x, weight_OI)
-        return product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
+        return product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @once_differentiable
@@ -92,7 +94,8 @@ class _Linear(torch.autograd.Function):
         grad_x = product(grad_MO, weight_OI.t()).view_as(x) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = transposed_product(grad_MO, x.reshape(-1, x.shape[-1]), out=torch.empty_like(weight_OI))
+            grad_weight = weight_OI.new_empty(weight_OI.shape)
+            transposed_product(grad_MO, x.reshape(-1, x.shape[-1]), out=grad_weight)
         return grad_x, grad_weight
 
 
@@ -102,31 +105,59 @@ def _own(
     """out [.., M, N] = left [.., M, K] @ right [.., K, N] by products.cpp, of which left_rows and right_rows choose rows as they
     lie in memory: columns of a factor that is a transposed view."""
     left, right = (x if 1 in x.stride()[-2:] else x.contiguous() for x in (left, right))
-    K = left.shape[-1] if left_rows is None or left.stride(-1) == 1 else len(left_rows)
+    by_row = left_rows is not None and left.stride(-1) == 1
+    M, K = len(left_rows) if by_row else left.shape[-2], left.shape[-1] if by_row or left_rows is None else len(left_rows)
+    N, depth = right.shape[-1], right.shape[-2] if right_rows is None else len(right_rows)
+    if K != depth or out.shape[-2:] != (M, N) or (out.dim() == 3 and not len(left) == len(right) == len(out)):
+        raise ValueError(f"no product: {list(left.shape)} @ {list(right.shape)} into {list(out.shape)}")
     if K == 0:
         return out if add else out.zero_()
     batch = [len(out), left.stride(0), right.stride(0), out.stride(0)] if out.dim() == 3 else [1, 0, 0, 0]
     native.call(
         "product", left.dtype, left, left.stride(-2), left.stride(-1), left_rows, right, right.stride(-1), right.stride(-2),
-        right_rows, out, out.stride(-2), out.shape[-2], out.shape[-1], K, int(add), *batch,
+        right_rows, out, out.stride(-2), M, N, K, int(add), *batch,
         int(right.dtype == torch.float32), int(out.dtype == torch.float32), strided=True,
     )  # fmt: skip
     return out
 
 
+def _with_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and which of its rows are meant; they are taken out here, if it does not lie row by row."""
+    row_by_row = x.stride(-1) == 1 and x.stride(-2) > 1
+    return (x, rows) if rows is None or row_by_row else (x.index_select(0, rows), None)
+
+
+def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
 def sizes_cost(x: Tensor) -> bool:
     """Whether each new size of a product has a price: oneDNN compiles one for each."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _is_ours(x) and not _is_emulated(x)
+    own = native.fits(x) and _own_serves(x.dtype)
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not own and not _is_emulated(x)
 
 
-def _is_ours(x: Tensor) -> bool:
-    """Whether products.cpp serves; of a single column strides tell nothing."""
-    return x.shape[-1] > 1 and native.fits(x) and _own_serves(x.dtype)
+def status() -> str:
+    """One line: whose products serve on this CPU."""
+    ways = {}
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        x = torch.empty(1, dtype=dtype)
+        own = native.fits(x) and _own_serves(dtype)
+        ways[name] = "Pellucid's own (AMD with AVX-512)" if own else "torch's, by way of fp32" if _is_emulated(x) else "torch's"
+    return ways["fp32"] if len(set(ways.values())) == 1 else "; ".join(f"{name}: {way}" for name, way in ways.items())
+
+
+def _is_ours(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> bool:
+    """Whether products.cpp serves: factors of one dtype into it or into fp32, or an fp32 master on the right into bf16."""
+    wide = torch.float32
+    dtypes = (right.dtype, out.dtype) in {(left.dtype, left.dtype), (left.dtype, wide), (wide, left.dtype)}
+    can = dtypes and (out.stride(-1) == 1 or out.shape[-1] == 1) and (not add or out.dtype == wide)
+    return can and native.fits(left, right, out) and _own_serves(left.dtype)
 
 
 @functools.cache
 def _own_serves(dtype: torch.dtype) -> bool:
-    return "AMD" in torch.cpu.get_capabilities().get("cpu_name", "") and native.has("product", dtype)
+    return native.has("product", dtype) and "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
 
 
 def _is_emulated(x: Tensor) -> bool:
