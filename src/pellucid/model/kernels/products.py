@@ -32,14 +32,17 @@ def product(x_MI: Tensor, weight_OI: Tensor, out: Tensor | None = None, rows: Te
         into = x_MI.new_empty(M, len(weight_OI)) if out is None else out
         if _is_ours(x_MI, weight_OI.t(), into):
             return _own(x_MI, weight_OI.t(), into, rows)
-    x_MI, weight_OI = _chosen(x_MI, rows), weight_OI.to(x_MI.dtype)
-    if _is_emulated(x_MI):
-        found = torch.mm(x_MI.float(), weight_OI.float().t())
-        return found.to(x_MI.dtype) if out is None else out.copy_(found)
+    x_MI, weight_OI, emulated = _chosen(x_MI, rows), weight_OI.to(x_MI.dtype), _is_emulated(x_MI)
+    if emulated:
+        weight_OI = weight_OI.float()  # once, not for every piece
     if out is None:
-        return torch.mm(x_MI, weight_OI.t())
+        return torch.mm(x_MI.float(), weight_OI.t()).to(x_MI.dtype) if emulated else torch.mm(x_MI, weight_OI.t())
     for start in native.starts(M, ROWS):  # as fast as all at once, and of fewer sizes: see `sizes_cost`
-        torch.mm(x_MI[start : start + ROWS], weight_OI.t(), out=out[start : start + ROWS])
+        x, y = x_MI[start : start + ROWS], out[start : start + ROWS]
+        if emulated:
+            y.copy_(torch.mm(x.float(), weight_OI.t()))
+        else:
+            torch.mm(x, weight_OI.t(), out=y)
     return out
 
 
