@@ -9,27 +9,40 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pellucid.model.kernels.gpu import attention, experts, loss, norm, routing
+from pellucid.model.kernels.gpu import attention, experts, loss, norm, rotary, routing
+
+
+
+def blocks(config: dict, **letters: str) -> dict:
+    """The configuration, and the signature of matrices that are described by their blocks: from the letters of their sides."""
+    size = {"T": routing.TILE, **{name[-1]: value for name, value in config.items() if name.startswith("BLOCK_")}}
+    return config | {name: f"tensordesc<bf16[{size[a]}, {size[b]}]>" for name, (a, b) in letters.items()}
+
 
 ATTENTION = {"G": 6, "d": 128, "BLOCK_D": 128, "WIDE": False, "HARDWARE": True, "multiplier": "fp32", "cap": "fp32"}
+EXPERTS = {"TILE": routing.TILE, "WIDE": False, "HARDWARE": True}
 FLOATS = {"q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v", "x", "y", "weight", "gate_up", "inner", "down", "rows",
           "grad_gate_up", "residual", "products", "left", "right", "grad_x"}  # fmt: skip
-FP32 = {"sums", "delta", "factor", "grad_factor", "scale", "nats", "normalizer", "logits", "bias", "probs", "gate"}
+FP32 = {"sums", "delta", "factor", "grad_factor", "scale", "nats", "normalizer", "logits", "bias", "probs", "gate",
+        "shares", "deltas", "cos", "sin"}  # fmt: skip
 INT64 = {"index", "first_E", "tokens_E", "targets", "row"}
 CASES = [
-    (attention._forward, {**ATTENTION, **attention.FORWARD}),
-    (attention._backward_q, {**ATTENTION, **attention.BACKWARD}),
-    (attention._backward_kv, {**ATTENTION, **attention.BACKWARD}),
-    (experts._up, {"TILE": routing.TILE, "WIDE": False, "HARDWARE": True, **experts.UP}),
-    (experts._product, {"TILE": routing.TILE, "WIDE": False, **experts.DOWN}),
-    (experts._back, {"TILE": routing.TILE, "WIDE": False, "HARDWARE": True, **experts.BACK}),
-    (experts._weight_gradient, {"GATHER_LEFT": False, "GATHER_RIGHT": True, "WIDE": False, "out": "*fp32", **experts.WEIGHT}),
+    (attention._forward, blocks({**ATTENTION, **attention.FORWARD[2]}, q="MD", k="ND", v="ND")),
+    (attention._backward_q, blocks({**ATTENTION, **attention.BACKWARD_Q[2]}, q="MD", k="ND", v="ND", grad="MD")),
+    (attention._backward_kv, blocks({**ATTENTION, **attention.BACKWARD_KV[2]}, q="MD", k="ND", v="ND", grad="MD")),
+    (experts._up, blocks({**EXPERTS, **experts.UP[2]}, x="TI", weight="OI", inner="TO", gate_up="TO")),
+    (experts._product, blocks({**EXPERTS, "PARTS": 1, "TRANSPOSED": True, **experts.DOWN[2]}, x="TI", weight="OI", y="TO")),
+    (experts._product, blocks({**EXPERTS, "PARTS": 2, "TRANSPOSED": False, **experts.DOWN[2]}, x="TI", weight="IO", y="TO")),
+    (experts._back, blocks({**EXPERTS, **experts.BACK[2]}, grad="TI", down="IO", inner="TO", gate_up="TO", grad_gate_up="TO")),
+    (experts._weight_gradient, blocks({**EXPERTS, "PARTS": 2, "out": "*fp32", **experts.WEIGHT[2]}, left="MO", right="MI")),
+    (experts._gather, {"BLOCK": 1024}),
     (experts._gather_sum, {"k": 2, "BLOCK": 1024, "index": "*i64"}),
     (routing._choose, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
     (routing._count, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
     (routing._place, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
     (norm._forward, {"RESIDUAL": True, "BLOCK_D": 8192, "weight": "*fp32", "eps": "fp32"}),
     (norm._backward, {"BLOCK_D": 8192, "weight": "*fp32"}),
+    (rotary._turn, {"G": 6, "d": 128, "BACK": False, "HEADS": 16, "PAIRS": 64}),
     (loss._rows, {"SLOPE": True, "BLOCK": 4096, "multiplier": "fp32", "z_weight": "fp32", "ignore": "i32"}),
 ]
 
@@ -38,7 +51,8 @@ def kind(name: str, given: dict) -> str:
     if isinstance(given.get(name), str):
         return given[name]
     pointer = {**dict.fromkeys(FLOATS, "*bf16"), **dict.fromkeys(FP32, "*fp32"), **dict.fromkeys(INT64, "*i64")}
-    others = {"key_document", "query_document", "first_key", "last_query", "token", "expert_of_tile", "counts", "before"}
+    others = {"key_document", "query_document", "first_key", "last_query", "token", "expert_of_tile", "counts", "before", "used",
+              "run_start", "run_stop"}  # fmt: skip
     return pointer.get(name, "*i32" if name in others else "i32")
 
 

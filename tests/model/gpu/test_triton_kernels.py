@@ -41,24 +41,27 @@ def plain_attention(q, k, v, key_document, query_document, multiplier, cap):
     return torch.einsum("bkgts,bksd->bktgd", weights, v)
 
 
-@pytest.mark.parametrize(("shape", "dtype", "scale"), [
-    ((1, 2, 70, 3, 16), torch.float32, 6.0),  # logits deep in the cap; blocks cut documents and heads
-    ((1, 1, 33, 1, 24), torch.float32, 1.0),
-    ((1, 2, 1, 6, 32), torch.float32, 1.0),
-    ((1, 1, 45, 2, 32), torch.bfloat16, 1.0),
-    ((1, 1, 40, 2, 32), torch.float16, 1.0),
-    LARGE((2, 2, 2048, 6, 128), torch.bfloat16, 1.0),
-    LARGE((1, 1, 8192, 6, 128), torch.bfloat16, 1.0),
-    LARGE((1, 3, 1000, 4, 64), torch.float32, 2.0),
+@pytest.mark.parametrize(("shape", "dtype", "scale", "length"), [
+    ((1, 2, 70, 3, 16), torch.float32, 6.0, 10),  # logits deep in the cap; blocks cut documents and heads
+    ((1, 1, 33, 1, 24), torch.float32, 1.0, 10),
+    ((1, 2, 1, 6, 32), torch.float32, 1.0, 10),
+    ((2, 1, 260, 2, 16), torch.float32, 1.0, 150),  # blocks that see everything beside blocks that a document ends in
+    ((1, 1, 45, 2, 32), torch.bfloat16, 1.0, 10),
+    ((1, 1, 40, 2, 32), torch.float16, 1.0, 10),
+    LARGE((2, 2, 2048, 6, 128), torch.bfloat16, 1.0, 10),
+    LARGE((2, 2, 2048, 6, 128), torch.bfloat16, 1.0, 500),
+    LARGE((1, 1, 8192, 6, 128), torch.bfloat16, 1.0, 10**9),
+    LARGE((1, 3, 1000, 4, 64), torch.float32, 2.0, 100),
 ])  # fmt: skip
-def test_attention(shape, dtype, scale):
+def test_attention(shape, dtype, scale, length):
+    """length: of a document, on average; a pad in two of them."""
     from pellucid.model.kernels.gpu.attention import capped_attention
 
     torch.manual_seed(0)
     B, K, T, G, d = shape
     q, k, v = (torch.randn(s, dtype=dtype, device=DEVICE) for s in ((B, K, T, G, d), (B, K, T, d), (B, K, T, d)))
-    query_document = (torch.rand(B, T, device=DEVICE) < 0.1).cumsum(1).int()
-    key_document = query_document.masked_fill(torch.rand(B, T, device=DEVICE) < 0.05, -1)  # pads in the text
+    query_document = (torch.rand(B, T, device=DEVICE) < 1 / length).cumsum(1).int()
+    key_document = query_document.masked_fill(torch.rand(B, T, device=DEVICE) < 0.5 / length, -1)  # pads in the text
     settings = {"multiplier": d**-0.5, "cap": 30.0}
     results = both(lambda *x: capped_attention(*x, key_document, query_document, **settings),
                    lambda *x: plain_attention(*x, key_document, query_document, **settings), (q * scale, k * scale, v))  # fmt: skip
@@ -87,6 +90,27 @@ def test_a_query_that_may_read_nothing_gives_zeros():
     documents = torch.tensor([[-1, -1, 0, 0]], dtype=torch.int32, device=DEVICE), torch.zeros(1, 4, dtype=torch.int32, device=DEVICE)
     out = capped_attention(q, k, v, *documents, multiplier=1.0, cap=30.0)
     assert (out[0, 0, :2] == 0).all() and (out[0, 0, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 7, 3, 2, 16), (1, 5, 1, 1, 6), (1, 4, 3, 6, 128), LARGE((2, 2048, 8, 6, 128))])
+def test_rotary(shape, dtype):
+    from pellucid.model.kernels.gpu.rotary import rotate
+    from pellucid.model.kernels.rotary import rotate_plain
+    from pellucid.model.layers import rotary_phases
+
+    torch.manual_seed(0)
+    phases = rotary_phases(torch.randint(0, 4096, shape[:2], device=DEVICE), shape[-1], 10000.0)
+    x = torch.randn(shape, dtype=dtype, device=DEVICE)
+    wide = lambda x: rotate_plain_in_double(x, *phases)
+    assert rotate_plain(x, *phases).shape == rotate(x, *phases).shape
+    assert_close(*both(lambda x: rotate(x, *phases), wide, (x,)), EPS[dtype])
+
+
+def rotate_plain_in_double(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    c, s = (t.double()[:, :, None, None, : x.shape[-1] // 2] for t in (cos, sin))
+    return torch.cat([first * c - second * s, second * c + first * s], -1).transpose(1, 2)
 
 
 @pytest.mark.parametrize("N", [1, 64, 200])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pellucid.model.kernels import native
+from pellucid.model.kernels import gpu, native
 
 
 def rotate_plain(x_BTKGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
@@ -22,6 +22,10 @@ def rotate_plain(x_BTKGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
 
 def rotate(x_BTKGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
     """As `rotate_plain`, by the fastest way that this device has."""
+    if gpu.fits("rotary", x_BTKGd, cos_BTd, sin_BTd):
+        from pellucid.model.kernels.gpu.rotary import rotate as kernel
+
+        return kernel(x_BTKGd, cos_BTd, sin_BTd)
     if native.fits(x_BTKGd, cos_BTd, sin_BTd):
         return (_Rotate.apply if torch.is_grad_enabled() else _fused)(x_BTKGd, cos_BTd.contiguous(), sin_BTd.contiguous())
     return rotate_plain(x_BTKGd, cos_BTd, sin_BTd)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 KERNELS = {
     "attention": "capped causal attention over grouped heads and documents, forward and backward",
-    "experts": "grouped products: gather in, GeGLU and gate in the epilogue, sum over choices out; gradients in fp32",
+    "experts": "grouped products with GeGLU and gate in the epilogue, sum over choices out; gradients in fp32",
     "routing": "softmax, top-k and the sort by expert",
     "norm": "RMSNorm with the residual sum",
+    "rotary": "rotary positions, from token order to head order",
     "loss": "cross-entropy rows in place",
 }
 PROVEN: frozenset[str] = frozenset()  # kernels that have passed `pytest -m gpu` on a card and won there: see docs/speed.md

@@ -13,19 +13,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, dot, tanh, tile, wide
+from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, describe, dot, tanh, tile, wide
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-FORWARD = {"BLOCK_M": 32, "BLOCK_N": 32} if INTERPRETED else {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-BACKWARD = {"BLOCK_M": 32, "BLOCK_N": 32} if INTERPRETED else {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+# By bytes of a number.
+FORWARD = {2: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}, 4: FP32}
+BACKWARD_Q = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}, 4: FP32}
+BACKWARD_KV = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}, 4: FP32}
+if INTERPRETED:
+    FORWARD = BACKWARD_Q = BACKWARD_KV = dict.fromkeys((2, 4), {"BLOCK_M": 32, "BLOCK_N": 32})
 
 
 @triton.jit
-def _rows(pointer, rows, total_rows, d: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[len(rows), BLOCK_D] of a matrix [total_rows, d], zeros beyond its edges."""
-    columns = tl.arange(0, BLOCK_D)
-    inside = (rows[:, None] < total_rows) & (columns[None, :] < d)
-    return tl.load(pointer + rows[:, None].to(tl.int64) * d + columns[None, :], mask=inside, other=0.0)
+def _weights(q, k, rows, keys, query_document, key_document, T, G: tl.constexpr, multiplier, cap,
+             WHOLE: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """(e^logit or 0 where the key may not be read, tanh of the logit / cap); [M, N]. WHOLE: every key may be read."""
+    scores = dot(q, k.T, tl.zeros((q.shape[0], k.shape[0]), tl.float32), WIDE)
+    capped = tanh(scores * (multiplier / cap), HARDWARE)
+    weights = tl.exp2(capped * (cap * LOG2_E))
+    if not WHOLE:
+        position = rows // G
+        own = tl.load(query_document + position, mask=position < T, other=-2)
+        theirs = tl.load(key_document + keys, mask=keys < T, other=-3)
+        weights = tl.where((keys[None, :] <= position[:, None]) & (own[:, None] == theirs[None, :]), weights, 0.0)
+    return weights, capped
+
+
+@triton.jit
+def _keys(position, first_key, run_start, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, G: tl.constexpr, block):
+    """Where the keys of a block of rows begin, those that all its rows may read begin and end, and where all end."""
+    inside = position < T
+    start = tl.min(tl.load(first_key + position, mask=inside, other=T)) // BLOCK_N * BLOCK_N
+    stop = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G + 1, T)
+    whole = tl.cdiv(tl.max(tl.load(run_start + position, mask=inside, other=0)), BLOCK_N) * BLOCK_N
+    whole_stop = (block * BLOCK_M // G + 1) // BLOCK_N * BLOCK_N
+    whole_stop = tl.maximum(whole_stop, start)
+    return start, tl.minimum(tl.maximum(whole, start), whole_stop), whole_stop, stop
+
+
+@triton.jit
+def _forward(q, k, v, key_document, query_document, first_key, run_start, out, sums, K, T, multiplier, cap,
+             G: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+             WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    head = tl.program_id(1)
+    batch = head // K
+    key_document, query_document = key_document + batch * T, query_document + batch * T
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    start, whole, whole_stop, stop = _keys(rows // G, first_key + batch * T, run_start + batch * T, T, BLOCK_M, BLOCK_N, G, block)
+    q_tile = q.load([head * T * G + block * BLOCK_M, 0])
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    result = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for phase in tl.static_range(3):
+        first_of, last_of = (start, whole) if phase == 0 else ((whole, whole_stop) if phase == 1 else (whole_stop, stop))
+        for first in range(first_of, last_of, BLOCK_N):
+            k_tile, v_tile = k.load([head * T + first, 0]), v.load([head * T + first, 0])
+            weights, _ = _weights(q_tile, k_tile, rows, first + tl.arange(0, BLOCK_N), query_document, key_document, T, G,
+                                  multiplier, cap, phase == 1, WIDE, HARDWARE)  # fmt: skip
+            total += tl.sum(weights, 1)
+            result = dot(weights.to(v_tile.dtype), v_tile, result, WIDE)
+    result = result / tl.where(total > 0, total, 1.0)[:, None]  # a row that may read nothing gives zeros
+    _store_rows(out + head.to(tl.int64) * T * G * d, result, rows, T * G, d, BLOCK_D)
+    tl.store(sums + head.to(tl.int64) * T * G + rows, total, mask=rows < T * G)
 
 
 @triton.jit
@@ -36,108 +86,71 @@ def _store_rows(pointer, values, rows, total_rows, d: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def _weights(q, k, rows, keys, query_document, key_document, T, G: tl.constexpr, multiplier, cap,
-             WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """(e^logit or 0 where the key may not be read, tanh of the logit / cap); [M, N]."""
-    scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32), WIDE)
-    capped = tanh(scores * (multiplier / cap), HARDWARE)
-    position = rows // G
-    own = tl.load(query_document + position, mask=position < T, other=-2)
-    theirs = tl.load(key_document + keys, mask=keys < T, other=-3)
-    visible = (keys[None, :] <= position[:, None]) & (own[:, None] == theirs[None, :])
-    return tl.where(visible, tl.exp2(capped * (cap * LOG2_E)), 0.0), capped
+def _slope(q, k, v, grad, rows, keys, share, delta, query_document, key_document, T, G: tl.constexpr, multiplier, cap,
+           WHOLE: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+    """(attention weights, gradient of q.k), both [M, N]; share: 1 / sum of each row, delta: grad . out."""
+    weights, capped = _weights(q, k, rows, keys, query_document, key_document, T, G, multiplier, cap, WHOLE, WIDE, HARDWARE)
+    weights = weights * share[:, None]
+    reached = dot(grad, v.T, tl.zeros((q.shape[0], k.shape[0]), tl.float32), WIDE)
+    return weights, weights * (reached - delta[:, None]) * (multiplier - multiplier * capped * capped)
 
 
 @triton.jit
-def _forward(q, k, v, key_document, query_document, first_key, out, sums, K, T, multiplier, cap,
-             G: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-             WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    head = tl.program_id(1)
-    batch = head // K
-    q, out, sums = q + head.to(tl.int64) * T * G * d, out + head.to(tl.int64) * T * G * d, sums + head.to(tl.int64) * T * G
-    k, v = k + head.to(tl.int64) * T * d, v + head.to(tl.int64) * T * d
-    key_document, query_document, first_key = key_document + batch * T, query_document + batch * T, first_key + batch * T
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = rows // G
-    start = tl.min(tl.load(first_key + position, mask=position < T, other=T)) // BLOCK_N * BLOCK_N
-    stop = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G + 1, T)
-    q_tile = _rows(q, rows, T * G, d, BLOCK_D)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    result = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in range(start, stop, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        weights, _ = _weights(q_tile, _rows(k, keys, T, d, BLOCK_D), rows, keys, query_document, key_document, T, G,
-                              multiplier, cap, WIDE, HARDWARE)  # fmt: skip
-        total += tl.sum(weights, 1)
-        v_tile = _rows(v, keys, T, d, BLOCK_D)
-        result = dot(weights.to(v_tile.dtype), v_tile, result, WIDE)
-    result = result / tl.where(total > 0, total, 1.0)[:, None]  # a row that may read nothing gives zeros
-    _store_rows(out, result, rows, T * G, d, BLOCK_D)
-    tl.store(sums + rows, total, mask=rows < T * G)
-
-
-@triton.jit
-def _slope(q, k, v, grad, rows, keys, sums, delta, query_document, key_document, T, G: tl.constexpr, multiplier, cap,
-           WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """(attention weights, gradient of q.k), both [M, N]."""
-    weights, capped = _weights(q, k, rows, keys, query_document, key_document, T, G, multiplier, cap, WIDE, HARDWARE)
-    total = tl.load(sums + rows, mask=rows < T * G, other=0.0)
-    weights = weights / tl.where(total > 0, total, 1.0)[:, None]
-    reached = dot(grad, tl.trans(v), tl.zeros((q.shape[0], k.shape[0]), tl.float32), WIDE)
-    mean = tl.load(delta + rows, mask=rows < T * G, other=0.0)
-    return weights, weights * (reached - mean[:, None]) * (1.0 - capped * capped) * multiplier
-
-
-@triton.jit
-def _backward_q(q, k, v, grad, sums, delta, key_document, query_document, first_key, grad_q, K, T, multiplier, cap,
+def _backward_q(q, k, v, grad, shares, deltas, key_document, query_document, first_key, run_start, grad_q, K, T, multiplier, cap,
                 G: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                 WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     head = tl.program_id(1)
-    batch, wide_head = head // K, head.to(tl.int64)
-    q, grad, grad_q = q + wide_head * T * G * d, grad + wide_head * T * G * d, grad_q + wide_head * T * G * d
-    k, v, sums, delta = k + wide_head * T * d, v + wide_head * T * d, sums + wide_head * T * G, delta + wide_head * T * G
-    key_document, query_document, first_key = key_document + batch * T, query_document + batch * T, first_key + batch * T
+    batch, own = head // K, head.to(tl.int64) * T * G
+    key_document, query_document = key_document + batch * T, query_document + batch * T
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = rows // G
-    start = tl.min(tl.load(first_key + position, mask=position < T, other=T)) // BLOCK_N * BLOCK_N
-    stop = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G + 1, T)
-    q_tile, grad_tile = _rows(q, rows, T * G, d, BLOCK_D), _rows(grad, rows, T * G, d, BLOCK_D)
+    start, whole, whole_stop, stop = _keys(rows // G, first_key + batch * T, run_start + batch * T, T, BLOCK_M, BLOCK_N, G, block)
+    q_tile, grad_tile = q.load([head * T * G + block * BLOCK_M, 0]), grad.load([head * T * G + block * BLOCK_M, 0])
+    share = tl.load(shares + own + rows, mask=rows < T * G, other=0.0)
+    delta = tl.load(deltas + own + rows, mask=rows < T * G, other=0.0)
     result = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in range(start, stop, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        k_tile = _rows(k, keys, T, d, BLOCK_D)
-        _, slope = _slope(q_tile, k_tile, _rows(v, keys, T, d, BLOCK_D), grad_tile, rows, keys, sums, delta,
-                          query_document, key_document, T, G, multiplier, cap, WIDE, HARDWARE)  # fmt: skip
-        result = dot(slope.to(k_tile.dtype), k_tile, result, WIDE)
-    _store_rows(grad_q, result, rows, T * G, d, BLOCK_D)
+    for phase in tl.static_range(3):
+        first_of, last_of = (start, whole) if phase == 0 else ((whole, whole_stop) if phase == 1 else (whole_stop, stop))
+        for first in range(first_of, last_of, BLOCK_N):
+            k_tile = k.load([head * T + first, 0])
+            _, slope = _slope(q_tile, k_tile, v.load([head * T + first, 0]), grad_tile, rows, first + tl.arange(0, BLOCK_N), share,
+                              delta, query_document, key_document, T, G, multiplier, cap, phase == 1, WIDE, HARDWARE)  # fmt: skip
+            result = dot(slope.to(k_tile.dtype), k_tile, result, WIDE)
+    _store_rows(grad_q + own * d, result, rows, T * G, d, BLOCK_D)
 
 
 @triton.jit
-def _backward_kv(q, k, v, grad, sums, delta, key_document, query_document, last_query, grad_k, grad_v, K, T, multiplier, cap,
-                 G: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                 WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
+def _backward_kv(q, k, v, grad, shares, deltas, key_document, query_document, last_query, run_start, run_stop, grad_k, grad_v, K, T,
+                 multiplier, cap, G: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_D: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     head = tl.program_id(1)
-    batch, wide_head = head // K, head.to(tl.int64)
-    q, grad, sums, delta = (q + wide_head * T * G * d, grad + wide_head * T * G * d, sums + wide_head * T * G,
-                            delta + wide_head * T * G)  # fmt: skip
-    k, v, grad_k, grad_v = k + wide_head * T * d, v + wide_head * T * d, grad_k + wide_head * T * d, grad_v + wide_head * T * d
-    key_document, query_document, last_query = key_document + batch * T, query_document + batch * T, last_query + batch * T
-    keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = tl.program_id(0) * BLOCK_N * G // BLOCK_M * BLOCK_M
-    stop = (tl.max(tl.load(last_query + keys, mask=keys < T, other=-1)) + 1) * G
-    k_tile, v_tile = _rows(k, keys, T, d, BLOCK_D), _rows(v, keys, T, d, BLOCK_D)
+    batch = head // K
+    shares, deltas = shares + head.to(tl.int64) * T * G, deltas + head.to(tl.int64) * T * G
+    key_document, query_document = key_document + batch * T, query_document + batch * T
+    first_key, last_key = tl.program_id(0) * BLOCK_N, tl.minimum(tl.program_id(0) * BLOCK_N + BLOCK_N, T) - 1
+    keys = first_key + tl.arange(0, BLOCK_N)
+    start = first_key * G // BLOCK_M * BLOCK_M
+    stop = (tl.max(tl.load(last_query + batch * T + keys, mask=keys < T, other=-1)) + 1) * G
+    one_run = tl.load(run_start + batch * T + last_key) <= first_key  # then rows from the last key to the run's end read all of them
+    whole = tl.cdiv(last_key * G, BLOCK_M) * BLOCK_M
+    whole_stop = tl.where(one_run, tl.load(run_stop + batch * T + last_key) * G // BLOCK_M * BLOCK_M, whole)
+    whole = tl.minimum(whole, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
+    whole_stop = tl.maximum(whole, whole_stop)
+    k_tile, v_tile = k.load([head * T + first_key, 0]), v.load([head * T + first_key, 0])
     result_k, result_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for first in range(start, stop, BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        q_tile, grad_tile = _rows(q, rows, T * G, d, BLOCK_D), _rows(grad, rows, T * G, d, BLOCK_D)
-        weights, slope = _slope(q_tile, k_tile, v_tile, grad_tile, rows, keys, sums, delta, query_document, key_document, T,
-                                G, multiplier, cap, WIDE, HARDWARE)  # fmt: skip
-        result_v = dot(tl.trans(weights.to(grad_tile.dtype)), grad_tile, result_v, WIDE)
-        result_k = dot(tl.trans(slope.to(q_tile.dtype)), q_tile, result_k, WIDE)
-    _store_rows(grad_k, result_k, keys, T, d, BLOCK_D)
-    _store_rows(grad_v, result_v, keys, T, d, BLOCK_D)
+    for phase in tl.static_range(3):
+        first_of, last_of = (start, whole) if phase == 0 else ((whole, whole_stop) if phase == 1 else (whole_stop, stop))
+        for first in range(first_of, last_of, BLOCK_M):
+            rows = first + tl.arange(0, BLOCK_M)
+            q_tile, grad_tile = q.load([head * T * G + first, 0]), grad.load([head * T * G + first, 0])
+            share = tl.load(shares + rows, mask=rows < T * G, other=0.0)
+            delta = tl.load(deltas + rows, mask=rows < T * G, other=0.0)
+            weights, slope = _slope(q_tile, k_tile, v_tile, grad_tile, rows, keys, share, delta, query_document, key_document, T, G,
+                                    multiplier, cap, phase == 1, WIDE, HARDWARE)  # fmt: skip
+            result_v = dot(weights.to(grad_tile.dtype).T, grad_tile, result_v, WIDE)
+            result_k = dot(slope.to(q_tile.dtype).T, q_tile, result_k, WIDE)
+    _store_rows(grad_k + head.to(tl.int64) * T * d, result_k, keys, T, d, BLOCK_D)
+    _store_rows(grad_v + head.to(tl.int64) * T * d, result_v, keys, T, d, BLOCK_D)
 
 
 @torch.library.custom_op("pellucid::capped_attention", mutates_args=())
@@ -145,11 +158,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, key_document: Tensor, query_docu
                cap: float) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, K, T, G, d = q.shape
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, sums = torch.empty_like(q), q.new_empty(B, K, T, G, dtype=torch.float32)
-    first_key, _ = _ranges(key_document, query_document)
-    grid = (triton.cdiv(T * G, FORWARD["BLOCK_M"]), B * K)
-    _forward[grid](q, k, v, key_document, query_document, first_key, out, sums, K, T, multiplier, cap, G, d,
-                   BLOCK_D=tile(d), WIDE=wide(q), HARDWARE=HARDWARE_TANH, **FORWARD)  # fmt: skip
+    out, sums, config = torch.empty_like(q), q.new_empty(B, K, T, G, dtype=torch.float32), FORWARD[q.element_size()]
+    M, N, D = config["BLOCK_M"], config["BLOCK_N"], tile(d)
+    first_key, _, run_start, _ = _ranges(key_document, query_document)
+    _forward[(triton.cdiv(T * G, M), B * K)](
+        describe(q, M, D), describe(k, N, D), describe(v, N, D), key_document, query_document, first_key, run_start, out, sums, K, T,
+        multiplier, cap, G, d, BLOCK_D=D, WIDE=wide(q), HARDWARE=HARDWARE_TANH, **config)  # fmt: skip
     return out, sums
 
 
@@ -164,13 +178,21 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     B, K, T, G, d = q.shape
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = (grad.float() * out.float()).sum(-1)
-    first_key, last_query = _ranges(key_document, query_document)
-    shared = {"G": G, "d": d, "BLOCK_D": tile(d), "WIDE": wide(q), "HARDWARE": HARDWARE_TANH, **BACKWARD}
-    read = (q, k, v, grad, sums, delta, key_document, query_document)
-    _backward_q[(triton.cdiv(T * G, BACKWARD["BLOCK_M"]), B * K)](*read, first_key, grad_q, K, T, multiplier, cap, **shared)
-    grid = (triton.cdiv(T, BACKWARD["BLOCK_N"]), B * K)
-    _backward_kv[grid](*read, last_query, grad_k, grad_v, K, T, multiplier, cap, **shared)
+    shares, deltas = torch.where(sums > 0, 1.0 / sums, 0.0), (grad.float() * out.float()).sum(-1)
+    first_key, last_query, run_start, run_stop = _ranges(key_document, query_document)
+
+    shared = {"G": G, "d": d, "BLOCK_D": tile(d), "WIDE": wide(q), "HARDWARE": HARDWARE_TANH}
+
+    def launch(kernel, config: dict, blocks: int, *others) -> None:
+        M, N, D = config["BLOCK_M"], config["BLOCK_N"], tile(d)
+        kernel[(blocks, B * K)](
+            describe(q, M, D), describe(k, N, D), describe(v, N, D), describe(grad, M, D), shares, deltas, key_document, query_document,
+            *others, K, T, multiplier, cap, **shared, **config)  # fmt: skip
+
+    config = BACKWARD_Q[q.element_size()]
+    launch(_backward_q, config, triton.cdiv(T * G, config["BLOCK_M"]), first_key, run_start, grad_q)
+    config = BACKWARD_KV[q.element_size()]
+    launch(_backward_kv, config, triton.cdiv(T, config["BLOCK_N"]), last_query, run_start, run_stop, grad_k, grad_v)
     return grad_q, grad_k, grad_v
 
 
@@ -200,16 +222,27 @@ def capped_attention(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, key_docume
     return _attention(q_BKTGd, k_BKTd, v_BKTd, *documents, multiplier, cap)[0]
 
 
-def _ranges(key_document_BT: Tensor, query_document_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(first key of each query's document, last query of each key's document), int32 [B, T]; whatever the order of ids."""
+def _ranges(key_document_BT: Tensor, query_document_BT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int32 [B, T] each: first key of each query's document and last query of each key's, whatever the order of ids; and the
+    run that each position lies in, of neighbours of one document without pads: its start, and its stop (one beyond)."""
     B, T = query_document_BT.shape
     ids, order = torch.sort(query_document_BT, dim=1, stable=True)
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    place = torch.arange(T, device=ids.device).expand(B, T)
-    first = torch.where(begins, place, 0).cummax(1).values
-    ends = torch.ones_like(begins)
-    ends[:, :-1] = begins[:, 1:]
-    last = torch.where(ends, place, T).flip(1).cummin(1).values.flip(1)
-    spread = lambda at: torch.empty_like(order).scatter_(1, order, order.gather(1, at)).to(torch.int32).contiguous()
-    return spread(first), spread(last)
+    first, last = _bounds(begins)
+    spread = lambda at: torch.empty_like(order).scatter_(1, order, order.gather(1, at))
+    breaks = key_document_BT != query_document_BT  # a pad: no run goes through it
+    begins = torch.ones_like(breaks)
+    begins[:, 1:] = (query_document_BT[:, 1:] != query_document_BT[:, :-1]) | breaks[:, 1:] | breaks[:, :-1]
+    run_start, run_last = _bounds(begins)
+    run_start = torch.where(breaks, T, run_start)  # its query may not read even the own key
+    return tuple(x.to(torch.int32).contiguous() for x in (spread(first), spread(last), run_start, run_last + 1))
+
+
+def _bounds(begins_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last place of the stretch that each place lies in."""
+    B, T = begins_BT.shape
+    place, ends = torch.arange(T, device=begins_BT.device).expand(B, T), torch.ones_like(begins_BT)
+    ends[:, :-1] = begins_BT[:, 1:]
+    first = torch.where(begins_BT, place, 0).cummax(1).values
+    return first, torch.where(ends, place, T).flip(1).cummin(1).values.flip(1)

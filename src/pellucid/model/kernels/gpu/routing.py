@@ -30,6 +30,7 @@ class Order:
     expert_of_tile: Tensor  # int32; -1: none
     first_E: Tensor  # int64: first row of each expert
     tokens_E: Tensor  # int64: its real rows
+    used: Tensor  # int32 scalar: tiles that belong to an expert; they come first
 
 
 @triton.jit
@@ -135,4 +136,5 @@ def sort_by_expert(expert_index_Nk: Tensor, E: int) -> Order:
     row_Nk, token_M = torch.empty_like(index), torch.full((tiles * TILE,), -1, dtype=torch.int32, device=device)
     _place[(blocks,)](index, before, row_Nk, token_M, N, *size)
     expert = torch.searchsorted(ends_E, torch.arange(0, tiles * TILE, TILE, device=device), right=True)
-    return Order(row_Nk, token_M, torch.where(expert < E, expert, -1).to(torch.int32), first_E, tokens_E)
+    return Order(row_Nk, token_M, torch.where(expert < E, expert, -1).to(torch.int32), first_E, tokens_E,
+                 (ends_E[-1] // TILE).to(torch.int32))  # fmt: skip
