@@ -36,11 +36,20 @@ class Visibility:
     segment_ids_BT: Tensor | None = None
     mask_BTS: Tensor | None = None
     documents: tuple[Tensor, Tensor] = field(init=False)  # of each key (-1: a pad) and of each query, int32 [B, T]
+    known_ranges: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         valid = self.key_valid_BT
         own = torch.zeros_like(valid, dtype=torch.int32) if self.segment_ids_BT is None else self.segment_ids_BT.int()
         self.documents = own.masked_fill(~valid, -1), own
+
+    def ranges(self) -> Tensor:
+        """What the GPU's kernel wants to know of the documents; once for all layers."""
+        if self.known_ranges is None:
+            from pellucid.model.kernels.gpu.attention import ranges
+
+            self.known_ranges = ranges(*self.documents)
+        return self.known_ranges
 
     def chunk(self, start: int, stop: int, step: int = 1) -> Tensor:
         """Mask [B, queries, stop] of every `step`-th query of start..stop over the keys 0..stop."""
@@ -113,7 +122,7 @@ class Attention(nn.Module):
         settings = {"multiplier": c.attn_output_multiplier, "cap": c.max_attn_value}
         fused = None if visibility.mask_BTS is not None or parity else _fused(q_BKTGd, k, v, c.max_attn_value)
         if fused is not None:
-            out_BKTGd = fused(q_BKTGd, k, v, *visibility.documents, **settings)
+            out_BKTGd = fused(q_BKTGd, k, v, visibility, **settings)
             return self.o_proj(out_BKTGd.transpose(1, 2).reshape(B, T, K * G * d))
         q_BKGTd, settings["exact"] = q_BKTGd.transpose(2, 3), parity
         if visibility.mask_BTS is not None:
@@ -126,7 +135,15 @@ class Attention(nn.Module):
 def _fused(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cap: float) -> Callable[..., Tensor] | None:
     """A kernel that does what `chunked_capped_attention` does, if one serves these tensors."""
     if cap <= capped.LARGEST_CAP and gpu.fits("attention", q_BKTGd, k_BKTd, v_BKTd):
-        from pellucid.model.kernels.gpu.attention import capped_attention as kernel
+        return _on_gpu
+    return _on_cpu if capped.fits(q_BKTGd, k_BKTd, v_BKTd, cap) else None
 
-        return kernel
-    return capped.fused_capped_attention if capped.fits(q_BKTGd, k_BKTd, v_BKTd, cap) else None
+
+def _on_gpu(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, visibility: Visibility, **settings) -> Tensor:
+    from pellucid.model.kernels.gpu.attention import capped_attention as kernel
+
+    return kernel(q_BKTGd, k_BKTd, v_BKTd, *visibility.documents, visibility.ranges(), **settings)
+
+
+def _on_cpu(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, visibility: Visibility, **settings) -> Tensor:
+    return capped.fused_capped_attention(q_BKTGd, k_BKTd, v_BKTd, *visibility.documents, **settings)

@@ -22,7 +22,7 @@ def blocks(config: dict, **letters: str) -> dict:
 ATTENTION = {"G": 6, "d": 128, "BLOCK_D": 128, "WIDE": False, "HARDWARE": True, "multiplier": "fp32", "cap": "fp32"}
 EXPERTS = {"TILE": routing.TILE, "WIDE": False, "HARDWARE": True}
 FLOATS = {"q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v", "x", "y", "weight", "gate_up", "inner", "down", "rows",
-          "grad_gate_up", "residual", "products", "left", "right", "grad_x"}  # fmt: skip
+          "grad_gate_up", "residual", "products", "left", "right", "grad_x", "reached"}  # fmt: skip
 FP32 = {"sums", "delta", "factor", "grad_factor", "scale", "nats", "normalizer", "logits", "bias", "probs", "gate",
         "shares", "deltas", "cos", "sin"}  # fmt: skip
 INT64 = {"index", "first_E", "tokens_E", "targets", "row"}
@@ -30,11 +30,11 @@ CASES = [
     (attention._forward, blocks({**ATTENTION, **attention.FORWARD[2]}, q="MD", k="ND", v="ND")),
     (attention._backward_q, blocks({**ATTENTION, **attention.BACKWARD_Q[2]}, q="MD", k="ND", v="ND", grad="MD")),
     (attention._backward_kv, blocks({**ATTENTION, **attention.BACKWARD_KV[2]}, q="MD", k="ND", v="ND", grad="MD")),
-    (experts._up, blocks({**EXPERTS, **experts.UP[2]}, x="TI", weight="OI", inner="TO", gate_up="TO")),
-    (experts._product, blocks({**EXPERTS, "PARTS": 1, "TRANSPOSED": True, **experts.DOWN[2]}, x="TI", weight="OI", y="TO")),
-    (experts._product, blocks({**EXPERTS, "PARTS": 2, "TRANSPOSED": False, **experts.DOWN[2]}, x="TI", weight="IO", y="TO")),
-    (experts._back, blocks({**EXPERTS, **experts.BACK[2]}, grad="TI", down="IO", inner="TO", gate_up="TO", grad_gate_up="TO")),
-    (experts._weight_gradient, blocks({**EXPERTS, "PARTS": 2, "out": "*fp32", **experts.WEIGHT[2]}, left="MO", right="MI")),
+    (experts._up, blocks({**EXPERTS, **experts.UP[2]}, x="TI", weight="OI", inner="TO", gate_out="TO", up_out="TO")),
+    (experts._product, blocks({**EXPERTS, "TRANSPOSED": True, **experts.DOWN[2]}, x="TI", weight="OI", y="TO")),
+    (experts._product, blocks({**EXPERTS, "TRANSPOSED": False, **experts.DOWN[2]}, x="TI", weight="IO", y="TO")),
+    (experts._open, {**EXPERTS, "BLOCK": experts.OPEN_BLOCK}),
+    (experts._weight_gradient, blocks({**EXPERTS, "out": "*fp32", **experts.WEIGHT[2]}, left="MO", right="MI")),
     (experts._gather, {"BLOCK": 1024}),
     (experts._gather_sum, {"k": 2, "BLOCK": 1024, "index": "*i64"}),
     (routing._choose, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),

@@ -37,6 +37,8 @@ def product(x_MI: Tensor, weight_OI: Tensor, out: Tensor | None = None, rows: Te
         weight_OI = weight_OI.float()  # once, not for every piece
     if out is None:
         return torch.mm(x_MI.float(), weight_OI.t()).to(x_MI.dtype) if emulated else torch.mm(x_MI, weight_OI.t())
+    if x_MI.device.type != "cpu":
+        return torch.mm(x_MI, weight_OI.t(), out=out)
     for start in native.starts(M, ROWS):  # as fast as all at once, and of fewer sizes: see `sizes_cost`
         x, y = x_MI[start : start + ROWS], out[start : start + ROWS]
         if emulated:

@@ -1,12 +1,13 @@
 """Our own GPU kernels, written in Triton: which of them serve, and why not the others. Each has its plain function.
 
 Triton is a separate package (`pip install pellucid[gpu]`; CUDA and ROCm builds of torch bring it along). PELLUCID_KERNELS
-chooses: unset takes the kernels in PROVEN, `triton` takes all that fit, `plain` none. With TRITON_INTERPRET=1 in the
+chooses: unset takes those that PROVEN names, `triton` takes all that fit, `plain` none. With TRITON_INTERPRET=1 in the
 environment they run on the CPU, slowly, which is how the tests look at them.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -21,9 +22,14 @@ KERNELS = {
     "rotary": "rotary positions, from token order to head order",
     "loss": "cross-entropy rows in place",
 }
-PROVEN: frozenset[str] = frozenset()  # kernels that have passed `pytest -m gpu` on a card and won there: see docs/speed.md
+HALF, ALL = (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16, torch.float32)
+# Where they serve unasked: kernels that passed `pytest -m gpu` on a Hopper card, and the dtypes in which they won there over
+# their plain functions (docs/speed.md). On other cards nobody has run them.
+PROVEN: dict[str, tuple[torch.dtype, ...]] = {
+    "attention": HALF, "experts": HALF, "routing": ALL, "norm": ALL, "rotary": ALL, "loss": ALL,
+}  # fmt: skip
+PROVEN_ON = 9, "Hopper"  # compute capability
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fits(name: str, *tensors: Tensor) -> bool:
@@ -31,12 +37,17 @@ def fits(name: str, *tensors: Tensor) -> bool:
     device = "cpu" if interpreted() else "cuda"
     if tensors[0].device.type != device:
         return False
-    return chosen(name) and tensors[0].dtype in DTYPES and all(x.device.type == device and x.numel() for x in tensors)
+    return chosen(name, tensors[0].dtype) and all(x.device.type == device and x.numel() for x in tensors)
 
 
-def chosen(name: str) -> bool:
+def chosen(name: str, dtype: torch.dtype) -> bool:
     wish = os.environ.get("PELLUCID_KERNELS")
-    return HAS_TRITON and (wish == "triton" or (wish is None and name in PROVEN))
+    return HAS_TRITON and dtype in ALL and (wish == "triton" or (wish is None and dtype in PROVEN[name] and _is_proven_here()))
+
+
+@functools.cache
+def _is_proven_here() -> bool:
+    return torch.version.cuda is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == PROVEN_ON[0]
 
 
 def interpreted() -> bool:
@@ -48,10 +59,11 @@ def status() -> dict[str, str]:
     def line(name: str) -> str:
         if not HAS_TRITON:
             return "plain PyTorch: the package triton is not installed (pip install 'pellucid[gpu]')"
-        if chosen(name):
-            return f"our Triton kernel ({KERNELS[name]})" + ("" if name in PROVEN else "; not yet proven on a card")
+        if chosen(name, torch.bfloat16):
+            only = "" if chosen(name, torch.float32) else "; in fp32 plain PyTorch"
+            return f"our Triton kernel ({KERNELS[name]})" + only + ("" if _is_proven_here() else "; not proven on this card")
         if os.environ.get("PELLUCID_KERNELS") is not None:
             return f"plain PyTorch: PELLUCID_KERNELS={os.environ['PELLUCID_KERNELS']} is set"
-        return "plain PyTorch: our Triton kernel has not run on a card yet (PELLUCID_KERNELS=triton takes it)"
+        return f"plain PyTorch: our Triton kernel is proven on {PROVEN_ON[1]} cards only (PELLUCID_KERNELS=triton takes it)"
 
     return {name: line(name) for name in KERNELS}

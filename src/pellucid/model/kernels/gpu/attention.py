@@ -18,7 +18,7 @@ from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, descri
 LOG2_E = tl.constexpr(1.4426950408889634)
 FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 # By bytes of a number.
-FORWARD = {2: {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}, 4: FP32}
+FORWARD = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, 4: FP32}
 BACKWARD_Q = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}, 4: FP32}
 BACKWARD_KV = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}, 4: FP32}
 if INTERPRETED:
@@ -26,17 +26,15 @@ if INTERPRETED:
 
 
 @triton.jit
-def _weights(q, k, rows, keys, query_document, key_document, T, G: tl.constexpr, multiplier, cap,
-             WHOLE: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """(e^logit or 0 where the key may not be read, tanh of the logit / cap); [M, N]. WHOLE: every key may be read."""
-    scores = dot(q, k.T, tl.zeros((q.shape[0], k.shape[0]), tl.float32), WIDE)
+def _weights(scores, position, keys, query_document, key_document, T, multiplier, cap, WHOLE: tl.constexpr, HARDWARE: tl.constexpr):
+    """(e^logit or 0 where the key may not be read, tanh of the logit / cap) of scores q.k, at positions and keys that are laid
+    out along its sides, [M, 1] and [1, N] or turned. WHOLE: every key may be read."""
     capped = tanh(scores * (multiplier / cap), HARDWARE)
     weights = tl.exp2(capped * (cap * LOG2_E))
     if not WHOLE:
-        position = rows // G
         own = tl.load(query_document + position, mask=position < T, other=-2)
         theirs = tl.load(key_document + keys, mask=keys < T, other=-3)
-        weights = tl.where((keys[None, :] <= position[:, None]) & (own[:, None] == theirs[None, :]), weights, 0.0)
+        weights = tl.where((keys <= position) & (own == theirs), weights, 0.0)
     return weights, capped
 
 
@@ -61,7 +59,8 @@ def _forward(q, k, v, key_document, query_document, first_key, run_start, out, s
     key_document, query_document = key_document + batch * T, query_document + batch * T
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    start, whole, whole_stop, stop = _keys(rows // G, first_key + batch * T, run_start + batch * T, T, BLOCK_M, BLOCK_N, G, block)
+    position = rows // G
+    start, whole, whole_stop, stop = _keys(position, first_key + batch * T, run_start + batch * T, T, BLOCK_M, BLOCK_N, G, block)
     q_tile = q.load([head * T * G + block * BLOCK_M, 0])
     total = tl.zeros((BLOCK_M,), tl.float32)
     result = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -69,8 +68,9 @@ def _forward(q, k, v, key_document, query_document, first_key, run_start, out, s
         first_of, last_of = (start, whole) if phase == 0 else ((whole, whole_stop) if phase == 1 else (whole_stop, stop))
         for first in range(first_of, last_of, BLOCK_N):
             k_tile, v_tile = k.load([head * T + first, 0]), v.load([head * T + first, 0])
-            weights, _ = _weights(q_tile, k_tile, rows, first + tl.arange(0, BLOCK_N), query_document, key_document, T, G,
-                                  multiplier, cap, phase == 1, WIDE, HARDWARE)  # fmt: skip
+            scores = dot(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
+            weights, _ = _weights(scores, position[:, None], first + tl.arange(0, BLOCK_N)[None, :], query_document, key_document, T,
+                                  multiplier, cap, phase == 1, HARDWARE)  # fmt: skip
             total += tl.sum(weights, 1)
             result = dot(weights.to(v_tile.dtype), v_tile, result, WIDE)
     result = result / tl.where(total > 0, total, 1.0)[:, None]  # a row that may read nothing gives zeros
@@ -86,16 +86,6 @@ def _store_rows(pointer, values, rows, total_rows, d: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def _slope(q, k, v, grad, rows, keys, share, delta, query_document, key_document, T, G: tl.constexpr, multiplier, cap,
-           WHOLE: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """(attention weights, gradient of q.k), both [M, N]; share: 1 / sum of each row, delta: grad . out."""
-    weights, capped = _weights(q, k, rows, keys, query_document, key_document, T, G, multiplier, cap, WHOLE, WIDE, HARDWARE)
-    weights = weights * share[:, None]
-    reached = dot(grad, v.T, tl.zeros((q.shape[0], k.shape[0]), tl.float32), WIDE)
-    return weights, weights * (reached - delta[:, None]) * (multiplier - multiplier * capped * capped)
-
-
-@triton.jit
 def _backward_q(q, k, v, grad, shares, deltas, key_document, query_document, first_key, run_start, grad_q, K, T, multiplier, cap,
                 G: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                 WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
@@ -104,7 +94,8 @@ def _backward_q(q, k, v, grad, shares, deltas, key_document, query_document, fir
     key_document, query_document = key_document + batch * T, query_document + batch * T
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    start, whole, whole_stop, stop = _keys(rows // G, first_key + batch * T, run_start + batch * T, T, BLOCK_M, BLOCK_N, G, block)
+    position = rows // G
+    start, whole, whole_stop, stop = _keys(position, first_key + batch * T, run_start + batch * T, T, BLOCK_M, BLOCK_N, G, block)
     q_tile, grad_tile = q.load([head * T * G + block * BLOCK_M, 0]), grad.load([head * T * G + block * BLOCK_M, 0])
     share = tl.load(shares + own + rows, mask=rows < T * G, other=0.0)
     delta = tl.load(deltas + own + rows, mask=rows < T * G, other=0.0)
@@ -112,9 +103,12 @@ def _backward_q(q, k, v, grad, shares, deltas, key_document, query_document, fir
     for phase in tl.static_range(3):
         first_of, last_of = (start, whole) if phase == 0 else ((whole, whole_stop) if phase == 1 else (whole_stop, stop))
         for first in range(first_of, last_of, BLOCK_N):
-            k_tile = k.load([head * T + first, 0])
-            _, slope = _slope(q_tile, k_tile, v.load([head * T + first, 0]), grad_tile, rows, first + tl.arange(0, BLOCK_N), share,
-                              delta, query_document, key_document, T, G, multiplier, cap, phase == 1, WIDE, HARDWARE)  # fmt: skip
+            k_tile, v_tile = k.load([head * T + first, 0]), v.load([head * T + first, 0])
+            scores = dot(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
+            weights, capped = _weights(scores, position[:, None], first + tl.arange(0, BLOCK_N)[None, :], query_document, key_document,
+                                       T, multiplier, cap, phase == 1, HARDWARE)  # fmt: skip
+            reached = dot(grad_tile, v_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
+            slope = weights * share[:, None] * (reached - delta[:, None]) * (multiplier - multiplier * capped * capped)
             result = dot(slope.to(k_tile.dtype), k_tile, result, WIDE)
     _store_rows(grad_q + own * d, result, rows, T * G, d, BLOCK_D)
 
@@ -145,22 +139,26 @@ def _backward_kv(q, k, v, grad, shares, deltas, key_document, query_document, la
             q_tile, grad_tile = q.load([head * T * G + first, 0]), grad.load([head * T * G + first, 0])
             share = tl.load(shares + rows, mask=rows < T * G, other=0.0)
             delta = tl.load(deltas + rows, mask=rows < T * G, other=0.0)
-            weights, slope = _slope(q_tile, k_tile, v_tile, grad_tile, rows, keys, share, delta, query_document, key_document, T, G,
-                                    multiplier, cap, phase == 1, WIDE, HARDWARE)  # fmt: skip
-            result_v = dot(weights.to(grad_tile.dtype).T, grad_tile, result_v, WIDE)
-            result_k = dot(slope.to(q_tile.dtype).T, q_tile, result_k, WIDE)
+            scores = dot(k_tile, q_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE)  # turned: the weights multiply as they lie
+            weights, capped = _weights(scores, (rows // G)[None, :], keys[:, None], query_document, key_document, T, multiplier, cap,
+                                       phase == 1, HARDWARE)  # fmt: skip
+            weights = weights * share[None, :]
+            result_v = dot(weights.to(grad_tile.dtype), grad_tile, result_v, WIDE)
+            reached = dot(v_tile, grad_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE)
+            slope = weights * (reached - delta[None, :]) * (multiplier - multiplier * capped * capped)
+            result_k = dot(slope.to(q_tile.dtype), q_tile, result_k, WIDE)
     _store_rows(grad_k + head.to(tl.int64) * T * d, result_k, keys, T, d, BLOCK_D)
     _store_rows(grad_v + head.to(tl.int64) * T * d, result_v, keys, T, d, BLOCK_D)
 
 
 @torch.library.custom_op("pellucid::capped_attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, key_document: Tensor, query_document: Tensor, multiplier: float,
+def _attention(q: Tensor, k: Tensor, v: Tensor, key_document: Tensor, query_document: Tensor, ranges: Tensor, multiplier: float,
                cap: float) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, K, T, G, d = q.shape
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, sums, config = torch.empty_like(q), q.new_empty(B, K, T, G, dtype=torch.float32), FORWARD[q.element_size()]
     M, N, D = config["BLOCK_M"], config["BLOCK_N"], tile(d)
-    first_key, _, run_start, _ = _ranges(key_document, query_document)
+    first_key, _, run_start, _ = ranges
     _forward[(triton.cdiv(T * G, M), B * K)](
         describe(q, M, D), describe(k, N, D), describe(v, N, D), key_document, query_document, first_key, run_start, out, sums, K, T,
         multiplier, cap, G, d, BLOCK_D=D, WIDE=wide(q), HARDWARE=HARDWARE_TANH, **config)  # fmt: skip
@@ -168,18 +166,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, key_document: Tensor, query_docu
 
 
 @_attention.register_fake
-def _(q, k, v, key_document, query_document, multiplier, cap):
+def _(q, k, v, key_document, query_document, ranges, multiplier, cap):
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
 @torch.library.custom_op("pellucid::capped_attention_backward", mutates_args=())
 def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, key_document: Tensor,
-                        query_document: Tensor, multiplier: float, cap: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                        query_document: Tensor, ranges: Tensor, multiplier: float, cap: float,
+                        ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, K, T, G, d = q.shape
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     shares, deltas = torch.where(sums > 0, 1.0 / sums, 0.0), (grad.float() * out.float()).sum(-1)
-    first_key, last_query, run_start, run_stop = _ranges(key_document, query_document)
+    first_key, last_query, run_start, run_stop = ranges
 
     shared = {"G": G, "d": d, "BLOCK_D": tile(d), "WIDE": wide(q), "HARDWARE": HARDWARE_TANH}
 
@@ -197,34 +196,36 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
 
 
 @_attention_backward.register_fake
-def _(grad, q, k, v, out, sums, key_document, query_document, multiplier, cap):
+def _(grad, q, k, v, out, sums, key_document, query_document, ranges, multiplier, cap):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
-    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
+    ctx.settings = inputs[6:]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, grad_out, _grad_sums):
-    return *_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    return *_attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
 _attention.register_autograd(_gradients, setup_context=_save)
 
 
-def capped_attention(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, key_document_BT: Tensor, query_document_BT: Tensor, *,
-                     multiplier: float, cap: float) -> Tensor:  # fmt: skip
-    """Attention output [B, K, T, G, d]. A query reads earlier keys of its own document (int32; keys of pads hold -1)."""
+def capped_attention(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, key_document_BT: Tensor, query_document_BT: Tensor,
+                     ranges_4BT: Tensor, *, multiplier: float, cap: float) -> Tensor:  # fmt: skip
+    """Attention output [B, K, T, G, d]. A query reads earlier keys of its own document (int32; keys of pads hold -1).
+
+    ranges: what `ranges` says of the documents; it is the same for all layers."""
     documents = key_document_BT.contiguous(), query_document_BT.contiguous()
-    return _attention(q_BKTGd, k_BKTd, v_BKTd, *documents, multiplier, cap)[0]
+    return _attention(q_BKTGd, k_BKTd, v_BKTd, *documents, ranges_4BT, multiplier, cap)[0]
 
 
-def _ranges(key_document_BT: Tensor, query_document_BT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """int32 [B, T] each: first key of each query's document and last query of each key's, whatever the order of ids; and the
-    run that each position lies in, of neighbours of one document without pads: its start, and its stop (one beyond)."""
+def ranges(key_document_BT: Tensor, query_document_BT: Tensor) -> Tensor:
+    """int32 [4, B, T]: first key of each query's document and last query of each key's, whatever the order of ids; and the run
+    that each position lies in, of neighbours of one document without pads: its start, and its stop (one beyond)."""
     B, T = query_document_BT.shape
     ids, order = torch.sort(query_document_BT, dim=1, stable=True)
     begins = torch.ones_like(ids, dtype=torch.bool)
@@ -236,7 +237,7 @@ def _ranges(key_document_BT: Tensor, query_document_BT: Tensor) -> tuple[Tensor,
     begins[:, 1:] = (query_document_BT[:, 1:] != query_document_BT[:, :-1]) | breaks[:, 1:] | breaks[:, :-1]
     run_start, run_last = _bounds(begins)
     run_start = torch.where(breaks, T, run_start)  # its query may not read even the own key
-    return tuple(x.to(torch.int32).contiguous() for x in (spread(first), spread(last), run_start, run_last + 1))
+    return torch.stack([spread(first), spread(last), run_start, run_last + 1]).to(torch.int32)
 
 
 def _bounds(begins_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,14 @@
-"""All experts of a layer, forward and backward, in Triton: grouped products with their pointwise work in the epilogue.
+"""All experts of a layer, forward and backward: grouped products and what happens between them, in Triton.
 
 gather   rows sorted by expert, so that tiles of them can be loaded by Hopper's copy engine (elsewhere by plain loads)
 up       two products (gate, up), epilogue: gelu(gate) * up * factor; gate and up are kept
 down     the hidden layer times each expert's down; then every token sums its choices' rows: no atomics
-backward grad rows gathered, product with down, epilogue: gradients of gate, up and factor, and the hidden layer anew
+backward grad rows gathered, product with down; one pass to the gradients of gate, up and factor, and the hidden layer anew
 weights  gradients summed over an expert's rows in fp32, written once
 The factor (a pair's gate) is multiplied into the hidden layer, so that nothing after `down` need be kept (SonicMoE,
 arXiv 2512.14080). Rows that fill up an expert's last tile are zeros throughout. The definition is `MoE.mix_plain`.
+Where every expert has many rows, all but `up` is left to cuBLAS, expert by expert: it is some 5 % faster than one grouped
+product there, for which the host has to wait for the number of rows of each.
 Letters: N tokens, k choices, M rows sorted by expert (routing.py), D hidden, F intermediate, E experts.
 """
 
@@ -17,21 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, describe, dot, gelu, programs, wide
+from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, describe, dot, gelu, tile, wide
 from pellucid.model.kernels.gpu.routing import TILE, Order, sort_by_expert
+from pellucid.model.kernels.products import product, transposed_product
 
-BF16 = {"GROUP": 16, "FLAT": True, "num_warps": 8, "num_stages": 3}
-FP32 = {"BLOCK_O": 64, "BLOCK_I": 32, "GROUP": 16, "FLAT": False, "num_warps": 8, "num_stages": 2}
-TINY = {"BLOCK_O": 32, "BLOCK_I": 32, "GROUP": 2, "FLAT": False}
-# By bytes of a number. FLAT: the loads of a program's next tile begin while the last one is written.
-UP = {2: {"BLOCK_O": 128, "BLOCK_I": 64, **BF16}, 4: FP32}
-DOWN = {2: {"BLOCK_O": 256, "BLOCK_I": 64, **BF16}, 4: FP32}
-BACK = {2: {"BLOCK_O": 128, "BLOCK_I": 64, **BF16}, 4: FP32}
-WEIGHT = {2: {"BLOCK_O": 128, "BLOCK_I": 256, "BLOCK_M": 64, **BF16}, 4: {**FP32, "BLOCK_I": 64, "BLOCK_M": 32}}
+BF16 = {"BLOCK_I": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3}
+FP32 = {"BLOCK_O": 64, "BLOCK_I": 32, "GROUP": 16, "num_warps": 8, "num_stages": 2}
+# By bytes of a number.
+UP = {2: {"BLOCK_O": 128, **BF16}, 4: FP32}
+DOWN = {2: {"BLOCK_O": 256, **BF16}, 4: FP32}
+WEIGHT = {2: {"BLOCK_O": 128, **BF16, "BLOCK_I": 256, "BLOCK_M": 64}, 4: {**FP32, "BLOCK_I": 64, "BLOCK_M": 32}}
 if INTERPRETED:
-    UP = DOWN = BACK = {2: TINY, 4: TINY}
+    TINY = {"BLOCK_O": 32, "BLOCK_I": 32, "GROUP": 2}
+    UP = DOWN = {2: TINY, 4: TINY}
     WEIGHT = dict.fromkeys((2, 4), {**TINY, "BLOCK_M": 16})
-GATHER_BLOCK = 1024
+GATHER_BLOCK, OPEN_BLOCK = 1024, 2048
+MANY = 1024  # rows of an expert, on average, from which on the host waits for their numbers
 
 
 @triton.jit
@@ -44,92 +47,81 @@ def _place(at, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _up(x, weight, expert_of_tile, used, factor, gate_up, inner, M, D, F,
-        TILE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-        HARDWARE: tl.constexpr, FLAT: tl.constexpr):  # fmt: skip
+def _up(x, weight, expert_of_tile, used, factor, gate_out, up_out, inner, D, F, TILE: tl.constexpr, BLOCK_O: tl.constexpr,
+        BLOCK_I: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     row_tiles, column_tiles = tl.load(used), tl.cdiv(F, BLOCK_O)
-    for at in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLAT):
-        row_tile, column_tile = _place(at, row_tiles, column_tiles, GROUP)
-        expert = tl.load(expert_of_tile + row_tile)
-        own = expert * 2 * F + column_tile * BLOCK_O
+    if tl.program_id(0) < row_tiles * column_tiles:
+        row_tile, column_tile = _place(tl.program_id(0), row_tiles, column_tiles, GROUP)
+        row, column = row_tile * TILE, column_tile * BLOCK_O
+        own = tl.load(expert_of_tile + row_tile) * 2 * F + column
         gate, up = tl.zeros((TILE, BLOCK_O), tl.float32), tl.zeros((TILE, BLOCK_O), tl.float32)
         for first in range(0, D, BLOCK_I):
-            x_tile = x.load([row_tile * TILE, first])
+            x_tile = x.load([row, first])
             gate = dot(x_tile, weight.load([own, first]).T, gate, WIDE)
             up = dot(x_tile, weight.load([own + F, first]).T, up, WIDE)
-        row, column = row_tile * TILE, column_tile * BLOCK_O
-        gate, up = gate.to(gate_up.dtype), up.to(gate_up.dtype)  # what is kept is what is used
-        gate_up.store([row, column], gate)
-        gate_up.store([M + row, column], up)
+        gate, up = gate.to(gate_out.dtype), up.to(up_out.dtype)  # what is kept is what is used
+        gate_out.store([row, column], gate)
+        up_out.store([row, column], up)
         active, _ = gelu(gate.to(tl.float32), HARDWARE)
         hidden = active * up.to(tl.float32) * tl.load(factor + row + tl.arange(0, TILE))[:, None]
         inner.store([row, column], hidden.to(inner.dtype))
 
 
 @triton.jit
-def _product(x, weight, expert_of_tile, used, y, M, O, I, PARTS: tl.constexpr, TILE: tl.constexpr, BLOCK_O: tl.constexpr,
-             BLOCK_I: tl.constexpr, GROUP: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr):  # fmt: skip
-    """y[M, O] = the sum over parts of x[part, M, I] @ weight[expert, part], which is [I, O], or [O, I] and TRANSPOSED."""
+def _product(x, weight, expert_of_tile, used, y, O, I, TILE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+             GROUP: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """y[M, O] = x[M, I] @ weight[expert], which is [I, O], or [O, I] and TRANSPOSED."""
     row_tiles, column_tiles = tl.load(used), tl.cdiv(O, BLOCK_O)
-    length = tl.cdiv(I, BLOCK_I) * BLOCK_I
-    for at in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLAT):
-        row_tile, column_tile = _place(at, row_tiles, column_tiles, GROUP)
+    if tl.program_id(0) < row_tiles * column_tiles:
+        row_tile, column_tile = _place(tl.program_id(0), row_tiles, column_tiles, GROUP)
         row, column = row_tile * TILE, column_tile * BLOCK_O
-        expert = tl.load(expert_of_tile + row_tile) * PARTS
+        expert = tl.load(expert_of_tile + row_tile)
         total = tl.zeros((TILE, BLOCK_O), tl.float32)
-        for first in range(0, PARTS * length, BLOCK_I):
-            part = first // length
-            i = first - part * length
-            x_tile = x.load([part * M + row, i])
+        for first in range(0, I, BLOCK_I):
+            x_tile = x.load([row, first])
             if TRANSPOSED:
-                total = dot(x_tile, weight.load([(expert + part) * O + column, i]).T, total, WIDE)
+                total = dot(x_tile, weight.load([expert * O + column, first]).T, total, WIDE)
             else:
-                total = dot(x_tile, weight.load([(expert + part) * I + i, column]), total, WIDE)
+                total = dot(x_tile, weight.load([expert * I + first, column]), total, WIDE)
         y.store([row, column], total.to(y.dtype))
 
 
 @triton.jit
-def _back(grad, down, expert_of_tile, used, factor, gate_up, inner, grad_gate_up, grad_factor, M, D, F,
-          TILE: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-          HARDWARE: tl.constexpr, FLAT: tl.constexpr):  # fmt: skip
-    """From the gradient of the output to those of gate, up and (one share per block of columns) the factor."""
-    row_tiles, column_tiles = tl.load(used), tl.cdiv(F, BLOCK_O)
-    for at in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLAT):
-        row_tile, column_tile = _place(at, row_tiles, column_tiles, GROUP)
-        expert = tl.load(expert_of_tile + row_tile)
-        reached = tl.zeros((TILE, BLOCK_O), tl.float32)  # gradient of the hidden layer
-        for first in range(0, D, BLOCK_I):
-            reached = dot(grad.load([row_tile * TILE, first]), down.load([expert * D + first, column_tile * BLOCK_O]), reached, WIDE)
-        row, column = row_tile * TILE, column_tile * BLOCK_O
-        gate, up = gate_up.load([row, column]).to(tl.float32), gate_up.load([M + row, column]).to(tl.float32)
-        rows = row + tl.arange(0, TILE)
-        share = tl.load(factor + rows)[:, None]
-        active, slope = gelu(gate, HARDWARE)
-        tl.store(grad_factor + column_tile.to(tl.int64) * M + rows, tl.sum(reached * active * up, 1))
-        grad_gate_up.store([row, column], (reached * share * slope * up).to(grad_gate_up.dtype))
-        grad_gate_up.store([M + row, column], (reached * share * active).to(grad_gate_up.dtype))
-        inner.store([row, column], (active * up * share).to(inner.dtype))
+def _weight_gradient(left, right, first_E, tokens_E, out, O, I, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+                     BLOCK_M: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """out[expert] [O, I] = left.T @ right over the expert's rows, in fp32; left [M, O], right [M, I]."""
+    expert = tl.program_id(1)
+    row_tile, column_tile = _place(tl.program_id(0), tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_I), GROUP)
+    start, count = tl.load(first_E + expert).to(tl.int32), tl.load(tokens_E + expert).to(tl.int32)
+    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for first in range(start, start + count, BLOCK_M):
+        total = dot(left.load([first, row_tile * BLOCK_O]).T, right.load([first, column_tile * BLOCK_I]), total, WIDE)
+    o, i = row_tile * BLOCK_O + tl.arange(0, BLOCK_O), column_tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    to = out + (expert.to(tl.int64) * O + o[:, None]) * I + i[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=(o[:, None] < O) & (i[None, :] < I))
 
 
 @triton.jit
-def _weight_gradient(left, right, first_E, tokens_E, out, M, O, I, E, PARTS: tl.constexpr, BLOCK_O: tl.constexpr,
-                     BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
-                     FLAT: tl.constexpr):  # fmt: skip
-    """out[expert, part] [O, I] = left[part].T @ right over the expert's rows, in fp32; left [part, M, O], right [M, I]."""
-    row_tiles, column_tiles = tl.cdiv(O, BLOCK_O), tl.cdiv(I, BLOCK_I)
-    tiles = row_tiles * column_tiles
-    for at in tl.range(tl.program_id(0), tiles * E * PARTS, tl.num_programs(0), flatten=FLAT):
-        matrix = at // tiles
-        expert, part = matrix // PARTS, matrix % PARTS
-        row_tile, column_tile = _place(at - matrix * tiles, row_tiles, column_tiles, GROUP)
-        start, count = tl.load(first_E + expert).to(tl.int32), tl.load(tokens_E + expert).to(tl.int32)
-        total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-        for first in range(start, start + count, BLOCK_M):
-            left_tile = left.load([part * M + first, row_tile * BLOCK_O])
-            total = dot(left_tile.T, right.load([first, column_tile * BLOCK_I]), total, WIDE)
-        o, i = row_tile * BLOCK_O + tl.arange(0, BLOCK_O), column_tile * BLOCK_I + tl.arange(0, BLOCK_I)
-        to = out + (matrix.to(tl.int64) * O + o[:, None]) * I + i[None, :]
-        tl.store(to, total.to(out.dtype.element_ty), mask=(o[:, None] < O) & (i[None, :] < I))
+def _open(reached, gate_up, factor, used, grad_gate_up, grad_factor, F, TILE: tl.constexpr, BLOCK: tl.constexpr,
+          HARDWARE: tl.constexpr):  # fmt: skip
+    """From the gradient of the hidden layer to those of gate, up and factor; the hidden layer itself takes its place."""
+    m = tl.program_id(0).to(tl.int64)
+    if m < tl.load(used) * TILE:
+        share, total = tl.load(factor + m), tl.full((), 0.0, tl.float32)
+        reached += m * F
+        gate_up += m * 2 * F
+        grad_gate_up += m * 2 * F
+        for first in range(0, F, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            inside = columns < F
+            slope = tl.load(reached + columns, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(gate_up + F + columns, mask=inside, other=0.0).to(tl.float32)
+            active, steep = gelu(tl.load(gate_up + columns, mask=inside, other=0.0).to(tl.float32), HARDWARE)
+            total += tl.sum(slope * active * up, 0)
+            tl.store(grad_gate_up + columns, (slope * share * steep * up).to(grad_gate_up.dtype.element_ty), mask=inside)
+            tl.store(grad_gate_up + F + columns, (slope * share * active).to(grad_gate_up.dtype.element_ty), mask=inside)
+            tl.store(reached + columns, (active * up * share).to(reached.dtype.element_ty), mask=inside)
+        tl.store(grad_factor + m, total)
 
 
 @triton.jit
@@ -167,28 +159,39 @@ def _summed(rows_MD: Tensor, row_Nk: Tensor) -> Tensor:
     return y_ND
 
 
-def _rows_times(x: Tensor, weight: Tensor, order: Order, transposed: bool) -> Tensor:
-    """[M, O]; x [M, I] and weight [E, O, I] transposed, or x [parts, M, I] and weight [E, parts * I, O]."""
-    M, I = x.shape[-2:]
-    O, parts = weight.shape[1] if transposed else weight.shape[2], x.numel() // (M * I)
-    config, y_MO = DOWN[x.element_size()], x.new_empty(M, O)
+def _rows_times(x_MI: Tensor, weight: Tensor, order: Order, transposed: bool) -> Tensor:
+    """[M, O] = x @ weight[expert], which is [I, O], or [O, I] and transposed."""
+    I, O = x_MI.shape[1], weight.shape[1] if transposed else weight.shape[2]
+    y_MO = x_MI.new_empty(len(x_MI), O)
+    if len(order.host_E):
+        for expert, rows in order.stretches():
+            if rows.start < rows.stop:
+                product(x_MI[rows], weight[expert] if transposed else weight[expert].t(), out=y_MO[rows])
+        return y_MO
+    config = DOWN[x_MI.element_size()]
     block_o, block_i = config["BLOCK_O"], config["BLOCK_I"]
-    _product[programs(len(order.expert_of_tile) * triton.cdiv(O, block_o))](
-        describe(x, TILE, block_i), describe(weight, *((block_o, block_i) if transposed else (block_i, block_o))),
-        order.expert_of_tile, order.used, describe(y_MO, TILE, block_o), M, O, I, parts, TILE=TILE, TRANSPOSED=transposed,
-        WIDE=wide(x), **config)  # fmt: skip
+    _product[(len(order.expert_of_tile) * triton.cdiv(O, block_o),)](
+        describe(x_MI, TILE, block_i), describe(weight, *((block_o, block_i) if transposed else (block_i, block_o))),
+        order.expert_of_tile, order.used, describe(y_MO, TILE, block_o), O, I, TILE=TILE, TRANSPOSED=transposed, WIDE=wide(x_MI),
+        **config)  # fmt: skip
     return y_MO
 
 
-def _weight_gradients(left: Tensor, right_MI: Tensor, order: Order, like: Tensor) -> Tensor:
-    """Of a weight like [E, parts * O, I]; left [parts, M, O]."""
-    (M, O), I, E = left.shape[-2:], like.shape[2], len(like)
-    parts, out = like.shape[1] // O, torch.empty_like(like, memory_format=torch.contiguous_format)
-    config = WEIGHT[left.element_size()]
+def _weight_gradients(left_MO: Tensor, right_MI: Tensor, order: Order, like: Tensor) -> Tensor:
+    E, O, I = like.shape
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    if len(order.host_E):
+        for expert, rows in order.stretches():
+            if rows.start == rows.stop:
+                out[expert].zero_()
+            else:
+                transposed_product(left_MO[rows], right_MI[rows], out=out[expert])
+        return out
+    config = WEIGHT[left_MO.element_size()]
     block_o, block_i, block_m = config["BLOCK_O"], config["BLOCK_I"], config["BLOCK_M"]
-    _weight_gradient[programs(E * parts * triton.cdiv(O, block_o) * triton.cdiv(I, block_i))](
-        describe(left, block_m, block_o), describe(right_MI, block_m, block_i), order.first_E, order.tokens_E, out, M, O, I, E, parts,
-        WIDE=wide(left), **config)  # fmt: skip
+    _weight_gradient[(triton.cdiv(O, block_o) * triton.cdiv(I, block_i), E)](
+        describe(left_MO, block_m, block_o), describe(right_MI, block_m, block_i), order.first_E, order.tokens_E, out, O, I,
+        WIDE=wide(left_MO), **config)  # fmt: skip
     return out
 
 
@@ -198,49 +201,51 @@ def _factors(gate_Nk: Tensor, order: Order) -> Tensor:
 
 @torch.library.custom_op("pellucid::experts", mutates_args=())
 def _experts(x_ND: Tensor, gate_Nk: Tensor, expert_index_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x_ND, dtype, (E, D, F) = x_ND.contiguous(), x_ND.dtype, down_proj.shape
     order = sort_by_expert(expert_index_Nk, E)
-    M = len(order.token_M)
-    gate_up, inner = x_ND.new_empty(2, M, F), x_ND.new_empty(M, F)
-    config = UP[x_ND.element_size()]
-    block_o, block_i = config["BLOCK_O"], config["BLOCK_I"]
-    _up[programs(len(order.expert_of_tile) * triton.cdiv(F, block_o))](
+    M, config = len(order.token_M), UP[x_ND.element_size()]
+    gate_up, inner, (block_o, block_i) = x_ND.new_empty(M, 2 * F), x_ND.new_empty(M, F), (config["BLOCK_O"], config["BLOCK_I"])
+    _up[(len(order.expert_of_tile) * triton.cdiv(F, block_o),)](
         describe(_sorted(x_ND, order), TILE, block_i), describe(gate_up_proj.to(dtype), block_o, block_i), order.expert_of_tile,
-        order.used, _factors(gate_Nk, order), describe(gate_up, TILE, block_o), describe(inner, TILE, block_o), M, D, F, TILE=TILE, WIDE=wide(x_ND),
-        HARDWARE=HARDWARE_TANH, **config)  # fmt: skip
+        order.used, _factors(gate_Nk, order), *(describe(part, TILE, block_o) for part in (*gate_up.chunk(2, 1), inner)), D, F,
+        TILE=TILE, WIDE=wide(x_ND), HARDWARE=HARDWARE_TANH, **config)  # fmt: skip
+    order.host_E = order.tokens_E.to("cpu", copy=True) if _are_many(expert_index_Nk, E) else order.host_E
     y_ND = _summed(_rows_times(inner, down_proj.to(dtype), order, transposed=True), order.row_Nk)
-    return y_ND, gate_up, order.row_Nk, order.token_M, order.expert_of_tile, order.first_E, order.tokens_E, order.used
+    return (y_ND, gate_up, order.row_Nk, order.token_M, order.expert_of_tile, order.first_E, order.tokens_E, order.used,
+            order.host_E)  # fmt: skip
+
+
+def _are_many(expert_index_Nk: Tensor, E: int) -> bool:
+    return expert_index_Nk.numel() >= MANY * E
 
 
 @_experts.register_fake
 def _(x_ND, gate_Nk, expert_index_Nk, gate_up_proj, down_proj):
     (N, k), (E, D, F) = expert_index_Nk.shape, down_proj.shape
-    tiles = (N * k + TILE - 1) // TILE + E
+    tiles, host = (N * k + TILE - 1) // TILE + E, E if _are_many(expert_index_Nk, E) else 0
     empty = lambda dtype, *shape: x_ND.new_empty(shape, dtype=dtype)
-    return (empty(x_ND.dtype, N, D), empty(x_ND.dtype, 2, tiles * TILE, F), empty(torch.int64, N, k), empty(torch.int32, tiles * TILE),
-            empty(torch.int32, tiles), empty(torch.int64, E), empty(torch.int64, E), empty(torch.int32))  # fmt: skip
+    return (empty(x_ND.dtype, N, D), empty(x_ND.dtype, tiles * TILE, 2 * F), empty(torch.int64, N, k), empty(torch.int32, tiles * TILE),
+            empty(torch.int32, tiles), empty(torch.int64, E), empty(torch.int64, E), empty(torch.int32),
+            torch.empty(host, dtype=torch.int64))  # fmt: skip
 
 
 @torch.library.custom_op("pellucid::experts_backward", mutates_args=())
 def _experts_backward(grad_ND: Tensor, x_ND: Tensor, gate_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor, gate_up: Tensor,
                       row_Nk: Tensor, token_M: Tensor, expert_of_tile: Tensor, first_E: Tensor, tokens_E: Tensor, used: Tensor,
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    order = Order(row_Nk, token_M, expert_of_tile, first_E, tokens_E, used)
-    grad_ND, x_ND, dtype, (_, D, F) = grad_ND.contiguous(), x_ND.contiguous(), x_ND.dtype, down_proj.shape
-    M, config = len(token_M), BACK[x_ND.element_size()]
-    block_o, block_i = config["BLOCK_O"], config["BLOCK_I"]
-    columns, grad_MD = triton.cdiv(F, block_o), _sorted(grad_ND, order)
-    inner, grad_gate_up, shares = x_ND.new_empty(M, F), torch.empty_like(gate_up), gate_Nk.new_zeros(columns, M)
-    _back[programs(len(expert_of_tile) * columns)](
-        describe(grad_MD, TILE, block_i), describe(down_proj.to(dtype), block_i, block_o), expert_of_tile, used,
-        _factors(gate_Nk, order), *(describe(x, TILE, block_o) for x in (gate_up, inner, grad_gate_up)), shares, M, D, F, TILE=TILE, WIDE=wide(x_ND),
-        HARDWARE=HARDWARE_TANH, **config)  # fmt: skip
-    grad_down = _weight_gradients(grad_MD, inner, order, down_proj)
-    del inner, grad_MD
+                      host_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    order = Order(row_Nk, token_M, expert_of_tile, first_E, tokens_E, used, host_E)
+    grad_ND, dtype, M, F = grad_ND.contiguous(), x_ND.dtype, len(token_M), down_proj.shape[2]
+    grad_MD = _sorted(grad_ND, order)
+    reached = _rows_times(grad_MD, down_proj.to(dtype), order, transposed=False)
+    grad_gate_up, shares = torch.empty_like(gate_up), gate_Nk.new_empty(M)
+    _open[(M,)](reached, gate_up, _factors(gate_Nk, order), used, grad_gate_up, shares, F, TILE, min(OPEN_BLOCK, tile(F)),
+                HARDWARE_TANH)  # fmt: skip
+    grad_down = _weight_gradients(grad_MD, reached, order, down_proj)  # it is the hidden layer now
+    del grad_MD, reached
     grad_x = _summed(_rows_times(grad_gate_up, gate_up_proj.to(dtype), order, transposed=False), row_Nk)
-    grad_gate_up_proj = _weight_gradients(grad_gate_up, _sorted(x_ND, order), order, gate_up_proj)
-    return grad_x, shares.sum(0)[row_Nk], grad_gate_up_proj, grad_down
+    grad_gate_up_proj = _weight_gradients(grad_gate_up, _sorted(x_ND.contiguous(), order), order, gate_up_proj)
+    return grad_x, shares[row_Nk], grad_gate_up_proj, grad_down
 
 
 @_experts_backward.register_fake

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -47,16 +45,6 @@ def tile(size: int) -> int:
 def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The matrix (a stack of them counts as one of all their rows) for loads and stores of blocks; zeros beyond its edges."""
     return TensorDescriptor.from_tensor(matrix.reshape(-1, matrix.shape[-1]), [rows, columns])
-
-
-@functools.cache
-def _processors() -> int:
-    return 8 if INTERPRETED else torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-
-
-def programs(tiles: int, each: int = 1) -> tuple[int]:
-    """A grid of at most `each` programs a multiprocessor, which share out the tiles among them."""
-    return (min(tiles, _processors() * each),)
 
 
 def wide(tensor: Tensor) -> bool:

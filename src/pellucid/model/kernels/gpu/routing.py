@@ -8,7 +8,8 @@ Letters: N tokens, E experts, k choices; M rows: N*k, and what fills up the last
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 import triton
@@ -31,6 +32,14 @@ class Order:
     first_E: Tensor  # int64: first row of each expert
     tokens_E: Tensor  # int64: its real rows
     used: Tensor  # int32 scalar: tiles that belong to an expert; they come first
+    host_E: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # tokens_E on the host; empty: not known there
+
+    def stretches(self) -> Iterator[tuple[int, slice]]:
+        """Each expert's rows, where the host knows their number."""
+        start = 0
+        for expert, rows in enumerate(self.host_E.tolist()):
+            yield expert, slice(start, start + rows)
+            start += (rows + TILE - 1) // TILE * TILE
 
 
 @triton.jit
