@@ -18,7 +18,7 @@ from pellucid.model.kernels import gpu, native
 from pellucid.model.kernels.products import product, transposed_product
 
 IGNORE = -100
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**29}  # logits held at once: they should stay in a cache, or fill the GPU
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 11 * 2**26}  # logits held at once: they should stay in a cache, or fill the GPU
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ if INTERPRETED:
 
 
 @triton.jit
-def _weights(scores, position, keys, query_document, key_document, T, multiplier, cap, WHOLE: tl.constexpr, HARDWARE: tl.constexpr):
+def _weights(scores, position, keys, query_document, key_document, T, multiplier, cap, WHOLE, HARDWARE: tl.constexpr):
     """(e^logit or 0 where the key may not be read, tanh of the logit / cap) of scores q.k, at positions and keys that are laid
     out along its sides, [M, 1] and [1, N] or turned. WHOLE: every key may be read."""
     capped = tanh(scores * (multiplier / cap), HARDWARE)
@@ -64,15 +64,13 @@ def _forward(q, k, v, key_document, query_document, first_key, run_start, out, s
     q_tile = q.load([head * T * G + block * BLOCK_M, 0])
     total = tl.zeros((BLOCK_M,), tl.float32)
     result = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for phase in tl.static_range(3):
-        first_of, last_of = (start, whole) if phase == 0 else ((whole, whole_stop) if phase == 1 else (whole_stop, stop))
-        for first in range(first_of, last_of, BLOCK_N):
-            k_tile, v_tile = k.load([head * T + first, 0]), v.load([head * T + first, 0])
-            scores = dot(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
-            weights, _ = _weights(scores, position[:, None], first + tl.arange(0, BLOCK_N)[None, :], query_document, key_document, T,
-                                  multiplier, cap, phase == 1, HARDWARE)  # fmt: skip
-            total += tl.sum(weights, 1)
-            result = dot(weights.to(v_tile.dtype), v_tile, result, WIDE)
+    for first in range(start, stop, BLOCK_N):
+        k_tile, v_tile = k.load([head * T + first, 0]), v.load([head * T + first, 0])
+        scores = dot(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
+        weights, _ = _weights(scores, position[:, None], first + tl.arange(0, BLOCK_N)[None, :], query_document, key_document, T,
+                              multiplier, cap, (first >= whole) & (first < whole_stop), HARDWARE)  # fmt: skip
+        total += tl.sum(weights, 1)
+        result = dot(weights.to(v_tile.dtype), v_tile, result, WIDE)
     result = result / tl.where(total > 0, total, 1.0)[:, None]  # a row that may read nothing gives zeros
     _store_rows(out + head.to(tl.int64) * T * G * d, result, rows, T * G, d, BLOCK_D)
     tl.store(sums + head.to(tl.int64) * T * G + rows, total, mask=rows < T * G)
@@ -100,16 +98,14 @@ def _backward_q(q, k, v, grad, shares, deltas, key_document, query_document, fir
     share = tl.load(shares + own + rows, mask=rows < T * G, other=0.0)
     delta = tl.load(deltas + own + rows, mask=rows < T * G, other=0.0)
     result = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for phase in tl.static_range(3):
-        first_of, last_of = (start, whole) if phase == 0 else ((whole, whole_stop) if phase == 1 else (whole_stop, stop))
-        for first in range(first_of, last_of, BLOCK_N):
-            k_tile, v_tile = k.load([head * T + first, 0]), v.load([head * T + first, 0])
-            scores = dot(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
-            weights, capped = _weights(scores, position[:, None], first + tl.arange(0, BLOCK_N)[None, :], query_document, key_document,
-                                       T, multiplier, cap, phase == 1, HARDWARE)  # fmt: skip
-            reached = dot(grad_tile, v_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
-            slope = weights * share[:, None] * (reached - delta[:, None]) * (multiplier - multiplier * capped * capped)
-            result = dot(slope.to(k_tile.dtype), k_tile, result, WIDE)
+    for first in range(start, stop, BLOCK_N):
+        k_tile, v_tile = k.load([head * T + first, 0]), v.load([head * T + first, 0])
+        scores = dot(q_tile, k_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
+        weights, capped = _weights(scores, position[:, None], first + tl.arange(0, BLOCK_N)[None, :], query_document, key_document,
+                                   T, multiplier, cap, (first >= whole) & (first < whole_stop), HARDWARE)  # fmt: skip
+        reached = dot(grad_tile, v_tile.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), WIDE)
+        slope = weights * share[:, None] * (reached - delta[:, None]) * (multiplier - multiplier * capped * capped)
+        result = dot(slope.to(k_tile.dtype), k_tile, result, WIDE)
     _store_rows(grad_q + own * d, result, rows, T * G, d, BLOCK_D)
 
 
@@ -132,21 +128,19 @@ def _backward_kv(q, k, v, grad, shares, deltas, key_document, query_document, la
     whole_stop = tl.maximum(whole, whole_stop)
     k_tile, v_tile = k.load([head * T + first_key, 0]), v.load([head * T + first_key, 0])
     result_k, result_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for phase in tl.static_range(3):
-        first_of, last_of = (start, whole) if phase == 0 else ((whole, whole_stop) if phase == 1 else (whole_stop, stop))
-        for first in range(first_of, last_of, BLOCK_M):
-            rows = first + tl.arange(0, BLOCK_M)
-            q_tile, grad_tile = q.load([head * T * G + first, 0]), grad.load([head * T * G + first, 0])
-            share = tl.load(shares + rows, mask=rows < T * G, other=0.0)
-            delta = tl.load(deltas + rows, mask=rows < T * G, other=0.0)
-            scores = dot(k_tile, q_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE)  # turned: the weights multiply as they lie
-            weights, capped = _weights(scores, (rows // G)[None, :], keys[:, None], query_document, key_document, T, multiplier, cap,
-                                       phase == 1, HARDWARE)  # fmt: skip
-            weights = weights * share[None, :]
-            result_v = dot(weights.to(grad_tile.dtype), grad_tile, result_v, WIDE)
-            reached = dot(v_tile, grad_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE)
-            slope = weights * (reached - delta[None, :]) * (multiplier - multiplier * capped * capped)
-            result_k = dot(slope.to(q_tile.dtype), q_tile, result_k, WIDE)
+    for first in range(start, stop, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        q_tile, grad_tile = q.load([head * T * G + first, 0]), grad.load([head * T * G + first, 0])
+        share = tl.load(shares + rows, mask=rows < T * G, other=0.0)
+        delta = tl.load(deltas + rows, mask=rows < T * G, other=0.0)
+        scores = dot(k_tile, q_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE)  # turned: the weights multiply as they lie
+        weights, capped = _weights(scores, (rows // G)[None, :], keys[:, None], query_document, key_document, T, multiplier, cap,
+                                   (first >= whole) & (first < whole_stop), HARDWARE)  # fmt: skip
+        weights = weights * share[None, :]
+        result_v = dot(weights.to(grad_tile.dtype), grad_tile, result_v, WIDE)
+        reached = dot(v_tile, grad_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE)
+        slope = weights * (reached - delta[None, :]) * (multiplier - multiplier * capped * capped)
+        result_k = dot(slope.to(q_tile.dtype), q_tile, result_k, WIDE)
     _store_rows(grad_k + head.to(tl.int64) * T * d, result_k, keys, T, d, BLOCK_D)
     _store_rows(grad_v + head.to(tl.int64) * T * d, result_v, keys, T, d, BLOCK_D)
 

@@ -50,8 +50,8 @@ def _place(at, row_tiles, column_tiles, GROUP: tl.constexpr):
 def _up(x, weight, expert_of_tile, used, factor, gate_out, up_out, inner, D, F, TILE: tl.constexpr, BLOCK_O: tl.constexpr,
         BLOCK_I: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     row_tiles, column_tiles = tl.load(used), tl.cdiv(F, BLOCK_O)
-    if tl.program_id(0) < row_tiles * column_tiles:
-        row_tile, column_tile = _place(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    for at in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):  # one or none
+        row_tile, column_tile = _place(at, row_tiles, column_tiles, GROUP)
         row, column = row_tile * TILE, column_tile * BLOCK_O
         own = tl.load(expert_of_tile + row_tile) * 2 * F + column
         gate, up = tl.zeros((TILE, BLOCK_O), tl.float32), tl.zeros((TILE, BLOCK_O), tl.float32)
@@ -72,8 +72,8 @@ def _product(x, weight, expert_of_tile, used, y, O, I, TILE: tl.constexpr, BLOCK
              GROUP: tl.constexpr, TRANSPOSED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """y[M, O] = x[M, I] @ weight[expert], which is [I, O], or [O, I] and TRANSPOSED."""
     row_tiles, column_tiles = tl.load(used), tl.cdiv(O, BLOCK_O)
-    if tl.program_id(0) < row_tiles * column_tiles:
-        row_tile, column_tile = _place(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    for at in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):  # one or none
+        row_tile, column_tile = _place(at, row_tiles, column_tiles, GROUP)
         row, column = row_tile * TILE, column_tile * BLOCK_O
         expert = tl.load(expert_of_tile + row_tile)
         total = tl.zeros((TILE, BLOCK_O), tl.float32)
@@ -204,13 +204,15 @@ def _experts(x_ND: Tensor, gate_Nk: Tensor, expert_index_Nk: Tensor, gate_up_pro
              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x_ND, dtype, (E, D, F) = x_ND.contiguous(), x_ND.dtype, down_proj.shape
     order = sort_by_expert(expert_index_Nk, E)
+    arrived = order.to_host() if _are_many(expert_index_Nk, E) else None
     M, config = len(order.token_M), UP[x_ND.element_size()]
     gate_up, inner, (block_o, block_i) = x_ND.new_empty(M, 2 * F), x_ND.new_empty(M, F), (config["BLOCK_O"], config["BLOCK_I"])
     _up[(len(order.expert_of_tile) * triton.cdiv(F, block_o),)](
         describe(_sorted(x_ND, order), TILE, block_i), describe(gate_up_proj.to(dtype), block_o, block_i), order.expert_of_tile,
         order.used, _factors(gate_Nk, order), *(describe(part, TILE, block_o) for part in (*gate_up.chunk(2, 1), inner)), D, F,
         TILE=TILE, WIDE=wide(x_ND), HARDWARE=HARDWARE_TANH, **config)  # fmt: skip
-    order.host_E = order.tokens_E.to("cpu", copy=True) if _are_many(expert_index_Nk, E) else order.host_E
+    if arrived is not None:
+        arrived.synchronize()  # while `_up` still runs: the GPU does not idle
     y_ND = _summed(_rows_times(inner, down_proj.to(dtype), order, transposed=True), order.row_Nk)
     return (y_ND, gate_up, order.row_Nk, order.token_M, order.expert_of_tile, order.first_E, order.tokens_E, order.used,
             order.host_E)  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pellucid.model.kernels.gpu.launch import INTERPRETED, tile
 
-BLOCKS = 8 if INTERPRETED else 256  # programs of the backward pass; each sums the weight's gradient over its rows, in order
+BLOCKS = 8 if INTERPRETED else 1024  # programs of the backward pass; each sums the weight's gradient over its rows, in order
 
 
 @triton.jit
