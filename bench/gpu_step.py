@@ -8,8 +8,10 @@ Parts: ceiling (8192^3 bf16 product), attention (beside FlexAttention with the c
 three torch grouped_mm), loss (beside Liger where installed), steps (a full-width Grok-1 layer with the tied embedding,
 and a model of 2.7 B; beside transformers' Mixtral with grouped_mm). Steps run with clipping, fused AdamW, fp32 masters and
 observation on; `balanced` sends every token to the next two experts in turn, `real` is the router's own choice.
-Times are medians of CUDA events after warm-up. MFU counts model FLOPs (`flops_per_token`: 6 per active matrix weight, causal
-attention at half) against 989 TFLOP/s, the dense bf16 peak of an H100 or H200, and against the product of this run.
+Kernels' times are medians of CUDA events after warm-up, steps' of the clock on the wall, with their spread; peers run at a batch
+that they can hold, ours also at the largest that fits, over which the update and the casts are shared. MFU counts model FLOPs
+(`flops_per_token`: 6 per active matrix weight, causal attention at half) against 989 TFLOP/s, the dense bf16 peak of an H100 or
+H200, and against the product of this run.
 Needs a CUDA GPU with triton; transformers and liger-kernel are optional peers, left out with a reason.
 """
 
@@ -50,12 +52,13 @@ PEAK = 989e12
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 PARTS = ("ceiling", "attention", "experts", "loss", "steps")
-REPEATS, WARM_UP = (20, 5) if CUDA else (1, 0)
-MODELS = {  # layers, hidden, intermediate, query heads, key/value heads, vocabulary, (rows, sequence) pairs
-    "full-width layer": dict(L=1, D=6144, F=32768, H=48, K=8, V=131072, batches=((8, 2048), (2, 8192))),
-    "2.7 B": dict(L=8, D=1536, F=8192, H=12, K=2, V=131072, batches=((16, 2048), (4, 8192))),
+REPEATS, WARM_UP = (10, 3) if CUDA else (1, 0)
+STEPS, STEPS_WARM_UP = (6, 3) if CUDA else (1, 1)
+MODELS = {  # layers, hidden, intermediate, query heads, key/value heads, vocabulary; rows by sequence: with peers, and as many as fit
+    "2.7 B": dict(L=8, D=1536, F=8192, H=12, K=2, V=131072, peers={2048: 16, 8192: 4}, most={2048: 48, 8192: 12}),
+    "full-width layer": dict(L=1, D=6144, F=32768, H=48, K=8, V=131072, peers={2048: 8, 8192: 2}, most={2048: 16, 8192: 4}),
 }
-TINY = {"tiny": dict(L=2, D=64, F=96, H=4, K=2, V=256, batches=((2, 32),))}
+TINY = {"tiny": dict(L=2, D=64, F=96, H=4, K=2, V=256, peers={32: 2}, most={32: 3})}
 
 
 @contextlib.contextmanager
@@ -119,15 +122,15 @@ def forward_backward(function: Callable[..., Tensor], *tensors: Tensor) -> Calla
 
 def bench_attention(tiny: bool) -> list[dict]:
     rows = []
-    for B, T, H, K, d in ((1, 64, 4, 2, 16),) if tiny else ((2, 8192, 48, 8, 128), (4, 2048, 48, 8, 128), (4, 8192, 12, 2, 128)):
+    for B, T, H, K, d in ((1, 64, 4, 2, 16),) if tiny else ((2, 8192, 48, 8, 128), (16, 2048, 12, 2, 128)):
         q, k, v = (torch.randn(B, K, *s, d, device=DEVICE, dtype=DTYPE) for s in ((T, H // K), (T,), (T,)))
         document = torch.zeros(B, T, dtype=torch.int32, device=DEVICE)
         settings = {"multiplier": d**-0.5, "cap": 30.0}
 
         def ours(q, k, v, document=document, settings=settings):
-            from pellucid.model.kernels.gpu.attention import capped_attention
+            from pellucid.model.kernels.gpu.attention import capped_attention, ranges
 
-            return capped_attention(q, k, v, document, document, **settings)
+            return capped_attention(q, k, v, document, document, ranges(document, document), **settings)
 
         def plain(q, k, v, document=document, settings=settings):
             visible = Visibility(torch.ones_like(document, dtype=torch.bool))
@@ -263,7 +266,7 @@ def make_batch(B: int, T: int, V: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones_like(positions), positions, rows, rows)
 
 
-def mixtral_step(size: dict, B: int, T: int) -> Callable[[], float]:
+def mixtral_step(size: dict, B: int, T: int, folder: Path) -> Callable[[], float]:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
@@ -287,38 +290,60 @@ def mixtral_step(size: dict, B: int, T: int) -> Callable[[], float]:
     return step
 
 
+OURS = ((ours_step, "triton", {"ours (Triton), real routing": False, "ours (Triton), balanced": True}),)
+PEERS = ((ours_step, "triton", {"ours (Triton), real routing": False}), (ours_step, "plain", {"ours (plain), real routing": False}),
+         (mixtral_step, None, {"transformers Mixtral, grouped_mm": False}))  # fmt: skip
+
+
 def bench_steps(tiny: bool) -> list[dict]:
     rows = []
     for name, size in (TINY if tiny else MODELS).items():
-        counts, config = parameter_counts(model_config(size)), model_config(size)
-        for B, T in size["batches"]:
-            flops = flops_per_token(config, T) * B * T
-            for contender, make, choice, forced in (
-                ("ours (Triton), real routing", ours_step, "triton", False), ("ours (Triton), balanced", ours_step, "triton", True),
-                ("ours (plain), real routing", ours_step, "plain", False),
-                ("transformers Mixtral, grouped_mm", mixtral_step, None, False),
-            ):  # fmt: skip
-                row = {"part": f"step, {name}, {B} x {T}", "name": contender, "parameters": counts["total"],
-                       "active": counts["active"]}  # fmt: skip
-                with kernels(choice), balanced_routing(forced), tempfile.TemporaryDirectory() as folder:
-                    try:
-                        step = make(size, B, T, Path(folder)) if make is ours_step else make(size, B, T)
-                        losses = [step() for _ in range(max(1, WARM_UP))]
-                        torch.cuda.reset_peak_memory_stats() if CUDA else None
-                        time_s = seconds(lambda losses=losses, step=step: losses.append(step()))
-                        step.close()
-                    except Exception as error:
-                        row["left_out"] = f"{type(error).__name__}: {error}"[:300]
-                    else:
-                        row |= {"ms": round(time_s * 1e3, 2), "tokens_per_second": round(B * T / time_s),
-                                "tflops": round(flops / time_s / 1e12, 1), "mfu_989": round(flops / time_s / PEAK, 4),
-                                "first_loss": losses[0], "last_loss": losses[-1],
-                                "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if CUDA else None}  # fmt: skip
-                step = None
-                torch.cuda.empty_cache() if CUDA else None
-                rows.append(row)
-                print("  ", row, flush=True)
+        for T in size["peers"]:
+            for B, contenders in ((size["peers"][T], PEERS), (size["most"][T], OURS)):
+                for make, choice, kinds in contenders:
+                    with kernels(choice), tempfile.TemporaryDirectory() as folder:
+                        rows += steps_of(f"step, {name}, {B} x {T}", size, B, T, make, kinds, Path(folder))
     return rows
+
+
+def steps_of(part: str, size: dict, B: int, T: int, make: Callable, kinds: dict[str, bool], folder: Path) -> list[dict]:
+    """A row for each kind of routing of one contender; its model is made once."""
+    counts, flops, rows = parameter_counts(model_config(size)), flops_per_token(model_config(size), T) * B * T, []
+    step = None
+    for name, forced in kinds.items():
+        row = {"part": part, "name": name, "parameters": counts["total"], "active": counts["active"]}
+        with balanced_routing(forced):
+            try:
+                step = step or make(size, B, T, folder)
+                losses = [step() for _ in range(STEPS_WARM_UP)]
+                torch.cuda.reset_peak_memory_stats() if CUDA else None
+                time_s, spread = timed_steps(lambda step=step, losses=losses: losses.append(step()))
+            except Exception as error:  # a peer that does not run here must not cost the others their numbers
+                row["left_out"] = f"{type(error).__name__}: {error}"[:300]
+            else:
+                row |= {"ms": round(time_s * 1e3, 2), "spread": round(spread, 4), "tokens_per_second": round(B * T / time_s),
+                        "tflops": round(flops / time_s / 1e12, 1), "mfu_989": round(flops / time_s / PEAK, 4),
+                        "first_loss": losses[0], "last_loss": losses[-1],
+                        "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if CUDA else None}  # fmt: skip
+        rows.append(row)
+        print("  ", row, flush=True)
+    if step is not None:
+        step.close()
+    step = None
+    torch.cuda.empty_cache() if CUDA else None
+    return rows
+
+
+def timed_steps(step: Callable[[], object]) -> tuple[float, float]:
+    """(median seconds of whole steps, (slowest - fastest) / median)."""
+    times = []
+    for _ in range(STEPS):
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize() if CUDA else None
+        times.append(time.perf_counter() - begin)
+    middle = statistics.median(times)
+    return middle, (max(times) - min(times)) / middle
 
 
 @contextlib.contextmanager
@@ -348,12 +373,15 @@ def main() -> None:
     for part in options.parts:
         print(part, flush=True)
         rows += globals()[f"bench_{part}"](options.tiny)
+        if not options.tiny:
+            write(options.out, rows)
+
+
+def write(path: Path, rows: list[dict]) -> None:
     ceiling = next((row["tflops"] for row in rows if row["part"].startswith("product")), None)
     for row in rows:
         if "mfu_989" in row and ceiling:
             row["share_of_product"] = round(row["tflops"] / ceiling, 4)
-    if options.tiny:
-        return
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     versions = {}
     for name in ("torch", "triton", "transformers", "liger-kernel"):
@@ -361,9 +389,9 @@ def main() -> None:
             versions[name] = metadata.version(name)
     facts = {"machine": torch.cuda.get_device_name(), "python": platform.python_version(), "versions": versions, "commit": commit,
              "command": " ".join(["python", *sys.argv]), "kernels": gpu.KERNELS, "rows": rows}  # fmt: skip
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"written: {options.out}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

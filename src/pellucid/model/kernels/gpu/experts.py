@@ -31,8 +31,8 @@ DOWN = {2: {"BLOCK_O": 256, **BF16}, 4: FP32}
 WEIGHT = {2: {"BLOCK_O": 128, **BF16, "BLOCK_I": 256, "BLOCK_M": 64}, 4: {**FP32, "BLOCK_I": 64, "BLOCK_M": 32}}
 if INTERPRETED:
     TINY = {"BLOCK_O": 32, "BLOCK_I": 32, "GROUP": 2}
-    UP = DOWN = {2: TINY, 4: TINY}
-    WEIGHT = dict.fromkeys((2, 4), {**TINY, "BLOCK_M": 16})
+    UP = DOWN = dict.fromkeys((2, 4), TINY)
+    WEIGHT = {2: {**TINY, "BLOCK_M": 16}, 4: {**TINY, "BLOCK_M": 16}}
 GATHER_BLOCK, OPEN_BLOCK = 1024, 2048
 MANY = 1024  # rows of an expert, on average, from which on the host waits for their numbers
 
