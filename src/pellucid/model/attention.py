@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
 def _fused(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cap: float) -> Callable[..., Tensor] | None:
     """A kernel that does what `chunked_capped_attention` does, if one serves these tensors."""
-    if cap <= capped.LARGEST_CAP and gpu.fits("attention", q_BKTGd, k_BKTd, v_BKTd):
+    if cap <= capped.LARGEST_CAP and gpu.fits("attention", q_BKTGd, k_BKTd, v_BKTd) and gpu.rows_fit(q_BKTGd.dtype, q_BKTGd.shape[-1]):
         return _on_gpu
     return _on_cpu if capped.fits(q_BKTGd, k_BKTd, v_BKTd, cap) else None
 

@@ -112,7 +112,7 @@ class MoE(nn.Module):
 
 def _fused(x_ND: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Callable[..., Tensor] | None:
     """A kernel that does what `MoE.mix_plain` does, if one serves these tensors."""
-    if gpu.fits("experts", x_ND, gate_up_proj, down_proj):
+    if gpu.fits("experts", x_ND, gate_up_proj, down_proj) and gpu.rows_fit(x_ND.dtype, *down_proj.shape[1:]):
         from pellucid.model.kernels.gpu.experts import experts as kernel
 
         return kernel

@@ -28,7 +28,8 @@ def official():
 
 
 def small_model(**settings) -> Grok1:
-    config = ModelConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **settings)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = ModelConfig(vocab_size=50, **sizes | settings)
     return initialize(Grok1(config, device=DEVICE))
 
 
@@ -63,6 +64,18 @@ def test_loss_and_gradients_equal_those_of_the_plain_functions(monkeypatch):
                         "rms_norm_backward", "rotate", "rotate_backward"}  # fmt: skip
     for plain, fast in zip(*results, strict=True):
         assert (plain - fast).abs().max() <= 1e-5 * plain.abs().max() + (1e-3 if DEVICE == "cuda" else 0)
+
+
+def test_sizes_that_no_descriptor_can_hold_take_the_plain_functions(monkeypatch):
+    """Rows of 18 or 9 numbers are no multiple of 16 bytes."""
+    tokens = torch.randint(3, 50, (1, 12), device=DEVICE)
+    torch.manual_seed(0)
+    model = small_model(hidden_size=18, head_dim=18, intermediate_size=24)
+    with Log() as log:
+        fast = model(tokens)
+    monkeypatch.setenv("PELLUCID_KERNELS", "plain")
+    assert (fast - model(tokens)).abs().max() < (1e-3 if DEVICE == "cuda" else 1e-5)
+    assert log.seen and not log.seen & {"experts", "capped_attention"}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the bar is that of fp32 with an exact tanh")

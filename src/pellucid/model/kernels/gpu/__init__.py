@@ -40,6 +40,11 @@ def fits(name: str, *tensors: Tensor) -> bool:
     return chosen(name, tensors[0].dtype) and all(x.device.type == device and x.numel() for x in tensors)
 
 
+def rows_fit(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether matrices of so many columns can be described to the copy engine: their rows are multiples of 16 bytes."""
+    return all(size * dtype.itemsize % 16 == 0 for size in sizes)
+
+
 def chosen(name: str, dtype: torch.dtype) -> bool:
     wish = os.environ.get("PELLUCID_KERNELS")
     return HAS_TRITON and dtype in ALL and (wish == "triton" or (wish is None and dtype in PROVEN[name] and _is_proven_here()))

@@ -36,7 +36,8 @@ def _turn(x, cos, sin, y, T, K, G: tl.constexpr, d: tl.constexpr, BACK: tl.const
 def _launch(x: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, y: Tensor, size: tuple[int, ...], back: bool) -> None:
     B, T, K, G, d = size
     heads, pairs = min(HEADS, triton.next_power_of_2(K * G)), triton.next_power_of_2(d // 2)
-    _turn[(B * T, triton.cdiv(K * G, heads))](x.contiguous(), cos_BTd.contiguous(), sin_BTd.contiguous(), y, T, K, G, d, back, heads, pairs)
+    x, cos_BTd, sin_BTd = x.contiguous(), cos_BTd.contiguous(), sin_BTd.contiguous()
+    _turn[(B * T, triton.cdiv(K * G, heads))](x, cos_BTd, sin_BTd, y, T, K, G, d, back, heads, pairs)
 
 
 @torch.library.custom_op("pellucid::rotate", mutates_args=())
