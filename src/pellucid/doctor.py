@@ -62,7 +62,8 @@ def _on_cpu(device: torch.device) -> dict[str, str]:
 def _on_gpu(device: torch.device) -> dict[str, str]:
     """Which kernel serves each part of the model, and what the plain ones are."""
     plain = {"attention": "chunks of queries, capped logits", "experts": _experts(device), "routing": "softmax and stable sort",
-             "norm": "fp32 operations", "loss": "chunks of tokens, gradient in the forward pass"}  # fmt: skip
+             "norm": "fp32 operations", "rotary": "fp32 operations",
+             "loss": "chunks of tokens, gradient in the forward pass"}  # fmt: skip
     moments = {"optimizer.offload": "copies beside the update; not yet proven on a card"}
     return {name: f"{line}" + (f": {plain[name]}" if line.startswith("plain") else "") for name, line in gpu.status().items()} | moments
 

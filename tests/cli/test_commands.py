@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import tomli_w
+from safetensors.torch import load_file, save_file
 
 from pellucid import cli
 from pellucid.config import make_config
@@ -39,6 +40,17 @@ def test_evaluate_prints_what_evaluate_files_finds(command, tiny_run, tmp_path):
     assert lines[0].split()[1] == f"{expected['loss']:.4f}"
     other = json.loads(command("evaluate", tiny_run.directory, "--data", "text.txt", "--context", "5", "--json"))
     assert other["tokens"] == expected["tokens"] and other["loss"] != expected["loss"]
+
+
+def test_a_loss_that_is_not_finite_is_json_too(command, tiny_run, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on a mat\n" * 3)
+    command("convert", tiny_run.directory, "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.norm.weight"] *= 1e38
+    weights["model.norm.weight"][::2] *= -3  # inf - inf
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    found = json.loads(command("evaluate", "hf", "--data", "text.txt", "--json"), parse_constant=pytest.fail)
+    assert found["loss"] in ("nan", "inf")
 
 
 def test_evaluate_reads_the_chosen_field(command, tiny_run, tmp_path):

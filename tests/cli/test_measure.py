@@ -62,6 +62,8 @@ def test_a_plan_runs_resumes_and_reports(call, tmp_path):
     (("scaling", "--sizes", "16", "--trial", "16:4000", "--tokens", "3200", "training.batch_size=1"), "three or more --sizes"),
     (("scaling", "--trial", "64:3900", "--tokens", "3200,3201,3300", "training.batch_size=1"), "whole steps of 32 tokens"),
     (("scaling", "--trial", "64"), "--trial 64: give SIZE:TOKENS"),
+    (("scaling", "--sizes", "16,32,48", "--trial", "65:3900", "--tokens", "3200,3300,3400", "training.batch_size=1"),
+     "--trial: '65' is neither"),
     (("scaling", "--sizes", "16,32,48", "--trial", "32:3900", "--tokens", "3200,3300,3400", "training.batch_size=1"),
      "--trial 32:3900: the run that judges the law must be larger"),
     (("capacity", "--parameters", 10**13), "random sequences need "),

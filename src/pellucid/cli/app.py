@@ -105,9 +105,9 @@ def progress() -> Any:
 
 
 def answer(facts: Any, as_json: bool, picture: Any) -> None:
-    """JSON for programs (a non-finite number is its name in quotes: JSON has none), else a picture for people."""
+    """JSON for programs, else a picture for people."""
     if as_json:
-        print(json.dumps(_named(facts), allow_nan=False))
+        print(in_json(facts))
         return
     from rich.console import Console
     from rich.text import Text
@@ -117,6 +117,11 @@ def answer(facts: Any, as_json: bool, picture: Any) -> None:
         console.width = 140
     drawn = picture()
     console.print(drawn, soft_wrap=isinstance(drawn, Text))
+
+
+def in_json(facts: Any) -> str:
+    """One line; a number that is not finite is its name in quotes, for JSON has none."""
+    return json.dumps(_named(facts), allow_nan=False)
 
 
 def _named(value: Any) -> Any:

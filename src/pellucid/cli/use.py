@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pellucid.cli.app import Json, app, load_with_tokenizer, progress
+from pellucid.cli.app import Json, app, in_json, load_with_tokenizer, progress
 from pellucid.config import UserError
 
 
@@ -114,13 +113,13 @@ def evaluate(
         context = context or min(DEFAULT_CONTEXT, network.config.max_position_embeddings)
         with progress() as shown:
             found = run_harness(network, tokens, harness, context, limit=limit, few_shot=few_shot, progress=shown.stage)
-        print(json.dumps(found) if as_json else _measures(found))
+        print(in_json(found) if as_json else _measures(found))
         return
     with progress() as shown:
         result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage,
                                 normalization=settings and settings.normalize)  # fmt: skip
     if as_json:
-        print(json.dumps(result.as_dict()))
+        print(in_json(result.as_dict()))
         return
     print(f"loss            {result.loss:.4f} nats per token")
     print(f"perplexity      {result.perplexity:.2f}")
@@ -151,4 +150,4 @@ def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_
         result, cut = evaluate_labels(
             network, tokens, data, fields, text_field, settings and settings.normalize, progress=shown.stage)  # fmt: skip
     facts = result.as_dict() | {"truncated_documents": cut}
-    print(json.dumps(facts) if as_json else describe_labels(facts))
+    print(in_json(facts) if as_json else describe_labels(facts))

@@ -26,12 +26,12 @@ READ = {"sequence_length", "sources", "mixture", "prepared"}  # of [data]: what 
 BUDGETS = (1.0, 10.0, 100.0, 1000.0)  # times the compute of the largest run
 
 
-def shape(size: str, base: Config) -> dict[str, Any]:
-    """The [model] table of a rung: a preset's name, or a hidden size (layers and heads in proportion)."""
+def shape(size: str, base: Config, option: str = "--sizes") -> dict[str, Any]:
+    """The [model] table of a rung: a preset's name, or a hidden size (layers and heads in proportion). option: where it was given."""
     if size in preset_names():
         return {"preset": size}
     if not size.isdigit() or int(size) < HEAD or int(size) % HEAD:
-        raise UserError(f"--sizes: '{size}' is neither a preset ({', '.join(preset_names())}) nor a hidden size, a multiple of {HEAD}")
+        raise UserError(f"{option}: '{size}' is neither a preset ({', '.join(preset_names())}) nor a hidden size, a multiple of {HEAD}")
     hidden = int(size)
     return {"hidden_size": hidden, "num_hidden_layers": max(1, round(hidden / LAYER_WIDTH)), "num_attention_heads": hidden // HEAD,
             "num_key_value_heads": 1, "num_experts": base.model.num_experts,
@@ -51,7 +51,8 @@ def scaling_jobs(
     if min(tokens) < LEAST_STEPS * step:
         raise UserError(f"--tokens {min(tokens)}: under {LEAST_STEPS} steps of {step} tokens, too few to tell how loss falls; give "
                         "more, or a smaller training.batch_size")
-    *active, largest = (parameter_counts(fitted({"model": shape(size, base)}, dataset).model)["active"] for size in [*sizes, trial[0]])
+    rungs = [*(shape(size, base) for size in sizes), shape(trial[0], base, "--trial")]
+    *active, largest = (parameter_counts(fitted({"model": rung}, dataset).model)["active"] for rung in rungs)
     if min(len(set(active)), len({amount // step for amount in tokens})) < LEAST_EACH:
         raise UserError("through two points goes a power law with any exponent: give three or more --sizes and --tokens, of different "
                         f"active parameters and whole steps of {step} tokens")

@@ -70,10 +70,13 @@ def open_data(data: str | dict[str, int], tables: dict[str, Any]) -> Any:
     return Dataset(data, verify=False, run=make_config(tables).data)
 
 
-def _refuse_beyond_memory(needed: int, what: str) -> None:
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _refuse_beyond_memory(needed: int, what: str, device: torch.device | None = None) -> None:
+    """device: where it is to lie; None: in the machine's own memory."""
+    on_gpu = device is not None and device.type == "cuda"
+    own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there, where = (torch.cuda.get_device_properties(device).total_memory, "its GPU") if on_gpu else (own, "this machine")
     if needed > there:
-        raise UserError(f"{what} need {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f} GB: ask for less")
+        raise UserError(f"{what} need {needed / 1e9:,.0f} GB, and {where} has {there / 1e9:,.0f} GB: ask for less")
 
 
 def fitted(tables: dict[str, Any], dataset: Any) -> Config:
@@ -101,7 +104,7 @@ def estimate(tables: dict[str, Any], data: Any, known: dict[str, float]) -> floa
                 config.optimizer.name))  # fmt: skip
     if key not in known:
         _refuse_beyond_memory(training_bytes(config.model), f"the {parameter_counts(config.model)['total']:,} parameters of a model, "
-                              "with gradient and optimizer,")
+                              "with gradient and optimizer,", choose_device(config.training.device))  # fmt: skip
         model, optimizer = build(config)
         batch = dataset.split("train", 0).batch(0, config.training.batch_size).to(model.embedding.weight.device)
         times = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pellucid import doctor
 from pellucid.model.kernels import gpu
 from pellucid.training.losses import plain_rows
 
@@ -232,3 +233,4 @@ def test_unasked_a_kernel_serves_on_the_card_that_it_was_proven_on_and_says_so(m
         lines = gpu.status()
         assert all(("our Triton kernel (" if here else "is proven on Hopper cards only") in line for line in lines.values())
         assert lines["experts"].endswith("in fp32 plain PyTorch") == here
+        assert set(gpu.KERNELS) <= set(doctor._on_gpu(torch.device("cuda")))
