@@ -72,7 +72,7 @@ def case(overrides: list[str]) -> dict:
 
     torch.set_num_threads(1)
     config = with_vocabulary(load_config(None, [*DEFAULTS, *overrides]))
-    device = torch.device("cpu")
+    device = "cpu"
 
     class Watched(memory.Ledger):
         def start(self):

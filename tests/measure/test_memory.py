@@ -7,9 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pellucid.config import UserError, make_config
 from pellucid.measure import memory
 from pellucid.measure.memory import DryLedger, Ledger, largest_context, parse_bytes, predict_peak, trace_step
+from pellucid.model.kernels import gpu
 from pellucid.model.size import parameter_counts
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 # Two experts, both chosen by every token: what a dry step takes to be so is so.
@@ -153,3 +154,20 @@ def test_amounts_of_memory_are_read(text, size):
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(UserError, match="24GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.skipif(not gpu.HAS_TRITON, reason="needs the package triton")
+@pytest.mark.parametrize(("layers", "hidden", "width", "heads", "rows", "length", "measured"), [
+    (8, 1536, 8192, (12, 2), 16, 2048, 59.19), (8, 1536, 8192, (12, 2), 48, 2048, 115.65),
+    (8, 1536, 8192, (12, 2), 12, 8192, 114.90), (1, 6144, 32768, (48, 8), 16, 2048, 110.27),
+])  # fmt: skip
+def test_the_peak_on_a_gpu_is_what_an_h200_took(layers, hidden, width, heads, rows, length, measured, monkeypatch):
+    """measured: torch.cuda.max_memory_allocated of whole steps, GiB: bench/results/gpu_first.json. Here there need not be a GPU."""
+    monkeypatch.delenv("PELLUCID_KERNELS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a Hopper card is meant
+    config = make_config({
+        "model": {"vocab_size": 131072, "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers,
+                  "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "max_position_embeddings": 131072},
+        "data": {"sequence_length": length}, "training": {"batch_size": rows, "micro_batch_size": rows, "balance_loss": "mixtral"},
+    })  # fmt: skip
+    assert predict_peak(config, "cuda").total / 2**30 == pytest.approx(measured, rel=0.02)

@@ -47,7 +47,7 @@ def plan(
         metavar="[PRESET | CONFIG.toml ...] [key=value ...]", help="what to plan; default: a table of all presets")] = None,
     memory: Annotated[str | None, typer.Option(
         help="an amount, like 24GiB: the longest context that trains in it, for each way to recompute")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda, one that this machine has")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: this machine's GPU, or where it has none a Hopper card")] = "cpu",
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Sizes before anything is spent: parameters, active parameters, FLOPs per token, memory to train.
@@ -61,7 +61,8 @@ def plan(
     from pellucid.model.size import sizes, with_vocabulary
     from pellucid.training.device import choose_device
 
-    choose_device(device)
+    if device != "cuda":
+        choose_device(device)
     names = [word for word in settings or [] if "=" not in word]
     overrides = [word for word in settings or [] if "=" in word]
     named = names or (["small"] if overrides or memory else [])

@@ -5,7 +5,8 @@ freed is the program's own doing, kernels and observation included, and no formu
 little: every gradient is taken to be finite, one expert to get BUSY times its share of the tokens and the others unequal
 parts of the rest, as routers do before they learn. Beside tensors, what oneDNN keeps of every matrix product it has compiled is
 counted, where it serves (see kernels/products.py): of one step, though later ones give experts other numbers of tokens and so make
-products of other sizes. What else is allocated inside one operation is not seen. bench/memory.py compares with what the system
+products of other sizes. Of what else is allocated inside one operation only that of our GPU kernels is seen, by their own
+account. bench/memory.py compares with what the system
 measured.
 """
 
@@ -28,7 +29,7 @@ from pellucid.config import Config, UserError
 from pellucid.data.dataset import Batch
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
-from pellucid.model.kernels import native
+from pellucid.model.kernels import gpu, native
 from pellucid.observe.attention import probe_attention
 from pellucid.observe.machine import host_memory
 from pellucid.observe.observer import SilentObserver
@@ -86,6 +87,9 @@ class Ledger(TorchDispatchMode):
         return max(self.peaks.values(), key=lambda peak: peak.total)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in gpu.WITHIN:
+            self._add(within := gpu.WITHIN[func](*args), self.kind)
+            self._add(-within, self.kind)
         result = func(*args, **(kwargs or {}))
         if func in PRODUCTS and args[0].dtype == torch.bfloat16:
             self._see_product(func, args[:2])
@@ -109,7 +113,7 @@ class Ledger(TorchDispatchMode):
 
     def _see_product(self, func, factors: tuple[Tensor, Tensor]) -> None:
         product = (func, *((factor.shape, factor.is_contiguous()) for factor in factors))
-        if factors[0].device.type == self.device == "cpu" and product not in self._products:
+        if factors[0].device.type == self.device == "cpu" and native.dry() != "cuda" and product not in self._products:
             self._products.add(product)
             self._add(min(self._kept(func), MOST_KEPT - self.live["libraries"]), "libraries")
 
@@ -177,19 +181,24 @@ def _shared(tensor: Tensor) -> int | None:
 # ------------------------------------------------------------------------------------------------- a step
 
 
-def predict_peak(config: Config, device: str | torch.device = "cpu") -> Peak:
-    """The peak of training by `config`, whose model.vocab_size is known, on a device of this machine.
+def predict_peak(config: Config, device: str = "cpu") -> Peak:
+    """The peak of training by `config`, whose model.vocab_size is known, on this machine's processor, or (cuda) on its GPU, or where
+    there is none on a Hopper card.
 
     Raises UserError for another task than language modelling. Of many layers the fourth and fifth are traced: each phase
     needs as much more for every other one, forward as backward.
     """
+    if device == "cuda" and not gpu.HAS_TRITON:
+        raise UserError("--device cuda: a GPU's kernels need the package triton to be planned: pip install 'pellucid[gpu]'")
+    if device == "cuda" and config.optimizer.offload:
+        raise UserError("optimizer.offload: its memory on a GPU is not predicted; plan without it, and take the moments off")
     if config.training.task != "language_modeling":
         raise UserError(f"training.task = '{config.training.task}': the memory of training is predicted for language models only; "
                         "leave the task out")  # fmt: skip
-    device, layers = torch.device(device), config.model.num_hidden_layers
+    layers = config.model.num_hidden_layers
     if layers <= TRACED + 1:
-        return trace_step(config, device, DryLedger(device.type)).peak
-    few, more = (trace_step(_with_layers(config, n), device, DryLedger(device.type)).peaks for n in (TRACED, TRACED + 1))
+        return trace_step(config, device, DryLedger()).peak
+    few, more = (trace_step(_with_layers(config, n), device, DryLedger()).peaks for n in (TRACED, TRACED + 1))
     far = lambda a, b: b + (layers - TRACED - 1) * (b - a)
     at_end = {phase: Peak(far(few[phase].total, peak.total), {kind: far(few[phase].kinds.get(kind, 0), size)
                           for kind, size in peak.kinds.items()}, phase) for phase, peak in more.items()}  # fmt: skip
@@ -200,12 +209,13 @@ def _with_layers(config: Config, layers: int) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": layers})})
 
 
-def trace_step(config: Config, device: torch.device, ledger: Ledger) -> Ledger:
-    """Do one training step within the ledger: dry with a DryLedger, with real tensors and random tokens otherwise."""
+def trace_step(config: Config, device: str, ledger: Ledger) -> Ledger:
+    """Do one training step within the ledger: dry with a DryLedger, with real tensors and random tokens otherwise.
+
+    Dry, all tensors are the CPU's: without a GPU torch cannot even imagine one's."""
     dry = isinstance(ledger, DryLedger)
-    with native.dry_run() if dry else nullcontext(), FakeTensorMode() if dry else nullcontext(), ledger:
-        with torch.autograd.set_multithreading_enabled(not dry):  # else backward would wait for the device's own thread
-            _step(config, device, ledger)
+    with native.dry_run(device) if dry else nullcontext(), FakeTensorMode() if dry else nullcontext(), ledger:
+        _step(config, torch.device("cpu" if dry else device), ledger)
     return ledger
 
 
@@ -216,7 +226,8 @@ def _step(config: Config, device: torch.device, ledger: Ledger) -> None:
         model = Grok1(config.model, device=device)
         if not isinstance(ledger, DryLedger):
             initialize(model, settings.seed)
-    model.compute_dtype, model.parity = choose_precision(settings.precision, device)
+    precision = "bf16" if settings.precision == "auto" and native.dry() == "cuda" else settings.precision
+    model.compute_dtype, model.parity = choose_precision(precision, device)
     model.recompute = settings.recompute
     optimizer = build_optimizer(model, config.optimizer, settings.seed)
     for number, layer in enumerate(model.layers):

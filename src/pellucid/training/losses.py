@@ -65,7 +65,7 @@ def linear_cross_entropy(
     chunk_size: tokens at once; None chooses by vocabulary and device.
     """
     if chunk_size is None:
-        elements = CHUNK_ELEMENTS.get(hidden_ND.device.type, CHUNK_ELEMENTS["cpu"])
+        elements = CHUNK_ELEMENTS.get(native.dry() or hidden_ND.device.type, CHUNK_ELEMENTS["cpu"])
         chunk_size = max(16, elements // embedding_VD.shape[0])
     wanted = torch.is_grad_enabled()
     total, per_token_N, z_loss = _LinearCrossEntropy.apply(

@@ -30,18 +30,25 @@ C_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}  # a tensor goes by its a
 SUFFIXES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
-_dry = False
+_dry: str | None = None
 
 
 @contextlib.contextmanager
-def dry_run() -> Iterator[None]:
-    """Within: kernels serve tensors that have no memory (torch's FakeTensor) too, and compute nothing."""
+def dry_run(device: str) -> Iterator[None]:
+    """Within: kernels serve tensors that have no memory (torch's FakeTensor) too, and compute nothing.
+
+    device: cpu, or cuda: then tensors on the CPU stand for a GPU's, and its kernels serve them, also where there is none."""
     global _dry
-    before, _dry = _dry, True
+    before, _dry = _dry, device
     try:
         yield
     finally:
         _dry = before
+
+
+def dry() -> str | None:
+    """The device of the dry run that goes on."""
+    return _dry
 
 
 def starts(length: int, size: int) -> range:
@@ -52,13 +59,14 @@ def starts(length: int, size: int) -> range:
 
 def is_ordinary(tensor: Tensor) -> bool:
     """Whether it is a tensor of torch's own, not of a subclass that a kernel could not look into."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) or _dry
+    return type(tensor) in (Tensor, torch.nn.Parameter) or _dry is not None
 
 
 def fits(*tensors: Tensor) -> bool:
     """Whether a kernel can take these tensors: plain ones on the CPU, the first in fp32 or bf16; and a kernel exists."""
     return (
         tensors[0].dtype in SUFFIXES
+        and _dry != "cuda"
         and all(tensor.device.type == "cpu" and is_ordinary(tensor) for tensor in tensors)
         and not torch.compiler.is_compiling()
         and _load()[0] is not None

@@ -60,6 +60,8 @@ def transposed_product(
     left_MO, right_MI = _chosen(left_MO, left_rows), _chosen(right_MI, right_rows)
     if _is_emulated(left_MO):
         left_MO, right_MI = left_MO.float(), right_MI.float()
+    if native.dry() == "cuda":
+        return out
     if out.is_cuda and out.dtype == torch.float32 != left_MO.dtype:  # summed and written in fp32
         return torch.addmm(out, left_MO.t(), right_MI, out_dtype=out.dtype, out=out) if add else (
             torch.mm(left_MO.t(), right_MI, out_dtype=out.dtype, out=out))  # fmt: skip

@@ -10,9 +10,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pellucid.model.kernels import native
 
 KERNELS = {
     "attention": "capped causal attention over grouped heads and documents, forward and backward",
@@ -29,12 +33,15 @@ PROVEN: dict[str, tuple[torch.dtype, ...]] = {
     "attention": HALF, "experts": HALF, "routing": ALL, "norm": ALL, "rotary": ALL, "loss": ALL,
 }  # fmt: skip
 PROVEN_ON = 9, "Hopper"  # compute capability
+# Bytes that an operator holds at most while it runs, beside its arguments: what `plan` cannot see from outside. By operator, from its
+# arguments; the modules of the kernels write it.
+WITHIN: dict[Any, Callable[..., int]] = {}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def fits(name: str, *tensors: Tensor) -> bool:
     """Whether kernel `name` is to be used for these tensors: all on one GPU (or interpreted), the first of a float dtype."""
-    device = "cpu" if interpreted() else "cuda"
+    device = "cpu" if interpreted() or native.dry() == "cuda" else "cuda"
     if tensors[0].device.type != device:
         return False
     return chosen(name, tensors[0].dtype) and all(x.device.type == device and x.numel() for x in tensors)
@@ -47,12 +54,18 @@ def rows_fit(dtype: torch.dtype, *sizes: int) -> bool:
 
 def chosen(name: str, dtype: torch.dtype) -> bool:
     wish = os.environ.get("PELLUCID_KERNELS")
-    return HAS_TRITON and dtype in ALL and (wish == "triton" or (wish is None and dtype in PROVEN[name] and _is_proven_here()))
+    unasked = wish is None and dtype in PROVEN[name] and (_is_proven_here() or _is_planned())
+    return HAS_TRITON and dtype in ALL and (wish == "triton" or unasked)
 
 
 @functools.cache
 def _is_proven_here() -> bool:
     return torch.version.cuda is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == PROVEN_ON[0]
+
+
+def _is_planned() -> bool:
+    """Whether a step is done dry for a GPU that is not here: one of those that the kernels are proven on."""
+    return native.dry() == "cuda" and not torch.cuda.is_available()
 
 
 def interpreted() -> bool:

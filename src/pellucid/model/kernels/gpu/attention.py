@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pellucid.model.kernels import gpu
 from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, describe, dot, tanh, tile, wide
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -198,6 +199,14 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
 @_attention_backward.register_fake
 def _(grad, q, k, v, out, sums, key_document, query_document, ranges, multiplier, cap):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _within_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_) -> int:
+    """Bytes of the products for `deltas`, beside copies in head order; more than the gradients that follow."""
+    return q.numel() * (12 + 2 * q.element_size())
+
+
+gpu.WITHIN[torch.ops.pellucid.capped_attention_backward.default] = _within_backward
 
 
 def _save(ctx, inputs, output):

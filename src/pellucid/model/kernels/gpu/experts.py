@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pellucid.model.kernels import gpu
 from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, describe, dot, gelu, tile, wide
 from pellucid.model.kernels.gpu.routing import TILE, Order, sort_by_expert
 from pellucid.model.kernels.products import product, transposed_product
@@ -253,6 +254,30 @@ def _experts_backward(grad_ND: Tensor, x_ND: Tensor, gate_Nk: Tensor, gate_up_pr
 @_experts_backward.register_fake
 def _(grad_ND, x_ND, gate_Nk, gate_up_proj, down_proj, *kept):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (x_ND, gate_Nk, gate_up_proj, down_proj))
+
+
+def _within_forward(x_ND: Tensor, gate_Nk: Tensor, index_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> int:
+    """Bytes while `up` runs, or `down`."""
+    rows, (E, D, F), size, cast = _rows(index_Nk, down_proj), down_proj.shape, x_ND.element_size(), gate_up_proj.dtype != x_ND.dtype
+    kept = rows * 2 * F
+    return size * max(kept + rows * (D + F) + cast * 2 * E * D * F, kept + rows * (F + D) + cast * E * D * F)
+
+
+def _within_backward(grad_ND: Tensor, x_ND: Tensor, gate_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor, gate_up: Tensor, *_,
+                     ) -> int:  # fmt: skip
+    """Bytes while the gradient goes back through down, to its weights, through up, and to its weights."""
+    rows, (E, D, F), size, cast = len(gate_up), down_proj.shape, x_ND.element_size(), gate_up_proj.dtype != x_ND.dtype
+    down, up, grad_x = (tensor.numel() * tensor.element_size() for tensor in (down_proj, gate_up_proj, x_ND))
+    return max(size * (rows * (D + F) + cast * E * D * F), size * rows * (D + 3 * F) + down,
+               size * (rows * (2 * F + D) + cast * 2 * E * D * F) + down, size * rows * (2 * F + D) + down + grad_x + up)  # fmt: skip
+
+
+def _rows(index_Nk: Tensor, down_proj: Tensor) -> int:
+    return (triton.cdiv(index_Nk.numel(), TILE) + len(down_proj)) * TILE
+
+
+gpu.WITHIN[torch.ops.pellucid.experts.default] = _within_forward
+gpu.WITHIN[torch.ops.pellucid.experts_backward.default] = _within_backward
 
 
 def _save(ctx, inputs, output):
