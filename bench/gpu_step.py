@@ -35,6 +35,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
 from pellucid.config import ModelConfig, make_config
 from pellucid.data.dataset import Batch
 from pellucid.model.attention import Visibility, chunked_capped_attention

@@ -184,6 +184,15 @@ def test_documents_in_a_row_do_not_see_each_other():
         torch.testing.assert_close(packed[:, 6:], model(second), rtol=1e-4, atol=1e-5)
 
 
+def test_positions_and_segments_of_one_row_serve_all_rows():
+    model, text = made(), tokens(3, 9)
+    positions, segments = (torch.arange(9) * 7)[None], torch.tensor([[1] * 4 + [2] * 5])
+    with torch.no_grad():
+        shared = model(text, positions=positions, segment_ids=segments)
+        own = model(text, positions=positions.repeat(3, 1), segment_ids=segments.repeat(3, 1))
+    assert torch.equal(shared, own)
+
+
 def test_cached_generation_equals_full_recomputation():
     model = made()
     for sampling in (dict(temperature=0), dict(temperature=1.0, top_k=20, top_p=0.9, seed=5)):

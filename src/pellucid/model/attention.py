@@ -134,9 +134,15 @@ class Attention(nn.Module):
 
 def _fused(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cap: float) -> Callable[..., Tensor] | None:
     """A kernel that does what `chunked_capped_attention` does, if one serves these tensors."""
-    if cap <= capped.LARGEST_CAP and gpu.fits("attention", q_BKTGd, k_BKTd, v_BKTd) and gpu.rows_fit(q_BKTGd.dtype, q_BKTGd.shape[-1]):
+    if cap <= capped.LARGEST_CAP and gpu.fits("attention", q_BKTGd, k_BKTd, v_BKTd) and _gpu_holds(q_BKTGd):
         return _on_gpu
     return _on_cpu if capped.fits(q_BKTGd, k_BKTd, v_BKTd, cap) else None
+
+
+def _gpu_holds(q_BKTGd: Tensor) -> bool:
+    """Whether a multiprocessor has room for tiles of such heads, and their numbers for e^30, which those of fp16 have not."""
+    (B, K, *_, d), dtype = q_BKTGd.shape, q_BKTGd.dtype
+    return d <= 128 and B * K < 2**16 and dtype != torch.float16 and gpu.rows_fit(dtype, d)
 
 
 def _on_gpu(q_BKTGd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, visibility: Visibility, **settings) -> Tensor:

@@ -96,7 +96,7 @@ class Grok1(nn.Module):
 
         With a head: what it says [B, T, K] at each token of the text so far; a document's answer is at its last token.
 
-        segment_ids [B, T]: documents within a row, which do not see each other. positions [B, T]: default 0..T-1,
+        segment_ids [B, T]: documents within a row, which do not see each other. positions [B, T] or [1, T]: default 0..T-1,
         counted on from the cache. cache: holds the past of these rows; it grows by T.
         """
         hidden, _ = self.hidden_states(tokens_BT, segment_ids=segment_ids, positions=positions, cache=cache)
@@ -114,7 +114,9 @@ class Grok1(nn.Module):
         c = self.config
         if positions is None:
             past = cache.length if cache is not None else 0
-            positions = torch.arange(past, past + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+            positions = torch.arange(past, past + tokens_BT.shape[1], device=tokens_BT.device)
+        positions = positions.expand_as(tokens_BT)
+        segment_ids = segment_ids.expand_as(tokens_BT) if segment_ids is not None else None
         rotary = rotary_phases(positions, c.head_dim, c.rope_theta)
         visibility = visible_keys(tokens_BT, segment_ids, cache, c.pad_token_id)
         hidden = self.embedding(tokens_BT, self.compute_dtype)

@@ -18,7 +18,8 @@ from pellucid.model.kernels import gpu, native
 from pellucid.model.kernels.products import product, transposed_product
 
 IGNORE = -100
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 11 * 2**26}  # logits held at once: they should stay in a cache, or fill the GPU
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # logits held at once: they should stay in a cache, or fill the GPU
+KERNEL_ELEMENTS = 11 * 2**26  # where a kernel works in place: 5,632 rows of Grok-1's vocabulary are two rounds of a Hopper's tiles
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def linear_cross_entropy(
     """
     if chunk_size is None:
         elements = CHUNK_ELEMENTS.get(native.dry() or hidden_ND.device.type, CHUNK_ELEMENTS["cpu"])
-        chunk_size = max(16, elements // embedding_VD.shape[0])
+        on_kernel = gpu.fits("loss", hidden_ND, targets_N) and not gpu.interpreted()
+        chunk_size = max(16, (KERNEL_ELEMENTS if on_kernel else elements) // embedding_VD.shape[0])
     wanted = torch.is_grad_enabled()
     total, per_token_N, z_loss = _LinearCrossEntropy.apply(
         hidden_ND, embedding_VD, targets_N, multiplier, z_loss_weight, ignore_index, chunk_size, wanted

@@ -66,7 +66,7 @@ def main(backend: str, arch: str) -> None:
         if backend != "cuda" and "HARDWARE" in constants:
             constants["HARDWARE"] = False
         signature = {name: "constexpr" if name in constants else kind(name, given) for name in kernel.arg_names}
-        sizes = ("D", "F", "O", "I", "stride_o")
+        sizes = ("D", "F", "O", "I")
         aligned = [n for n, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name in sizes]
         attributes = {(n,): [["tt.divisibility", 16]] for n in aligned}  # as at run time, where sizes are multiples of 16
         compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)

@@ -1,6 +1,7 @@
 """Where there is a GPU the kernels run on it; elsewhere Triton's interpreter runs them on the CPU."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ from pellucid.model.kernels import gpu, native
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_collection_modifyitems(items):
+    """On a card `pytest -m gpu` runs all of this folder; elsewhere, what is too large for the interpreter is left out with it."""
+    for item in items:
+        if DEVICE == "cuda" and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

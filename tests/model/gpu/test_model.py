@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pellucid.config import ModelConfig
+from pellucid.model.attention import Attention, Visibility
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
+from pellucid.model.layers import rotary_phases
 from pellucid.training.losses import linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +69,7 @@ def test_loss_and_gradients_equal_those_of_the_plain_functions(monkeypatch):
 
 
 def test_sizes_that_no_descriptor_can_hold_take_the_plain_functions(monkeypatch):
-    """Rows of 18 or 9 numbers are no multiple of 16 bytes."""
+    """Rows of 18 numbers are no multiple of 16 bytes."""
     tokens = torch.randint(3, 50, (1, 12), device=DEVICE)
     torch.manual_seed(0)
     model = small_model(hidden_size=18, head_dim=18, intermediate_size=24)
@@ -76,6 +78,19 @@ def test_sizes_that_no_descriptor_can_hold_take_the_plain_functions(monkeypatch)
     monkeypatch.setenv("PELLUCID_KERNELS", "plain")
     assert (fast - model(tokens)).abs().max() < (1e-3 if DEVICE == "cuda" else 1e-5)
     assert log.seen and not log.seen & {"experts", "capped_attention"}
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float16, 16), (torch.float32, 144)])
+def test_attention_that_a_kernel_has_no_room_for_is_plain(dtype, head_dim):
+    """fp16 cannot hold e^30; tiles of 144 and more columns do not fit beside one another."""
+    attention = Attention(ModelConfig(vocab_size=8, hidden_size=32, num_attention_heads=2, head_dim=head_dim), device=DEVICE)
+    for weight in attention.parameters():
+        torch.nn.init.constant_(weight, 1 / 32)
+    hidden = torch.full((1, 6, 32), 30.0, dtype=dtype, device=DEVICE)
+    visibility = Visibility(torch.ones(1, 6, dtype=torch.bool, device=DEVICE))
+    with Log() as log:
+        out = attention(hidden, rotary_phases(torch.zeros(1, 6, device=DEVICE), head_dim, 1e4), visibility)
+    assert "capped_attention" not in log.seen and torch.isfinite(out).all()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the bar is that of fp32 with an exact tanh")

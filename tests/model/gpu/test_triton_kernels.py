@@ -155,6 +155,18 @@ def test_a_token_that_is_not_a_number_chooses_experts_that_exist():
     assert int((sort_by_expert(chosen, 6).token_M >= 0).sum()) == 18 and not gate[5].isnan().any()
 
 
+@pytest.mark.gpu
+def test_a_weight_s_gradient_is_summed_in_fp32():
+    """Also onto what is there: cuBLAS adds bf16 products to fp32 without rounding them between."""
+    from pellucid.model.kernels.products import transposed_product
+
+    left, right = torch.randn(999, 64, device="cuda").bfloat16(), torch.randn(999, 48, device="cuda").bfloat16()
+    exact = left.double().t() @ right.double()
+    out = transposed_product(left, right, torch.full((64, 48), float("nan"), device="cuda"))
+    assert (out - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert (transposed_product(left, right, out, add=True) - 2 * exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 def plain_experts(x, gate, index, gate_up_proj, down_proj):
     y = torch.zeros_like(x)
     for e, (gate_up, down) in enumerate(zip(gate_up_proj, down_proj, strict=True)):

@@ -26,11 +26,12 @@ KERNELS = {
     "rotary": "rotary positions, from token order to head order",
     "loss": "cross-entropy rows in place",
 }
-HALF, ALL = (torch.bfloat16, torch.float16), (torch.bfloat16, torch.float16, torch.float32)
-# Where they serve unasked: kernels that passed `pytest -m gpu` on a Hopper card, and the dtypes in which they won there over
-# their plain functions (docs/speed.md). On other cards nobody has run them.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BF16, BOTH = (torch.bfloat16,), (torch.bfloat16, torch.float32)
+# Where they serve unasked: kernels whose tests have run on a Hopper card, in the dtypes that training uses; products in fp32 are
+# left to torch, which nobody has compared there (docs/speed.md). On other cards nobody has run them.
 PROVEN: dict[str, tuple[torch.dtype, ...]] = {
-    "attention": HALF, "experts": HALF, "routing": ALL, "norm": ALL, "rotary": ALL, "loss": ALL,
+    "attention": BF16, "experts": BF16, "routing": BOTH, "norm": BOTH, "rotary": BOTH, "loss": BOTH,
 }  # fmt: skip
 PROVEN_ON = 9, "Hopper"  # compute capability
 # Bytes that an operator holds at most while it runs, beside its arguments: what `plan` cannot see from outside. By operator, from its
@@ -41,10 +42,12 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 def fits(name: str, *tensors: Tensor) -> bool:
     """Whether kernel `name` is to be used for these tensors: all on one GPU (or interpreted), the first of a float dtype."""
-    device = "cpu" if interpreted() or native.dry() == "cuda" else "cuda"
-    if tensors[0].device.type != device:
+    here = tensors[0].device
+    if here.type != ("cpu" if interpreted() or native.dry() == "cuda" else "cuda"):
         return False
-    return chosen(name, tensors[0].dtype) and all(x.device.type == device and x.numel() for x in tensors)
+    if here.type == "cuda" and here.index != torch.cuda.current_device():  # a kernel is launched on the current one
+        return False
+    return chosen(name, tensors[0].dtype) and all(x.device == here and x.numel() for x in tensors)
 
 
 def rows_fit(dtype: torch.dtype, *sizes: int) -> bool:
@@ -55,7 +58,7 @@ def rows_fit(dtype: torch.dtype, *sizes: int) -> bool:
 def chosen(name: str, dtype: torch.dtype) -> bool:
     wish = os.environ.get("PELLUCID_KERNELS")
     unasked = wish is None and dtype in PROVEN[name] and (_is_proven_here() or _is_planned())
-    return HAS_TRITON and dtype in ALL and (wish == "triton" or unasked)
+    return HAS_TRITON and dtype in DTYPES and (wish == "triton" or unasked)
 
 
 @functools.cache

@@ -129,7 +129,6 @@ def _backward_kv(q, k, v, grad, shares, deltas, key_document, query_document, la
     one_run = tl.load(run_start + batch * T + last_key) <= first_key  # then rows from the last key to the run's end read all of them
     whole = tl.cdiv(last_key * G, BLOCK_M) * BLOCK_M
     whole_stop = tl.where(one_run, tl.load(run_stop + batch * T + last_key) * G // BLOCK_M * BLOCK_M, whole)
-    whole = tl.minimum(whole, tl.cdiv(stop, BLOCK_M) * BLOCK_M)
     whole_stop = tl.maximum(whole, whole_stop)
     k_tile, v_tile = k.load([head * T + first_key, 0]), v.load([head * T + first_key, 0])
     result_k, result_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)

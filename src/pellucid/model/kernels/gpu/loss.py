@@ -22,6 +22,7 @@ def _rows(products, targets, nats, normalizer, V, multiplier, z_weight, ignore, 
     products += n * V
     target = tl.load(targets + n)
     valid = target != ignore
+    own = tl.load(products + tl.where(valid, target, 0)).to(tl.float32) * multiplier  # now: the slope will take its place
     largest, total = tl.full((), -1e38, tl.float32), tl.full((), 0.0, tl.float32)
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
@@ -31,7 +32,6 @@ def _rows(products, targets, nats, normalizer, V, multiplier, z_weight, ignore, 
         total = total * tl.exp(largest - higher) + tl.sum(tl.where(columns < V, tl.exp(scores - higher), 0.0), 0)
         largest = higher
     lse = largest + tl.log(total)
-    own = tl.load(products + tl.where(valid, target, 0)).to(tl.float32) * multiplier
     tl.store(nats + n, tl.where(valid, lse - own, 0.0))
     tl.store(normalizer + n, tl.where(valid, lse, 0.0))
     if SLOPE:

@@ -32,14 +32,14 @@ class Order:
     first_E: Tensor  # int64: first row of each expert
     tokens_E: Tensor  # int64: its real rows
     used: Tensor  # int32 scalar: tiles that belong to an expert; they come first
-    host_E: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # tokens_E on the host; empty: not known there
+    host_E: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))  # tokens_E, if the host knows it
 
     def to_host(self) -> torch.cuda.Event | None:
         """Begin to copy the numbers of rows; they are there when the event is past (at once where there is no GPU)."""
         on_gpu = self.tokens_E.is_cuda
-        self.host_E = torch.empty(self.tokens_E.shape, dtype=torch.int64, pin_memory=on_gpu)
+        self.host_E = torch.empty(self.tokens_E.shape, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self.host_E.copy_(self.tokens_E, non_blocking=on_gpu)
-        return torch.cuda.current_stream().record_event() if on_gpu else None
+        return torch.cuda.current_stream(self.tokens_E.device).record_event() if on_gpu else None
 
     def stretches(self) -> Iterator[tuple[int, slice]]:
         """Each expert's rows, where the host knows their number."""
