@@ -29,7 +29,7 @@ WAYS = {  # of each table: its axes
     "experts.UP": {"BLOCK_O": (64, 128), "GROUP": (8, 16, 32), "num_warps": (4, 8), "num_stages": (3, 4)},
     "experts.DOWN": {"BLOCK_O": (128, 256), "GROUP": (8, 16), "num_warps": (4, 8), "num_stages": (3, 4)},
     "experts.WEIGHT": {"BLOCK_O": (128, 256), "BLOCK_I": (128, 256), "num_warps": (4, 8), "num_stages": (3, 4)},
-    "experts.MANY": {"rows": (0, 10**9)},  # all but the first product by cuBLAS, or none
+    "experts.MUCH": {"flops": (0, 10**30)},  # all but the first product by cuBLAS, or none
 }
 
 
@@ -65,14 +65,14 @@ def experts_pass(tiny: bool) -> Callable[[], tuple[Tensor, ...]]:
 def tune(name: str, axes: dict[str, tuple[int, ...]], run: Callable[[], tuple[Tensor, ...]]) -> None:
     module, table = {"attention": attention, "experts": experts}[name.split(".")[0]], name.split(".")[1]
     before = getattr(module, table)
-    many = experts.MANY
+    much = experts.MUCH
     if name in ("experts.DOWN", "experts.WEIGHT"):
-        experts.MANY = 10**9  # else cuBLAS serves at this size
+        experts.MUCH = 10**30  # else cuBLAS serves at this size
     expected, found = [x.detach().float() for x in run()], []
-    print(f"{name}, now {before if table == 'MANY' else before[DTYPE.itemsize]}: {seconds(run) * 1e3:.3f} ms", flush=True)
+    print(f"{name}, now {before if table == 'MUCH' else before[DTYPE.itemsize]}: {seconds(run) * 1e3:.3f} ms", flush=True)
     for values in product(*axes.values()):
         config = dict(zip(axes, values, strict=True))
-        setattr(module, table, values[0] if table == "MANY" else {DTYPE.itemsize: before[DTYPE.itemsize] | config})
+        setattr(module, table, values[0] if table == "MUCH" else {DTYPE.itemsize: before[DTYPE.itemsize] | config})
         try:
             pairs = [(x.detach().float(), y) for x, y in zip(run(), expected, strict=True)]
             close = all(torch.allclose(x, y, rtol=0.02, atol=0.02 * float(y.abs().max())) for x, y in pairs)
@@ -80,7 +80,7 @@ def tune(name: str, axes: dict[str, tuple[int, ...]], run: Callable[[], tuple[Te
         except Exception as error:  # no room for it, mostly
             found.append((float("inf"), config, f"{type(error).__name__}: {error}"[:80]))
         torch.cuda.empty_cache() if CUDA else None
-    experts.MANY = many
+    experts.MUCH = much
     setattr(module, table, before)
     for time_ms, config, why in sorted(found, key=lambda row: row[0]):
         print(f"   {why or f'{time_ms:.3f} ms'}   {config}", flush=True)
@@ -98,7 +98,7 @@ def main() -> None:
         runs = {"attention": attention_pass(options.tiny), "experts": experts_pass(options.tiny)}
         for name in options.tables:
             axis = "BLOCK_N" if name.startswith("attention") else "BLOCK_O"
-            few = options.tiny and name != "experts.MANY"
+            few = options.tiny and name != "experts.MUCH"
             tune(name, {axis: (16, 32)} if few else WAYS[name], runs[name.split(".")[0]])
 
 
