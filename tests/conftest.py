@@ -63,6 +63,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread_again():
+    """Whatever a test left behind: a run that is resumed goes on with as many threads as it began with."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A folder with the corpus; prepared data is shared here."""
