@@ -162,6 +162,8 @@ def test_tensor_shows_norms_and_histograms(open_page, address, reader, number):
     page = open_page(f"{address}#view=tensor&tensor={tensor}&step=40", wait=".anatomy")
     steps, values = reader.series(tensor, "weight_norm")
     at = max(step for step in steps if step <= 40)
+    last = "[...document.querySelectorAll('.anatomy li b')].at(-1)"
+    page.wait_for_function(f"() => {last}.innerText !== '–'")  # the step's own values come after the page
     shown = page.locator(".anatomy li b").all_inner_texts()
     assert shown[-1] == number(float(values[list(steps).index(at)]))
     page.locator(".choice button", has_text="gradient").click()
