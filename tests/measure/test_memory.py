@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pellucid.config import UserError, make_config
 from pellucid.measure import memory
 from pellucid.measure.memory import DryLedger, Ledger, largest_context, parse_bytes, predict_peak, trace_step
-from pellucid.model.kernels import gpu
+from pellucid.model.kernels import gpu, native
 from pellucid.model.size import parameter_counts
 
 CPU = "cpu"
@@ -188,3 +188,17 @@ def test_the_peak_on_a_gpu_is_what_an_h200_took():
                           capture_output=True, text=True, timeout=250)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == pytest.approx(list(measured.values()), rel=0.02)
+
+
+@pytest.mark.skipif(not gpu.HAS_TRITON, reason="needs the package triton")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_plain_functions_are_planned_too(device, precision, monkeypatch):
+    """On a GPU fp32 is theirs; on a CPU all is, where there is no compiler. They hold what the kernels never write down."""
+    config = settings(precision=precision)
+    usual = predict_peak(config, device).total
+    monkeypatch.setenv("PELLUCID_KERNELS", "plain")
+    monkeypatch.setattr(native, "_load", lambda: (None, "none here"))
+    plain = predict_peak(config, device).total
+    weights = 4 * parameter_counts(config.model)["total"]
+    assert plain >= usual > 3 * weights  # weights and Adam's moments at least

@@ -5,9 +5,8 @@ freed is the program's own doing, kernels and observation included, and no formu
 little: every gradient is taken to be finite, one expert to get BUSY times its share of the tokens and the others unequal
 parts of the rest, as routers do before they learn. Beside tensors, what oneDNN keeps of every matrix product it has compiled is
 counted, where it serves (see kernels/products.py): of one step, though later ones give experts other numbers of tokens and so make
-products of other sizes. Of what else is allocated inside one operation only that of our GPU kernels is seen, by their own
-account. bench/memory.py compares with what the system
-measured.
+products of other sizes. Of what else is allocated inside one operation only that of our GPU kernels is seen, by their own account.
+bench/memory.py compares with what the system measured.
 """
 
 from __future__ import annotations
@@ -185,8 +184,8 @@ def predict_peak(config: Config, device: str = "cpu") -> Peak:
     """The peak of training by `config`, whose model.vocab_size is known, on this machine's processor, or (cuda) on its GPU, or where
     there is none on a Hopper card.
 
-    Raises UserError for another task than language modelling. Of many layers the fourth and fifth are traced: each phase
-    needs as much more for every other one, forward as backward.
+    Raises UserError for another task than language modelling, and on a GPU without triton or with moments offloaded.
+    Of many layers the fourth and fifth are traced: each phase needs as much more for every other one, forward as backward.
     """
     if device == "cuda" and not gpu.HAS_TRITON:
         raise UserError("--device cuda: a GPU's kernels need the package triton to be planned: pip install 'pellucid[gpu]'")

@@ -36,7 +36,7 @@ class Visibility:
     segment_ids_BT: Tensor | None = None
     mask_BTS: Tensor | None = None
     documents: tuple[Tensor, Tensor] = field(init=False)  # of each key (-1: a pad) and of each query, int32 [B, T]
-    known_ranges: Tensor | None = field(init=False, default=None)
+    known_ranges: Tensor | None = field(init=False, default=None)  # what `ranges` found
 
     def __post_init__(self) -> None:
         valid = self.key_valid_BT

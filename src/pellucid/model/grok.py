@@ -96,7 +96,7 @@ class Grok1(nn.Module):
 
         With a head: what it says [B, T, K] at each token of the text so far; a document's answer is at its last token.
 
-        segment_ids [B, T]: documents within a row, which do not see each other. positions [B, T] or [1, T]: default 0..T-1,
+        segment_ids [B, T] or [1, T]: documents within a row, which do not see each other. positions, alike: default 0..T-1,
         counted on from the cache. cache: holds the past of these rows; it grows by T.
         """
         hidden, _ = self.hidden_states(tokens_BT, segment_ids=segment_ids, positions=positions, cache=cache)

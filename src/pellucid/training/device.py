@@ -14,7 +14,8 @@ from pellucid.config import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' takes CUDA, then Apple's MPS, then the CPU. Raises UserError for a device this machine lacks."""
+    """'auto' takes CUDA, then Apple's MPS, then the CPU; a GPU named by number becomes the current one. Raises UserError for a
+    device this machine lacks."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
     """On a card `pytest -m gpu` runs all of this folder; elsewhere, what is too large for the interpreter is left out with it."""
     for item in items:

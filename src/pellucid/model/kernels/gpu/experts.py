@@ -6,9 +6,10 @@ down     the hidden layer times each expert's down; then every token sums its ch
 backward grad rows gathered, product with down; one pass to the gradients of gate, up and factor, and the hidden layer anew
 weights  gradients summed over an expert's rows in fp32, written once
 The factor (a pair's gate) is multiplied into the hidden layer, so that nothing after `down` need be kept (SonicMoE,
-arXiv 2512.14080). Rows that fill up an expert's last tile are zeros throughout. The definition is `MoE.mix_plain`.
-Large products, all but `up`, are left to cuBLAS, expert by expert: at two shapes it was 1 to 11 % faster than one grouped product. The
-host has to wait for the rows' numbers, and takes 0.18 ms to find the way for each product of a size it has not met.
+arXiv 2512.14080). Rows that fill up an expert's last tile are zeros, where tiles are read whole. The definition is `MoE.mix_plain`.
+Large products, all but `up`, are left to cuBLAS, expert by expert: at two shapes it was 1 to 11 % faster than one grouped product, and
+reads no such rows. The host has to wait for the rows' numbers, and takes 0.18 ms to find the way for each product of a size it
+has not met.
 Letters: N tokens, k choices, M rows sorted by expert (routing.py), D hidden, F intermediate, E experts.
 """
 

@@ -33,41 +33,34 @@ def _turn(x, cos, sin, y, T, K, G: tl.constexpr, d: tl.constexpr, BACK: tl.const
     tl.store(y + target + d // 2, (second * c + first * s).to(y.dtype.element_ty), mask=inside)
 
 
-def _launch(x: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, y: Tensor, size: tuple[int, ...], back: bool) -> None:
-    B, T, K, G, d = size
+@torch.library.custom_op("pellucid::rotate", mutates_args=())
+def _rotate(x: Tensor, cos_BTd: Tensor, sin_BTd: Tensor, back: bool) -> Tensor:
+    """x [B, T, K, G, d] -> [B, K, T, G, d]; back: the other way, which is also its gradient."""
+    y = x.new_empty(x.shape[0], x.shape[2], x.shape[1], *x.shape[3:])
+    B, T, K, G, d = y.shape if back else x.shape
     heads, pairs = min(HEADS, triton.next_power_of_2(K * G)), triton.next_power_of_2(d // 2)
     x, cos_BTd, sin_BTd = x.contiguous(), cos_BTd.contiguous(), sin_BTd.contiguous()
     _turn[(B * T, triton.cdiv(K * G, heads))](x, cos_BTd, sin_BTd, y, T, K, G, d, back, heads, pairs)
-
-
-@torch.library.custom_op("pellucid::rotate", mutates_args=())
-def _rotate(x_BTKGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
-    B, T, K, G, d = x_BTKGd.shape
-    y_BKTGd = x_BTKGd.new_empty(B, K, T, G, d)
-    _launch(x_BTKGd, cos_BTd, sin_BTd, y_BKTGd, (B, T, K, G, d), back=False)
-    return y_BKTGd
-
-
-@torch.library.custom_op("pellucid::rotate_backward", mutates_args=())
-def _rotate_backward(grad_BKTGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
-    B, K, T, G, d = grad_BKTGd.shape
-    grad_BTKGd = grad_BKTGd.new_empty(B, T, K, G, d)
-    _launch(grad_BKTGd, cos_BTd, sin_BTd, grad_BTKGd, (B, T, K, G, d), back=True)
-    return grad_BTKGd
+    return y
 
 
 @_rotate.register_fake
-@_rotate_backward.register_fake
-def _(x, cos_BTd, sin_BTd):
+def _(x, cos_BTd, sin_BTd, back):
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], *x.shape[3:])
 
 
-_rotate.register_autograd(
-    lambda ctx, grad: (_rotate_backward(grad, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
-)
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.back = inputs[3]
+
+
+def _gradients(ctx, grad):
+    return _rotate(grad, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_rotate.register_autograd(_gradients, setup_context=_save)
 
 
 def rotate(x_BTKGd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i+d/2}) by its position's phase, in fp32; [B, K, T, G, d]. The phases have no gradient."""
-    return _rotate(x_BTKGd, cos_BTd, sin_BTd)
+    return _rotate(x_BTKGd, cos_BTd, sin_BTd, False)
