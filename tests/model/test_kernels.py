@@ -33,10 +33,10 @@ def _kernels():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["torch's products", *(["own products"] if products._own_serves(torch.float32) else [])])
+@pytest.fixture(params=["torch's products", *(["own products"] if products.own_serves(torch.float32) else [])])
 def way(request, monkeypatch):
     if request.param == "torch's products":
-        monkeypatch.setattr(products, "_own_serves", lambda dtype: False)
+        monkeypatch.setattr(products, "own_serves", lambda dtype: False)
 
 
 def random(*shape, dtype=torch.float32, scale=1.0):
@@ -90,8 +90,14 @@ def test_rotate(dtype, heads, group):
     torch.testing.assert_close(rotate(x, cos, sin), rotate_plain(x, cos, sin), rtol=2e-2, atol=1e-6)
 
 
+def exact_attention(q, k, v, mask_BTS, multiplier, cap):
+    logits = cap * torch.tanh(torch.einsum("bktgd,bksd->bktgs", q, k) * (multiplier / cap))
+    weights = torch.softmax(logits.masked_fill(~mask_BTS[:, None, :, None], -1e30), dim=-1)
+    return torch.einsum("bktgs,bksd->bktgd", weights, v)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "chunk", "G"), [(2, 128, 1), (37, 8, 3), (64, 16, 2)])
+@pytest.mark.parametrize(("T", "chunk", "G"), [(9, 128, 1), (37, 8, 3), (64, 16, 2)])
 def test_capped_attention_with_pads_and_documents(way, dtype, T, chunk, G):
     B, K, d = 2, 2, 8
     q, k, v = random(B, K, T, G, d, dtype=dtype, scale=3), random(B, K, T, d, dtype=dtype, scale=3), random(B, K, T, d, dtype=dtype)
@@ -99,30 +105,41 @@ def test_capped_attention_with_pads_and_documents(way, dtype, T, chunk, G):
     valid[:, 0] = True
     segments = (torch.arange(T) >= T // 3).int().expand(B, T).contiguous()
     visibility = Visibility(valid, segments)
-    blind = ~visibility.chunk(0, T).any(-1)  # rows that see nothing are uniform: tested on their own below
-    seen = (~blind)[:, None, :, None, None]
+    mask = visibility.chunk(0, T)
+    seen = mask.any(-1)[:, None, :, None, None]  # rows that see nothing are tested below
     settings = {"multiplier": d**-0.5, "cap": 5.0}
 
     def fast(q, k, v):
         return fused_capped_attention(q, k, v, *visibility.documents, chunk_size=chunk, **settings) * seen
 
-    def exact(q, k, v):
-        mask = visibility.chunk(0, T)
-        logits = torch.einsum("bktgd,bksd->bktgs", q, k) * settings["multiplier"]
-        logits = settings["cap"] * torch.tanh(logits / settings["cap"])
-        weights = torch.softmax(logits.masked_fill(~mask[:, None, :, None], -1e30), dim=-1)
-        return torch.einsum("bktgs,bksd->bktgd", weights, v) * seen
-
-    assert_agree(fast, exact, [q, k, v], dtype=dtype)
-    plain = capped_attention(q.transpose(2, 3), k, v, visibility.chunk(0, T), exact=True, **settings).transpose(2, 3)
+    assert_agree(fast, lambda q, k, v: exact_attention(q, k, v, mask, **settings) * seen, [q, k, v], dtype=dtype)
+    plain = capped_attention(q.transpose(2, 3), k, v, mask, exact=True, **settings).transpose(2, 3)
     torch.testing.assert_close(fast(q, k, v), plain * seen, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_a_query_that_sees_nothing_gives_every_key_of_its_chunk_the_same_weight():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_capped_attention_over_several_blocks_of_queries_and_keys(way, dtype, threads):
+    """Documents that begin and end within blocks, one longer than two blocks of keys, and logits near the cap."""
+    B, K, T, G, d = 1, 2, 1300, 2, 16
+    q, k, v = random(B, K, T, G, d, dtype=dtype, scale=3), random(B, K, T, d, dtype=dtype, scale=3), random(B, K, T, d, dtype=dtype)
+    segments = torch.cat([torch.full((length,), number) for number, length in enumerate((30, 7, 1100, 163))]).int()[None]
+    visibility = Visibility(torch.ones(B, T, dtype=torch.bool), segments)
+    settings = {"multiplier": 0.8, "cap": 30.0}
+    torch.set_num_threads(threads)  # more than there are heads: each head's work is divided
+
+    def fast(q, k, v):
+        return fused_capped_attention(q, k, v, *visibility.documents, **settings)
+
+    assert_agree(fast, lambda q, k, v: exact_attention(q, k, v, visibility.chunk(0, T), **settings), [q, k, v], dtype=dtype)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(way):
     q, k, v = random(1, 1, 4, 1, 8), random(1, 1, 4, 8), random(1, 1, 4, 8)
     documents = torch.tensor([[-1, 0, 0, 0]], dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int32)
     out = fused_capped_attention(q, k, v, *documents, multiplier=0.3, cap=30.0)
-    torch.testing.assert_close(out[0, 0, 0, 0], v[0, 0].mean(0))
+    assert not out[0, 0, 0].any() and out[0, 0, 1:].all()
+    assert not any(grad.any() for grad in torch.autograd.grad(out[0, 0, 0].sum(), (q, k, v)))
 
 
 def moe_of(D, size, E, k):
@@ -199,12 +216,15 @@ def test_cross_entropy_rows(dtype, z_loss_weight):
     assert not found[0][::4].any() and not found[2][::4].any()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "cross_entropy"])
-def test_a_nan_that_comes_in_comes_out(name):
+@pytest.mark.parametrize("name", ["rms_norm", "cross_entropy", "attention"])
+def test_a_nan_that_comes_in_comes_out(way, name):
     x = torch.randn(3, 16)
     x[1, 5] = torch.nan
     if name == "rms_norm":
         rows = rms_norm(x, torch.ones(16), 1e-5).sum(-1)
+    elif name == "attention":
+        document, other = torch.zeros(1, 3, dtype=torch.int32), torch.ones(1, 1, 3, 16)
+        rows = fused_capped_attention(x[None, None, :, None], other, other, document, document, multiplier=1.0, cap=30.0).sum(-1).flatten()
     else:
         rows = fused_rows(x, torch.tensor([1, 2, 3]), 1.0, 0.0, -100, False)[0]
     assert rows.isnan().tolist() == [False, True, False]

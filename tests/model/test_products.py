@@ -28,7 +28,7 @@ def served_by(way):
     """torch's libraries, fp32 in bf16's place, or products.cpp where it was built (whosever the processor is)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_lacks_bf16", lambda: way == "emulated")
-        patch.setattr(products, "_own_serves", lambda dtype: way == "own" and OWN_SERVES[dtype])
+        patch.setattr(products, "own_serves", lambda dtype: way == "own" and OWN_SERVES[dtype])
         yield
 
 

@@ -1,8 +1,9 @@
 """Causal attention with capped logits in chunks of queries, forward and backward; never a table of T x T.
 
-Saved for the backward pass: q, k, v and one sum per row; weights are computed anew. The plain definition is
-`chunked_capped_attention` of model/attention.py. Letters: B batch, T sequence, K key/value heads, G query heads for each
-of them, d head_dim; R = rows of a chunk, (query, head) pairs; S = keys up to the chunk's end.
+Where the products are Pellucid's own, attention.cpp does all of it; elsewhere torch's products and cpu.cpp's softmax take turns.
+Saved for the backward pass: q, k, v, one sum per row, and for attention.cpp the result; weights are computed anew. The plain
+definition is `chunked_capped_attention` of model/attention.py; but a query that sees nothing gives zeros. Letters: B batch, T
+sequence, K key/value heads, G query heads for each of them, d head_dim.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pellucid.model.kernels import native
+from pellucid.model.kernels import native, products
 from pellucid.model.kernels.products import batched_product
 
 LARGEST_CAP = 60.0  # e^logit is summed without a maximum, which float32 can hold up to here
@@ -26,17 +27,41 @@ def fused_capped_attention(
     *, multiplier: float, cap: float, chunk_size: int = 128,
 ) -> Tensor:  # fmt: skip
     """Attention output [B, K, T, G, d]. A query reads earlier keys of its own document (int32; keys of pads hold -1)."""
-    return _CappedAttention.apply(
-        q_BKTGd, k_BKTd, v_BKTd, key_document_BT, query_document_BT, multiplier, cap, chunk_size
-    )
+    documents = key_document_BT.contiguous(), query_document_BT.contiguous()
+    if products.own_serves(q_BKTGd.dtype):
+        return _Blocks.apply(q_BKTGd, k_BKTd, v_BKTd, *documents, multiplier, cap)
+    return _Chunks.apply(q_BKTGd, k_BKTd, v_BKTd, *documents, multiplier, cap, chunk_size)
 
 
-class _CappedAttention(torch.autograd.Function):
+class _Blocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BKTGd, k_BKTd, v_BKTd, key_document_BT, query_document_BT, multiplier, cap):
+        B, K, T, G, d = q_BKTGd.shape
+        q, k, v = q_BKTGd.contiguous(), k_BKTd.contiguous(), v_BKTd.transpose(1, 2).contiguous()  # v by token, as it comes
+        out_BTKGd, total = q.new_empty(B, T, K, G, d), torch.empty(B * K * T * G)
+        ctx.documents, ctx.settings = (key_document_BT, query_document_BT), (B, K, T, G, d, float(multiplier), float(cap))
+        native.call("attention", q.dtype, q, k, v, *ctx.documents, out_BTKGd, total, *ctx.settings)
+        ctx.save_for_backward(q, k, v, out_BTKGd, total)
+        return out_BTKGd.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BKTGd):
+        q, k, v, out_BTKGd, total = ctx.saved_tensors
+        grad_q, (grad_k, grad_v) = torch.empty_like(q), (torch.empty_like(x, dtype=torch.float32) for x in (k, v))
+        native.call(
+            "attention_backward", q.dtype, q, k, v, *ctx.documents, out_BTKGd, total, grad_BKTGd.transpose(1, 2).contiguous(),
+            grad_q, grad_k, grad_v, *ctx.settings,
+        )  # fmt: skip
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype).transpose(1, 2), *[None] * 4
+
+
+class _Chunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BKTGd, k_BKTd, v_BKTd, key_document_BT, query_document_BT, multiplier, cap, chunk_size):
         B, K, T, G, d = q_BKTGd.shape
         q, k, v = (x.contiguous().view(B * K, -1, d) for x in (q_BKTGd, k_BKTd, v_BKTd))
-        ctx.documents = key_document_BT.contiguous(), query_document_BT.contiguous()
+        ctx.documents = key_document_BT, query_document_BT
         ctx.settings, ctx.chunk_size, ctx.totals = (float(multiplier), float(cap)), chunk_size, torch.empty(B * K * T * G)
         out = torch.empty_like(q)
         for start in native.starts(T, chunk_size):

@@ -12,53 +12,9 @@
 #include <cstring>
 #include <vector>
 
+#include "numbers.h"
+
 static const int64_t SMALL = 8;  // rows that are not worth a second thread
-
-struct bf16 { uint16_t bits; };
-
-static inline float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-static inline uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
-static inline float load(float x) { return x; }
-static inline float load(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
-static inline void store(float& to, float x) { to = x; }
-static inline void store(bf16& to, float x) {  // round to nearest, ties to even
-    uint32_t bits = as_bits(x);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to.bits = uint16_t(x == x ? rounded : 0x7fc0);
-}
-
-// e^x within 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes). Saturates where float does.
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = __builtin_rintf(x * 1.44269504088896341f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * as_float(uint32_t(int32_t(n) + 127) << 23);
-}
-
-// tanh within 3 ulp: the rational function of Eigen (ptanh_float); 1 beyond 7.9.
-static inline float tangent(float x) {
-    x = x < -7.90531f ? -7.90531f : x > 7.90531f ? 7.90531f : x;
-    float y = x * x;
-    float p = -2.76076847742355e-16f;
-    p = p * y + 2.00018790482477e-13f;
-    p = p * y - 8.60467152213735e-11f;
-    p = p * y + 5.12229709037114e-08f;
-    p = p * y + 1.48572235717979e-05f;
-    p = p * y + 6.37261928875436e-04f;
-    p = p * y + 4.89352455891786e-03f;
-    float q = 1.19825839466702e-06f;
-    q = q * y + 1.18534705686654e-04f;
-    q = q * y + 2.26843463243900e-03f;
-    q = q * y + 4.89352518554385e-03f;
-    return x * p / q;
-}
 
 // ------------------------------------------------------------------------------------------------------- RMSNorm
 
@@ -143,7 +99,7 @@ static Item* scratch(int64_t size) {
 static inline int32_t walked(int32_t position, int64_t S) { return std::min<int64_t>(S, (position / 16 + 1) * 16); }
 
 // In place, products q.k [B*K, c*G, S] of the queries start.. become weights; total: the sum of e^logit of each row.
-// No maximum is subtracted: capped logits cannot overflow. A row that sees nothing is uniform (total = 0).
+// No maximum is subtracted: capped logits cannot overflow. A row that sees nothing is zero (total = 0).
 template <class T>
 static void capped_softmax(T* products, const int32_t* key_document_BT, const int32_t* query_document_BT, float* total,
                            int64_t BK, int64_t K, int64_t rows, int64_t G, int64_t S, int64_t length, int64_t start,
@@ -165,11 +121,7 @@ static void capped_softmax(T* products, const int32_t* key_document_BT, const in
                 sum += weight[s];
             }
             total[bk * rows + r] = sum;
-            if (sum == 0) {
-                for (int64_t s = 0; s < S; s++) store(row[s], 1.0f / S);
-                continue;
-            }
-            float scale = 1.0f / sum;
+            float scale = sum == 0 ? 0.0f : 1.0f / sum;
 #pragma omp simd
             for (int32_t s = 0; s < end; s++) store(row[s], weight[s] * scale);
             std::memset(row + end, 0, (S - end) * sizeof(T));
@@ -191,11 +143,7 @@ static void capped_softmax_backward(T* products, T* grad_weights, const int32_t*
             int32_t position = start + r / G, end = walked(position, S), own = query_document_BT[b * length + position];
             const int32_t* document = key_document_BT + b * length;
             T *row = products + (bk * rows + r) * S, *grad = grad_weights + (bk * rows + r) * S;
-            float sum = total[bk * rows + r], scale = 1.0f / sum, dot = 0;
-            if (sum == 0) {
-                for (int64_t s = 0; s < S; s++) store(row[s], 1.0f / S), store(grad[s], 0.0f);
-                continue;
-            }
+            float sum = total[bk * rows + r], scale = sum == 0 ? 0.0f : 1.0f / sum, dot = 0;
 #pragma omp simd reduction(+ : dot)
             for (int32_t s = 0; s < end; s++) {
                 bool seen = (s <= position) & (document[s] == own);

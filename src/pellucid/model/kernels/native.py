@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of cpu.cpp and products.cpp: built once per machine by its C++ compiler, kept in a cache, called by name.
+"""The compiled CPU kernels of cpu.cpp, products.cpp and attention.cpp: built once per machine by its C++ compiler, kept in a cache, called by name.
 
 Without a compiler, or with PELLUCID_KERNELS=plain in the environment, the plain functions serve instead; `status()`
 says which and why. The choice never depends on the length of a run, so that a resumed run computes the same bits.
@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "products.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "products.cpp", "attention.cpp")]
+HEADERS = [Path(__file__).with_name(name) for name in ("numbers.h", "products.h")]
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 WIDE = {"x86_64": ["-mprefer-vector-width=512"]}  # compilers choose 256 bits where they fear for the clock
 C_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}  # a tensor goes by its address
@@ -131,7 +132,7 @@ def _fingerprint(compiler: str) -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    sources = [source.read_text() for source in SOURCES]
+    sources = [source.read_text() for source in (*SOURCES, *HEADERS)]
     return hashlib.sha256("\n".join([*sources, version, processor, *FLAGS]).encode()).hexdigest()[:16]
 
 

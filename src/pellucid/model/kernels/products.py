@@ -82,7 +82,7 @@ def batched_product(a_BMI: Tensor, b_BIO: Tensor, out: Tensor | None = None, add
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`F.linear(x, weight.to(x.dtype))`, of which it is the fast twin."""
-    fast = _own_serves(x.dtype) if native.fits(x) else _is_emulated(x) and native.is_ordinary(x)
+    fast = own_serves(x.dtype) if native.fits(x) else _is_emulated(x) and native.is_ordinary(x)
     if not fast:
         return F.linear(x, weight_OI.to(x.dtype))
     if not torch.is_grad_enabled():
@@ -143,7 +143,7 @@ def _chosen(x: Tensor, rows: Tensor | None) -> Tensor:
 
 def sizes_cost(x: Tensor) -> bool:
     """Whether each new size of a product has a price: oneDNN compiles one for each."""
-    own = native.fits(x) and _own_serves(x.dtype)
+    own = native.fits(x) and own_serves(x.dtype)
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not own and not _is_emulated(x)
 
 
@@ -152,7 +152,7 @@ def status() -> str:
     ways = {}
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         x = torch.empty(1, dtype=dtype)
-        own = native.fits(x) and _own_serves(dtype)
+        own = native.fits(x) and own_serves(dtype)
         ways[name] = "Pellucid's own (AMD with AVX-512)" if own else "torch's, by way of fp32" if _is_emulated(x) else "torch's"
     return ways["fp32"] if len(set(ways.values())) == 1 else "; ".join(f"{name}: {way}" for name, way in ways.items())
 
@@ -162,11 +162,11 @@ def _is_ours(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> boo
     wide = torch.float32
     dtypes = (right.dtype, out.dtype) in {(left.dtype, left.dtype), (left.dtype, wide), (wide, left.dtype)}
     can = dtypes and (out.stride(-1) == 1 or out.shape[-1] == 1) and (not add or out.dtype == wide)
-    return can and native.fits(left, right, out) and _own_serves(left.dtype)
+    return can and native.fits(left, right, out) and own_serves(left.dtype)
 
 
 @functools.cache
-def _own_serves(dtype: torch.dtype) -> bool:
+def own_serves(dtype: torch.dtype) -> bool:
     return native.has("product", dtype) and "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
 
 
