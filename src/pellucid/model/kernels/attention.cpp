@@ -39,6 +39,12 @@ static Head<T> by_token(T* x, const Shape& s, int64_t bk, int64_t G) {
 template <class T>
 static Matrix<T> matrix(const T* first, int64_t outer, int64_t inner) { return {first, outer, inner, nullptr}; }
 
+// out [M, N] = a b', or that added to it, in fp32.
+template <class T>
+static void times(const Matrix<T>& a, const Matrix<T>& b, float* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
+    multiply<T, float, false>(a, b, out, stride, M, N, K, add);
+}
+
 // Items are spread over the threads where there are enough of them; else each is divided.
 template <class Work>
 static void each(int64_t items, const Work& work) {
@@ -73,9 +79,11 @@ static inline __m512 tangent(__m512 x) {
     const auto all = [](float number) { return _mm512_set1_ps(number); };
     x = _mm512_max_ps(all(-7.90531f), _mm512_min_ps(all(7.90531f), x));  // in this order a NaN stays
     __m512 y = _mm512_mul_ps(x, x), p = all(-2.76076847742355e-16f), q = all(1.19825839466702e-06f);
-    for (float factor : {2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f, 1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f})
+    for (float factor : {2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f, 1.48572235717979e-05f,
+                         6.37261928875436e-04f, 4.89352455891786e-03f})
         p = _mm512_fmadd_ps(p, y, all(factor));
-    for (float factor : {1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f}) q = _mm512_fmadd_ps(q, y, all(factor));
+    for (float factor : {1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f})
+        q = _mm512_fmadd_ps(q, y, all(factor));
     __m512 inverse = _mm512_rcp14_ps(q);
     inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(q, inverse, all(2.0f)));
     return _mm512_mul_ps(_mm512_mul_ps(x, p), inverse);
@@ -85,7 +93,8 @@ static inline __m512 tangent(__m512 x) {
 static inline __m512 power_of_two(__m512 x) {
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), rest = _mm512_sub_ps(x, whole);
     __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
-    for (float factor : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+    for (float factor : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f,
+                         6.931472028550421e-1f, 1.0f})
         p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(factor));
     return _mm512_scalef_ps(p, whole);
 }
@@ -143,14 +152,14 @@ static void attention(const T* q, const T* k, const T* v, const int32_t* key_doc
         std::memset(sums, 0, rows * sizeof(float));
         std::memset(sum_v, 0, rows * d * sizeof(float));
         block.each_block_of_keys([&](int64_t s0, int64_t s1) {
-            multiply<T, float, false>(matrix(query.at(block.t0), d, 1), matrix(key.at(s0), d, 1), logit, KEYS, rows, s1 - s0, d, false);
+            times(matrix(query.at(block.t0), d, 1), matrix(key.at(s0), d, 1), logit, KEYS, rows, s1 - s0, d, false);
 #pragma omp parallel for if (!omp_in_parallel())
             for (int64_t r = 0; r < rows; r++) {
                 int64_t t = block.t0 + r / G;
-                sums[r] += weigh(logit + r * KEYS, block.key_document + s0, block.query_document[t], t - s0, s1 - s0, s.multiplier, s.cap,
-                                 weight + r * KEYS);
+                sums[r] += weigh(logit + r * KEYS, block.key_document + s0, block.query_document[t], t - s0, s1 - s0, s.multiplier,
+                                 s.cap, weight + r * KEYS);
             }
-            multiply<T, float, false>(matrix(weight, KEYS, 1), matrix(value.at(s0), 1, value.stride), sum_v, d, rows, d, s1 - s0, true);
+            times(matrix(weight, KEYS, 1), matrix(value.at(s0), 1, value.stride), sum_v, d, rows, d, s1 - s0, true);
         });
         for (int64_t r = 0; r < rows; r++) {
             float scale = sums[r] == 0 ? 0.0f : 1.0f / sums[r];
@@ -187,17 +196,18 @@ static void attention_backward(const T* q, const T* k, const T* v, const int32_t
                 along[r] = dot;
             }
             block.each_block_of_keys([&](int64_t s0, int64_t s1) {
-                multiply<T, float, false>(matrix(query.at(block.t0), d, 1), matrix(key.at(s0), d, 1), logit, KEYS, rows, s1 - s0, d, false);
-                multiply<T, float, false>(matrix(grad, d, 1), matrix(value.at(s0), value.stride, 1), reached, KEYS, rows, s1 - s0, d, false);
+                times(matrix(query.at(block.t0), d, 1), matrix(key.at(s0), d, 1), logit, KEYS, rows, s1 - s0, d, false);
+                times(matrix(grad, d, 1), matrix(value.at(s0), value.stride, 1), reached, KEYS, rows, s1 - s0, d, false);
 #pragma omp parallel for if (!omp_in_parallel())
                 for (int64_t r = 0; r < rows; r++) {
                     int64_t t = block.t0 + r / G;
-                    weigh_backward(logit + r * KEYS, reached + r * KEYS, along[r], block.key_document + s0, block.query_document[t], t - s0,
-                                   s1 - s0, sums[r] == 0 ? 0.0f : 1.0f / sums[r], s.multiplier, s.cap, weight + r * KEYS, slope + r * KEYS);
+                    weigh_backward(logit + r * KEYS, reached + r * KEYS, along[r], block.key_document + s0, block.query_document[t],
+                                   t - s0, s1 - s0, sums[r] == 0 ? 0.0f : 1.0f / sums[r], s.multiplier, s.cap,
+                                   weight + r * KEYS, slope + r * KEYS);
                 }
-                multiply<T, float, false>(matrix(weight, 1, KEYS), matrix(grad, 1, d), to_value.at(s0), to_value.stride, s1 - s0, d, rows, true);
-                multiply<T, float, false>(matrix(slope, 1, KEYS), matrix(query.at(block.t0), 1, d), to_key.at(s0), d, s1 - s0, d, rows, true);
-                multiply<T, float, false>(matrix(slope, KEYS, 1), matrix(key.at(s0), 1, d), sum_q, d, rows, d, s1 - s0, true);
+                times(matrix(weight, 1, KEYS), matrix(grad, 1, d), to_value.at(s0), to_value.stride, s1 - s0, d, rows, true);
+                times(matrix(slope, 1, KEYS), matrix(query.at(block.t0), 1, d), to_key.at(s0), d, s1 - s0, d, rows, true);
+                times(matrix(slope, KEYS, 1), matrix(key.at(s0), 1, d), sum_q, d, rows, d, s1 - s0, true);
             });
             for (int64_t i = 0; i < rows * d; i++) store(to_query.at(block.t0)[i], sum_q[i]);
         }
