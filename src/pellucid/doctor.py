@@ -56,16 +56,23 @@ def _memory() -> str:
 
 
 def _on_cpu(device: torch.device) -> dict[str, str]:
-    return {"kernels": native.status(), "products": products.status(), "experts": _experts(device)}
+    return {"kernels": native.status(), "products": products.status(), "attention": _attention(device), "experts": _experts(device)}
 
 
 def _on_gpu(device: torch.device) -> dict[str, str]:
     """Which kernel serves each part of the model, and what the plain ones are."""
-    plain = {"attention": "chunks of queries, capped logits", "experts": _experts(device), "routing": "softmax and stable sort",
+    plain = {"attention": _attention(device), "experts": _experts(device), "routing": "softmax and stable sort",
              "norm": "fp32 operations", "rotary": "fp32 operations",
              "loss": "chunks of tokens, gradient in the forward pass"}  # fmt: skip
     moments = {"optimizer.offload": "copies beside the update; not yet proven on a card"}
     return {name: f"{line}" + (f": {plain[name]}" if line.startswith("plain") else "") for name, line in gpu.status().items()} | moments
+
+
+def _attention(device: torch.device) -> str:
+    if device.type != "cpu" or not native.status().startswith("compiled"):
+        return "chunks of queries, capped logits"
+    chunks = "128 queries at a time, softmax by a compiled kernel"
+    return "blocks that stay in a core's cache, by a compiled kernel" if products.own_serves(torch.float32) else chunks
 
 
 def _experts(device: torch.device) -> str:
