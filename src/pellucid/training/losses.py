@@ -151,7 +151,7 @@ def fused_rows(products_NV, targets_N, multiplier, z_loss_weight, ignore_index, 
     """As `plain_rows`, in one pass over each row, in place."""
     (N, V), dtype = products_NV.shape, products_NV.dtype
     targets_N = targets_N.masked_fill(targets_N == ignore_index, -1).contiguous()
-    nats_N, normalizer_N = torch.empty(N), torch.empty(N)
+    nats_N, normalizer_N = (torch.empty(N, dtype=torch.float32) for _ in range(2))
     settings = (float(multiplier), float(z_loss_weight), int(want_slope))
     native.call("cross_entropy", dtype, products_NV, targets_N, nats_N, normalizer_N, N, V, *settings)
     return nats_N, normalizer_N, products_NV if want_slope else None

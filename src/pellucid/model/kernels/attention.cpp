@@ -48,7 +48,7 @@ static void times(const Matrix<T>& a, const Matrix<T>& b, float* out, int64_t st
 // Items are spread over the threads where there are enough of them; else each is divided.
 template <class Work>
 static void each(int64_t items, const Work& work) {
-    if (items > 1 && items >= omp_get_max_threads()) {
+    if (items >= omp_get_max_threads()) {
 #pragma omp parallel for schedule(dynamic)
         for (int64_t item = 0; item < items; item++) work(item);
     } else
@@ -65,25 +65,24 @@ struct Block {
 
     template <class Work>
     void each_block_of_keys(const Work& work) const {
-        auto [low, high] = std::minmax_element(query_document + t0, query_document + t1);
+        auto ends = std::minmax_element(query_document + t0, query_document + t1);
         for (int64_t s0 = 0; s0 < t1; s0 += KEYS) {
             int64_t s1 = std::min(t1, s0 + KEYS);
-            auto may_be_seen = [&](int32_t document) { return *low <= document && document <= *high; };
+            auto may_be_seen = [&](int32_t document) { return *ends.first <= document && document <= *ends.second; };
             if (std::any_of(key_document + s0, key_document + s1, may_be_seen)) work(s0, s1);
         }
     }
 };
 
-// tanh within 4 ulp: as `tangent`, 16 at a time; the quotient by a reciprocal within 2^-14 and one step of Newton.
+// 16 at a time; the quotient by a reciprocal within 2^-14 and one step of Newton: tanh within 4 ulp.
 static inline __m512 tangent(__m512 x) {
     const auto all = [](float number) { return _mm512_set1_ps(number); };
-    x = _mm512_max_ps(all(-7.90531f), _mm512_min_ps(all(7.90531f), x));  // in this order a NaN stays
-    __m512 y = _mm512_mul_ps(x, x), p = all(-2.76076847742355e-16f), q = all(1.19825839466702e-06f);
-    for (float factor : {2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f, 1.48572235717979e-05f,
-                         6.37261928875436e-04f, 4.89352455891786e-03f})
-        p = _mm512_fmadd_ps(p, y, all(factor));
-    for (float factor : {1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f})
-        q = _mm512_fmadd_ps(q, y, all(factor));
+    x = _mm512_max_ps(all(-LARGEST), _mm512_min_ps(all(LARGEST), x));  // in this order a NaN stays
+    __m512 y = _mm512_mul_ps(x, x), p = all(P[0]), q = all(Q[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, y, all(P[i]));
+#pragma GCC unroll 8
+    for (int i = 1; i < 4; i++) q = _mm512_fmadd_ps(q, y, all(Q[i]));
     __m512 inverse = _mm512_rcp14_ps(q);
     inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(q, inverse, all(2.0f)));
     return _mm512_mul_ps(_mm512_mul_ps(x, p), inverse);
@@ -101,13 +100,22 @@ static inline __m512 power_of_two(__m512 x) {
 
 static const float LOG2_E = 1.44269504088896341f;
 
+// Numbers as they are when stored.
+static inline __m512 rounded(float, __m512 x) { return x; }
+#ifdef __AVX512BF16__
+static inline __m512 rounded(bf16, __m512 x) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
+}
+#endif
+
 // Which of 16 keys a row may see: of its own document, no later than its own.
 static inline __mmask16 seen(const int32_t* document, int32_t own, int64_t last, int64_t keys) {
     __mmask16 wanted = lanes(std::min(last + 1, keys));
     return _mm512_mask_cmpeq_epi32_mask(wanted, _mm512_maskz_loadu_epi32(wanted, document), _mm512_set1_epi32(own));
 }
 
-// Of one row: e^logit of keys 0..keys, of which it may see those up to `last` that are of its own document; returns their sum.
+// Of one row: e^logit of keys 0..keys, of which it may see those up to `last` that are of its own document; returns their sum as
+// they are stored, so that a row which sees one key gives that key's value.
 template <class T>
 static float weigh(const float* product, const int32_t* document, int32_t own, int64_t last, int64_t keys, float multiplier, float cap,
                    T* weight) {
@@ -116,7 +124,7 @@ static float weigh(const float* product, const int32_t* document, int32_t own, i
         __m512 bend = tangent(_mm512_mul_ps(_mm512_loadu_ps(product + j), inner));
         __m512 e = _mm512_maskz_mov_ps(seen(document + j, own, last - j, keys - j), power_of_two(_mm512_mul_ps(bend, outer)));
         put(weight + j, 0xffff, e);
-        sum = _mm512_add_ps(sum, e);
+        sum = _mm512_add_ps(sum, rounded(T(), e));
     }
     return _mm512_reduce_add_ps(sum);
 }
@@ -137,10 +145,11 @@ static void weigh_backward(const float* product, const float* reached, float alo
     }
 }
 
-// out = sum of e^logit v over the keys that a row may see, divided by total = sum of e^logit; zero if it sees none.
+// out = sum of e^logit v over the keys that a row may see, divided by total = sum of e^logit; zero if it sees none. lost: what rounding
+// takes from out, or null. The backward pass needs both: the gradient of a peaked row's logits is a small difference.
 template <class T>
 static void attention(const T* q, const T* k, const T* v, const int32_t* key_document, const int32_t* query_document, T* out,
-                      float* total, const Shape& s) {
+                      T* lost, float* total, const Shape& s) {
     each(s.B * s.K * s.blocks(), [&](int64_t item) {
         int64_t bk = item % (s.B * s.K), G = s.G, d = s.d;
         Block block(s, key_document, query_document, bk, s.blocks() - 1 - item / (s.B * s.K));  // the longest first
@@ -163,7 +172,9 @@ static void attention(const T* q, const T* k, const T* v, const int32_t* key_doc
         });
         for (int64_t r = 0; r < rows; r++) {
             float scale = sums[r] == 0 ? 0.0f : 1.0f / sums[r];
-            for (int64_t i = 0; i < d; i++) store(result.at(block.t0 + r / G)[r % G * d + i], sum_v[r * d + i] * scale);
+            T* y = result.at(block.t0 + r / G) + r % G * d;
+            for (int64_t i = 0; i < d; i++) store(y[i], sum_v[r * d + i] * scale);
+            for (int64_t i = 0; lost && i < d; i++) store(lost[y - out + i], sum_v[r * d + i] * scale - load(y[i]));
         }
     });
 }
@@ -171,7 +182,7 @@ static void attention(const T* q, const T* k, const T* v, const int32_t* key_doc
 // grad_q and grad_k lie by head, grad_v by token; the latter two are sums in fp32.
 template <class T>
 static void attention_backward(const T* q, const T* k, const T* v, const int32_t* key_document, const int32_t* query_document,
-                               const T* out, const float* total, const T* grad_out, T* grad_q, float* grad_k, float* grad_v,
+                               const T* out, const T* lost, const float* total, const T* grad_out, T* grad_q, float* grad_k, float* grad_v,
                                const Shape& s) {
     std::memset(grad_k, 0, s.B * s.K * s.T * s.d * sizeof(float));
     std::memset(grad_v, 0, s.B * s.K * s.T * s.d * sizeof(float));
@@ -190,9 +201,13 @@ static void attention_backward(const T* q, const T* k, const T* v, const int32_t
             std::memset(sum_q, 0, rows * d * sizeof(float));
             for (int64_t r = 0; r < rows; r++) {
                 const T *from = grad_result.at(block.t0 + r / G) + r % G * d, *y = result.at(block.t0 + r / G) + r % G * d;
+                std::memcpy(grad + r * d, from, d * sizeof(T));
                 float dot = 0;
 #pragma omp simd reduction(+ : dot)
-                for (int64_t i = 0; i < d; i++) dot += load(from[i]) * load(y[i]), grad[r * d + i] = from[i];
+                for (int64_t i = 0; i < d; i++) dot += load(from[i]) * load(y[i]);
+                if (lost)
+#pragma omp simd reduction(+ : dot)
+                    for (int64_t i = 0; i < d; i++) dot += load(from[i]) * load(lost[y - out + i]);
                 along[r] = dot;
             }
             block.each_block_of_keys([&](int64_t s0, int64_t s1) {
@@ -224,12 +239,12 @@ static void attention_backward(const T* q, const T* k, const T* v, const int32_t
 #endif
 
 BOTH(attention,
-     (void* q, void* k, void* v, int32_t* keys, int32_t* queries, void* out, float* total, int64_t B, int64_t K, int64_t L,
+     (void* q, void* k, void* v, int32_t* keys, int32_t* queries, void* out, void* lost, float* total, int64_t B, int64_t K, int64_t L,
       int64_t G, int64_t d, float multiplier, float cap),
-     attention((T*)q, (T*)k, (T*)v, keys, queries, (T*)out, total, Shape{B, K, L, G, d, multiplier, cap}))
+     attention((T*)q, (T*)k, (T*)v, keys, queries, (T*)out, (T*)lost, total, Shape{B, K, L, G, d, multiplier, cap}))
 BOTH(attention_backward,
-     (void* q, void* k, void* v, int32_t* keys, int32_t* queries, void* out, float* total, void* grad, void* grad_q, float* grad_k,
+     (void* q, void* k, void* v, int32_t* keys, int32_t* queries, void* out, void* lost, float* total, void* grad, void* grad_q, float* grad_k,
       float* grad_v, int64_t B, int64_t K, int64_t L, int64_t G, int64_t d, float multiplier, float cap),
-     attention_backward((T*)q, (T*)k, (T*)v, keys, queries, (T*)out, total, (T*)grad, (T*)grad_q, grad_k, grad_v,
+     attention_backward((T*)q, (T*)k, (T*)v, keys, queries, (T*)out, (T*)lost, total, (T*)grad, (T*)grad_q, grad_k, grad_v,
                         Shape{B, K, L, G, d, multiplier, cap}))
 #endif

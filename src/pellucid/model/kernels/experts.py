@@ -32,7 +32,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x_ND, gate_Nk, expert_index_Nk, gate_up_proj, down_proj):
         x_ND, dtype, F = x_ND.contiguous(), x_ND.dtype, down_proj.shape[2]
         ctx.row_Nk, ctx.rows_E, ctx.token_M = sort_by_expert(expert_index_Nk, len(down_proj), sizes_cost(x_ND))
-        ctx.factor_M = torch.zeros(len(ctx.token_M)).index_copy_(0, ctx.row_Nk.view(-1), gate_Nk.reshape(-1))
+        ctx.factor_M = torch.zeros(len(ctx.token_M), dtype=torch.float32).index_copy_(0, ctx.row_Nk.view(-1), gate_Nk.reshape(-1))
         gate_up_M, outputs_MD = x_ND.new_empty(len(ctx.token_M), 2 * F), x_ND.new_empty(len(ctx.token_M), x_ND.shape[1])
         columns = (column.split(ctx.rows_E) for column in (ctx.token_M, ctx.factor_M, gate_up_M, outputs_MD))
         for e, (token, factor, gate_up, output) in enumerate(zip(*columns, strict=True)):

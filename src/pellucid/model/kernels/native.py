@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of cpu.cpp, products.cpp and attention.cpp: built once per machine by its C++ compiler, kept in a cache, called by name.
+"""The compiled CPU kernels (cpu.cpp, products.cpp, attention.cpp): built once per machine by its C++ compiler, cached, called by name.
 
 Without a compiler, or with PELLUCID_KERNELS=plain in the environment, the plain functions serve instead; `status()`
 says which and why. The choice never depends on the length of a run, so that a resumed run computes the same bits.

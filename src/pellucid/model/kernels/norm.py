@@ -63,6 +63,6 @@ class _RMSNorm(torch.autograd.Function):
         x, weight_D, scale_N = ctx.saved_tensors
         N, D = len(scale_N), x.shape[-1]
         blocks = min(BLOCKS, max(1, N))
-        grad_x, sums = torch.empty_like(x), torch.empty(blocks, D)
+        grad_x, sums = torch.empty_like(x), x.new_empty(blocks, D, dtype=torch.float32)
         native.call("rms_norm_backward", x.dtype, grad_y.contiguous(), x, weight_D, scale_N, grad_x, sums, N, D, blocks)
         return grad_x, sums.sum(0), None

@@ -31,20 +31,17 @@ static inline float exponential(float x) {
     return p * as_float(uint32_t(int32_t(n) + 127) << 23);
 }
 
-// tanh within 3 ulp: the rational function of Eigen (ptanh_float); 1 beyond 7.9.
+// tanh within 3 ulp: x p(x^2) / q(x^2), the rational function of Eigen (ptanh_float); 1 beyond LARGEST.
+static const float LARGEST = 7.90531f;
+static const float P[] = {-2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
+                          1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f};
+static const float Q[] = {1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f};
 static inline float tangent(float x) {
-    x = x < -7.90531f ? -7.90531f : x > 7.90531f ? 7.90531f : x;
-    float y = x * x;
-    float p = -2.76076847742355e-16f;
-    p = p * y + 2.00018790482477e-13f;
-    p = p * y - 8.60467152213735e-11f;
-    p = p * y + 5.12229709037114e-08f;
-    p = p * y + 1.48572235717979e-05f;
-    p = p * y + 6.37261928875436e-04f;
-    p = p * y + 4.89352455891786e-03f;
-    float q = 1.19825839466702e-06f;
-    q = q * y + 1.18534705686654e-04f;
-    q = q * y + 2.26843463243900e-03f;
-    q = q * y + 4.89352518554385e-03f;
+    x = x < -LARGEST ? -LARGEST : x > LARGEST ? LARGEST : x;
+    float y = x * x, p = P[0], q = Q[0];
+#pragma GCC unroll 8
+    for (int i = 1; i < 7; i++) p = p * y + P[i];
+#pragma GCC unroll 8
+    for (int i = 1; i < 4; i++) q = q * y + Q[i];
     return x * p / q;
 }
