@@ -234,17 +234,16 @@ def _explained(target: Path, advice: str) -> Iterator[None]:
 
 def _build(config: DataConfig, settings: dict[str, Any], settings_hash: str, files: list[SourceFile], folder: Path,
            target: Path, progress: Progress, workers: Workers) -> None:
-    if ledger.read_record(folder / "settings.json") != {"hash": settings_hash}:
-        for name in ("blocks", "refined", "tokens", "tokenizer"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        ledger.commit(folder / "settings.json", {"hash": settings_hash})
+    splitter = Splitter(config, files)
+    _forget_what_changed(folder, {"hash": settings_hash, "split": splitter.describe(),
+                                  "files": hashlib.sha256(repr(files).encode()).hexdigest()})
     shutil.rmtree(folder / "result", ignore_errors=True)
     for name in ("blocks", "refined", "tokens", "result/shards"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for leftover in itertools.chain(folder.glob("blocks/.*.tmp"), folder.glob("tokens/.*.tmp")):
         leftover.unlink(missing_ok=True)
     manifest = {"format": FORMAT, "settings_hash": settings_hash, "settings": settings,
-                **_fill(config, files, folder, progress, workers)}
+                **_fill(config, files, splitter, folder, progress, workers)}
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     shards.write_file(folder / "result" / MANIFEST, [text.encode()])
     with contextlib.suppress(OSError):
@@ -252,11 +251,21 @@ def _build(config: DataConfig, settings: dict[str, Any], settings_hash: str, fil
     os.rename(folder / "result", target)
 
 
-def _fill(config: DataConfig, files: list[SourceFile], folder: Path, progress: Progress, workers: Workers,
+def _forget_what_changed(folder: Path, made_for: dict[str, Any]) -> None:
+    """Remove finished work that was made for something else: of a changed list of files all but the blocks, each of which
+    bears the name of what was read."""
+    known = ledger.read_record(folder / "settings.json") or {}
+    if known != made_for:
+        same = all(known.get(key) == made_for[key] for key in ("hash", "split"))
+        for name in ("refined", "tokens", "tokenizer", *(() if same else ("blocks",))):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        ledger.commit(folder / "settings.json", made_for)
+
+
+def _fill(config: DataConfig, files: list[SourceFile], splitter: Splitter, folder: Path, progress: Progress, workers: Workers,
           ) -> dict[str, Any]:
     """Write shards and tokenizer into folder/result; returns the manifest without its settings."""
     forget()
-    splitter = Splitter(config, files)
     build = Build(Setup(config, folder, splitter, ledger.BLOCK_BYTES), files, workers, progress)
     blocks = build.read()
     read, records = _merged(config, blocks)

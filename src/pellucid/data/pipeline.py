@@ -110,18 +110,23 @@ def block_name(part: Part, number: int) -> str:
     return f"{part.name}.{number:06d}"
 
 
+def part_name(block: Block) -> str:
+    """The name of the part that a block was read from."""
+    return block.name.partition(".")[0]
+
+
 @dataclass
 class _Reading:
     """The items of a part's files in order, with what is known of each file once it has been read."""
 
     part: Part
     position: int = 0  # in the files as stored
-    number: int = 0  # of the file being read
+    number: int = 0  # of the file being read, within the part
     ended: dict[str, str | None] = field(default_factory=dict)  # sha256 of the files that were read to their end
 
     def items(self, on_error: str) -> Iterator[Document | Unreadable]:
         before = 0
-        for number, file in self.part.files:
+        for number, (_, file) in enumerate(self.part.files):
             self.number = number
             _unchanged(file)
             start = self.part.span.start if file.format != "parquet" else 0
