@@ -85,6 +85,24 @@ def test_validation_sources_replace_the_fraction(tmp_path):
         prepare(configure(tmp_path, [train], validation=[empty]))
 
 
+def test_what_validation_names_is_not_trained_on_though_a_source_matches_it_too(tmp_path):
+    (tmp_path / "src").mkdir()
+    for name in "abc":
+        (tmp_path / "src" / f"{name}.txt").write_text(f"the text of {name}, long enough")
+    (tmp_path / "src" / "link.txt").symlink_to("c.txt")
+    (tmp_path / "other").symlink_to("src")
+    said, validation = [], [str(tmp_path / "other" / "c.txt")]
+    config = configure(tmp_path, [str(tmp_path / "src" / "*.txt")], validation=validation)
+    dataset = prepare(config, progress=lambda stage, *call: said.append(stage))
+    assert texts_of(dataset.train) == ["the text of a, long enough", "the text of b, long enough"]
+    assert texts_of(dataset.validation) == ["the text of c, long enough"]
+    [line] = {stage for stage in said if "data.validation" in stage}
+    assert line.startswith(f"leaving out of data.sources what data.validation names: {tmp_path / 'src' / 'c.txt'}")
+    assert prepare(config).reused
+    with pytest.raises(UserError, match="data.sources: data.validation names all their files"):
+        prepare(configure(tmp_path, validation, validation=validation))
+
+
 def test_nothing_is_held_out_when_nothing_is_wanted(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["some text here"] * 3)
     dataset = prepare(configure(tmp_path, [path], validation_fraction=0))

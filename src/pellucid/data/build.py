@@ -59,9 +59,7 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
         if directory is not None:
             raise UserError(f"data.prepared = '{config.prepared}': that folder is prepared already; leave data.prepared out to build")
         return _as_it_is(config)
-    labels = (config.label_fields, config.label_type)
-    files = list_files(config.sources, labels=labels)
-    files += list_files(config.validation, "data.validation", "validation", labels)
+    files = _files(config, progress)
     settings = _settings(config)
     settings_hash = _hash(settings)
 
@@ -87,6 +85,25 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
                 dataset = _opened(target, config, verify=False)  # every file has just been hashed
                 dataset.reused = False
     return dataset
+
+
+def _files(config: DataConfig, progress: Progress) -> list[SourceFile]:
+    """The files of the sources, then those held out by name; one that both name is held out, and said to be."""
+    labels = (config.label_fields, config.label_type)
+    files = list_files(config.sources, labels=labels)
+    held_out = list_files(config.validation, "data.validation", "validation", labels)
+    place = lambda file: file.path if file.remote else os.path.realpath(file.path)
+    places = {place(file) for file in held_out}
+    kept: list[SourceFile] = []
+    both: list[SourceFile] = []
+    for file in files:
+        (both if places and place(file) in places else kept).append(file)
+    if both and not kept:
+        raise UserError("data.sources: data.validation names all their files too, so none is left to train on; give other sources")
+    if both:
+        more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+        progress(f"leaving out of data.sources what data.validation names: {both[0].uri}{more}", len(both), len(both))
+    return kept + held_out
 
 
 def _opened(folder: Path, config: DataConfig, verify: bool) -> Dataset:
