@@ -71,8 +71,28 @@ def test_the_tail_of_a_single_text_file_is_held_out(tmp_path, monkeypatch, text)
     assert train + held_out == text
     assert 0.08 < len(held_out) / len(text) < 0.1 + 8 / len(text)
     assert dataset.manifest["split"]["method"] == "tail"
+    ordinals = [split.document(n)["ordinal"] for split in (dataset.train, dataset.validation) for n in range(len(texts_of(split)))]
+    assert ordinals == list(range(len(ordinals))) and len(ordinals) > 3
     if "\n" in text:
         assert train.endswith("\n")
+
+
+@pytest.mark.parametrize(("line_end", "held_out"), [(35, 200), (9500, 200), (9700, 300), (9850, 150)])
+def test_a_line_end_far_from_the_end_starts_no_tail(tmp_path, line_end, held_out):
+    """10,000 bytes, 0.02 of them 200: a tail after a line end has at most twice as many, else it starts within a line."""
+    text = "x" * (line_end - 1) + "\n" + "y" * (10_000 - line_end)
+    (tmp_path / "a.txt").write_text(text)
+    dataset = prepare(configure(tmp_path, [str(tmp_path / "a.txt")], validation_fraction=0.02))
+    assert texts_of(dataset.train) + texts_of(dataset.validation) == [text[:-held_out], text[-held_out:]]
+
+
+@pytest.mark.parametrize("cap", [{"max_bytes": 5000}, {"max_documents": 8}])
+def test_of_a_single_text_file_with_a_cap_something_is_held_out_too(tmp_path, monkeypatch, cap):
+    monkeypatch.setattr(readers, "LARGEST_PLAIN", 700)
+    (tmp_path / "a.txt").write_text("".join(f"line {n}\n" for n in range(3000)))
+    dataset = prepare(configure(tmp_path, [{"path": str(tmp_path / "a.txt"), **cap}], validation_fraction=0.2))
+    train, held_out = texts_of(dataset.train), texts_of(dataset.validation)
+    assert len(held_out) >= 1 and len(train) + len(held_out) == 8  # seven of less than 700 bytes are not yet 5,000
 
 
 def test_validation_sources_replace_the_fraction(tmp_path):
