@@ -219,6 +219,15 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
     assert (document.text, document.byte_start, document.byte_end) == ("hello", 3, 8)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json"])
+def test_a_byte_order_mark_does_not_hide_the_first_line(tmp_path, name):
+    data = b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(data)
+    documents = read(tmp_path / name)
+    assert [document.text for document in documents] == ["one", "two"]
+    assert [json.loads(data[d.byte_start : d.byte_end].decode()) for d in documents] == [{"text": "one"}, {"text": "two"}]
+
+
 def test_folders_are_read_in_sorted_order_without_hidden_or_unknown_files(tmp_path):
     for name in ["b/2.txt", "b/1.md", "a.py", "c.docx", ".git/x.txt", "z.txt.gz"]:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -32,7 +33,7 @@ def read_plain(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterat
     """A text file is one document; one longer than LARGEST_PLAIN becomes several, cut after a line end."""
     start, ordinal = span.start, span.ordinal
     for block in plain_cuts(stream, span):
-        skip = 3 if start == 0 and block.startswith(b"\xef\xbb\xbf") else 0  # a byte order mark is no text
+        skip = 3 if start == 0 and block.startswith(BOM_UTF8) else 0  # a byte order mark is no text
         text, end = _decode(block[skip:], file, start + skip), start + len(block)
         yield text if isinstance(text, Unreadable) else Document(
             text, file.uri, file.source_index, ordinal, start + skip, end, True, file.split)
@@ -61,13 +62,14 @@ def read_jsonl(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterat
     while (span.stop is None or start < span.stop) and (line := stream.readline(LARGEST_LINE)):
         number += 1
         size, body = len(line), line.rstrip(b"\r\n")
+        first = 3 if start == 0 and body.startswith(BOM_UTF8) else 0  # a byte order mark is no part of the line
         if size == LARGEST_LINE and not line.endswith(b"\n"):
             size += sum(len(more) for more in _rest_of_line(stream))
             yield _line_too_long(f"{file.uri}:{number}", size)
-        elif body.strip():
-            found = _json_text(body, f"{file.uri}:{number}", file)
+        elif body[first:].strip():
+            found = _json_text(body[first:], f"{file.uri}:{number}", file)
             yield found if isinstance(found, Unreadable) else Document(
-                found[0], file.uri, file.source_index, number - 1, start, start + len(body), False, file.split, found[1])
+                found[0], file.uri, file.source_index, number - 1, start + first, start + len(body), False, file.split, found[1])
         start += size
     if start == 0 and file.named:
         yield Unreadable("empty", f"{file.uri}: the file is empty")
