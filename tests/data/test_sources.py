@@ -113,6 +113,37 @@ def test_a_web_page_is_its_text(tmp_path):
     assert "inside" in read(tmp_path / "c.html")[0].text
 
 
+@pytest.mark.parametrize(("page", "text"), [
+    ("<article>one</article><p>between</p><article>two<article>three</article></article>", "one\n\ntwo\nthree"),
+    ("<form><p>A page</p><select><option>1<option>2</select><button>Send</button></form>", "A page"),
+    ("<p>code</p><pre>a  \n\n\n\n  b</pre>\n\n\n<p>after</p>", "code\n\na  \n\n\n\n  b\n\nafter"),
+])
+def test_all_articles_forms_and_code_of_a_page_stay_as_they_are(tmp_path, page, text):
+    (tmp_path / "a.html").write_text(page)
+    assert [document.text for document in read(tmp_path / "a.html")] == [text]
+
+
+@pytest.mark.parametrize("label", ["iso-8859-1", "ISO-8859-1", "latin1", "us-ascii", "windows-1252"])
+def test_a_page_that_names_latin_1_is_read_as_browsers_do(tmp_path, label):
+    """https://encoding.spec.whatwg.org/#names-and-labels: Windows-1252, whose five holes are control characters."""
+    (tmp_path / "a.html").write_bytes(f"<meta charset={label}>".encode() + b"\x93caf\xe9\x94 \x80 5\x81")
+    assert [document.text for document in read(tmp_path / "a.html")] == ["“café” € 5\x81"]
+
+
+def test_the_encoding_of_a_record_is_the_one_its_mark_or_its_header_names(tmp_path):
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n\r\n"
+    page = "\ufeff<title>T</title><p>é</p>".encode()
+    (tmp_path / "a.warc").write_bytes(warc(
+        ("response", "application/http", http % b"text/html; charset=utf-8" + page),
+        ("response", "application/http", http % b"text/html; charset=latin1" + page),
+        ("response", "Application/HTTP", http % b"Text/HTML; Charset=KOI8-R" + "<p>да</p>".encode("koi8-r")),
+        ("resource", "Text/Plain; charset=utf-8", "\ufeffé".encode()),
+        ("resource", "text/plain; charset=utf-7", b"half +2AA- of a pair"),
+    ))
+    (tmp_path / "b.html").write_bytes(b"\xef\xbb\xbf<meta charset=utf-8><title>T</title><p>\xc3\xa9</p>")
+    assert [document.text for document in read(tmp_path)] == ["é", "é", "да", "é", "half +2AA- of a pair", "é"]
+
+
 def test_a_crawl_archive_gives_the_pages_it_holds(tmp_path):
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
     page = "<p>Ünïcödé page</p>".encode()
@@ -303,10 +334,12 @@ def test_the_help_topics_are_a_corpus():
     ("a.arrow", b"ARROW1 not really", "damaged", "not a complete Arrow file"),
     ("a.feather", b"", "damaged", "not a complete Arrow file"),
     ("a.warc", b"not a record\r\n", "damaged", "not a WARC record at byte 0"),
+    ("a.warc", "WARC/1.0\r\nContent-Length: \u00b2\r\n\r\n".encode(), "damaged", "not a WARC record at byte 0"),
+    ("a.warc", b"WARC/1.0\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", "damaged", "not a WARC record at byte 0"),
     ("a.warc", warc(("conversion", "text/plain", b"text " * 99))[:-90], "damaged", "ends inside the record at byte 0"),
     ("a.wet", warc(("conversion", "text/plain", b"caf\xe9")), "wrong encoding", "record 0 (http://example.org/0)"),
     ("a.html", b"<p>caf\xe9</p>", "wrong encoding", "not UTF-8 (0xe9 at byte 6), and it names no encoding"),
-    ("a.html", b"<meta charset=ascii>\xe9", "wrong encoding", "not UTF-8 (0xe9 at byte 20), nor the encoding it names (ascii)"),
+    ("a.html", b"<meta charset=cp932>\xe9", "wrong encoding", "not UTF-8 (0xe9 at byte 20), nor the encoding it names (cp932)"),
     ("a.html", b"<meta charset=undefined>\xe9", "wrong encoding", "nor the encoding it names (undefined)"),
     ("a.html", b"", "empty", "empty"),
 ])
