@@ -467,6 +467,37 @@ def test_an_encrypted_zip_is_a_sentence(tmp_path):
     assert problem.reason == "damaged" and "encrypted" in problem.message
 
 
+def test_a_bad_member_of_an_archive_does_not_hide_the_good_ones(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("a.txt", "b.txt", "./c.txt", "e.txt.bz2"):
+            archive.writestr(name, f"the text of {name}")
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace(b"text of b.txt", b"TEXT of b.txt"))  # no longer what its checksum says
+    found = read(tmp_path / "a.zip")
+    assert [item.text for item in found if isinstance(item, Document)] == ["the text of ./c.txt", "the text of a.txt"]
+    problems = [item for item in found if isinstance(item, Unreadable)]
+    assert [(item.reason, item.message.partition(":")[0]) for item in problems] == [
+        ("damaged", f"{tmp_path}/a.zip!b.txt"), ("damaged", f"{tmp_path}/a.zip!e.txt.bz2")]
+
+
+def test_what_macos_and_git_hide_in_an_archive_is_not_read_and_a_name_that_occurs_twice_is_read_twice(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "first")
+        archive.writestr("__MACOSX/._a.txt", b"\0\5\x16\7\0")
+        archive.writestr("x/.git/b.txt", "hidden")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.txt", "second")
+    assert [document.text for document in read(tmp_path / "a.zip")] == ["first", "second"]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".bz2", ".xz"])
+def test_a_compressed_archive_is_read_like_any_other(tmp_path, compression):
+    with zipfile.ZipFile(tmp_path / "made", "w") as archive:
+        archive.writestr("a.txt", "text")
+    (tmp_path / f"a.zip{compression}").write_bytes(compress((tmp_path / "made").read_bytes(), compression))
+    assert [document.text for document in read(tmp_path / f"a.zip{compression}")] == ["text"]
+
+
 def test_a_bad_line_does_not_hide_the_good_ones(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\nnonsense\n\n{"text": "two"}\n')
     kinds = [type(item) for item in read(tmp_path / "a.jsonl")]

@@ -17,10 +17,10 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
-from pellucid.data.compression import OPENERS
+from pellucid.data.compression import DAMAGE, OPENERS
 from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, kind_of, unreadable_field
 from pellucid.data.labels import read_label
-from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet
+from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet, seekable
 from pellucid.data.readers_web import read_html, read_warc
 
 LOOKED_AT = 1 << 12  # bytes at a file's start; a NUL among them says that it is no text
@@ -192,18 +192,29 @@ def _line_too_long(where: str, size: int) -> Unreadable:
 
 
 def read_zip(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
-    """Every member of a known kind, in the order of names; its documents bear the uri ARCHIVE!MEMBER."""
+    """Every member of a known kind, in the order of names, but for hidden ones; its documents bear the uri ARCHIVE!MEMBER."""
     try:
-        with ZipFile(stream) as archive:
-            for name in sorted(archive.namelist()):
-                known = known_format(name)
-                if known is None or known[0] == "zip":
-                    continue
-                member = replace(file, uri=f"{file.uri}!{name}", format=known[0], compression=known[1], named=False)
-                with archive.open(name) as raw, OPENERS[member.compression](raw) as inner:
-                    yield from READERS[member.format](inner, member)
-    except (BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged; encrypted; unknown method
+        archive = ZipFile(seekable(stream, file))
+    except (BadZipFile, NotImplementedError, ValueError) as error:  # the last: a name that is not in the encoding it says
         yield Unreadable("damaged", f"{file.uri}: not a zip archive that can be read ({error})")
+        return
+    for info in sorted(archive.infolist(), key=lambda info: info.filename):
+        known = known_format(info.filename)
+        if known is None or known[0] == "zip" or any(map(_hidden, info.filename.split("/"))):
+            continue
+        member = replace(file, uri=f"{file.uri}!{info.filename}", format=known[0], compression=known[1], named=False)
+        try:
+            with archive.open(info) as raw, OPENERS[member.compression](raw) as inner:
+                yield from READERS[member.format](inner, member)
+        except (BadZipFile, RuntimeError, NotImplementedError, OSError, *DAMAGE) as error:  # damaged; encrypted; unknown method
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the archive, not of what it holds
+            yield Unreadable("damaged", f"{member.uri}: cannot be read ({error}); pack it again")
+
+
+def _hidden(part: str) -> bool:
+    """Whether a part of a path says that all behind it is no content: .git, and what macOS puts beside each file."""
+    return part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
 
 
 def read_topics(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
