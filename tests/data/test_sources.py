@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import glob
 import gzip
 import io
 import json
@@ -269,6 +270,42 @@ def test_folders_are_read_in_sorted_order_without_hidden_or_unknown_files(tmp_pa
     assert [Path(f.uri).name for f in found] == ["2.txt"]
 
 
+def test_links_give_each_file_once(tmp_path):
+    """As a folder and as a glob: a link to the folder itself, to a folder beside it, to a file, and to nothing."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "c.txt").write_text("c")
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    (folder / "deep" / "b.txt").write_text("b")
+    for name, target in {"loop": ".", "other": "../beside", "link.txt": "deep/b.txt", "gone.txt": "nowhere"}.items():
+        (folder / name).symlink_to(target)
+    (folder / "deep" / "up").symlink_to("..")
+    for path in (folder, folder / "**" / "*.txt"):
+        found = list_files([SourceConfig(path=str(path))])
+        assert [Path(file.uri).relative_to(folder).as_posix() for file in found] == ["a.txt", "link.txt", "other/c.txt"]
+
+
+@pytest.mark.parametrize("pattern", [
+    "*.txt", "**/*.txt", "**", "a/**", "a/**/*.txt", "**/b/*.txt", "**/b/**/*.txt", "a*/**/*.txt", "**/.h/*.txt", "[[]x]/**/*.txt", "x**/*.txt"])
+def test_a_glob_matches_what_the_library_matches_where_there_are_no_links(tmp_path, monkeypatch, pattern):
+    for name in ("1.txt", "a/2.txt", "a/b/3.txt", "b/4.txt", "b/b/5.txt", ".h/6.txt", "[x]/7.txt", "x/y/8.txt", "ab/9.txt", "a/.h/0.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)
+    expected = sorted({os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)})
+    for path in (pattern, str(tmp_path / pattern)):
+        found = [file.uri for file in list_files([SourceConfig(path=path)])] if expected else []
+        assert found == expected
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("text")
+    for path in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(UserError, match=r"data.sources\[0\]: the file name b'.*caf\\xe9.txt' is not UTF-8; rename the file"):
+            list_files([SourceConfig(path=str(path))])
+
+
 def test_empty_files_in_a_folder_are_no_mistake_but_a_named_one_is(tmp_path):
     (tmp_path / "__init__.py").write_bytes(b"")
     assert read(tmp_path) == []
@@ -317,6 +354,7 @@ def test_the_help_topics_are_a_corpus():
     ("a.jsonl", b'{"body": "x", "title": "y"}\n', "wrong field", "the fields are 'body', 'title'"),
     ("a.jsonl", b'{"text": 7}\n', "wrong field", "is an integer, not text"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "wrong encoding", "surrogate pair (U+D800)"),
+    ("a.jsonl", b'{"\\ud800": "x"}\n', "wrong field", r"the fields are '\ud800'"),
     ("a.jsonl", b'{"text": "\xff"}\n', "wrong encoding", "a.jsonl:1: not UTF-8"),
     ("a.jsonl", b"[" * 100000 + b"\n", "bad JSON", "nested too deep"),
     ("a.jsonl", b'{"text": null}\n', "no text", "a.jsonl:1: field 'text' is null"),

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 from pellucid.data.compression import DAMAGE, OPENERS
-from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, kind_of, unreadable_field
+from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, half_surrogate, kind_of, unreadable_field
 from pellucid.data.labels import read_label
 from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet, seekable
 from pellucid.data.readers_web import read_html, read_warc
@@ -297,11 +297,8 @@ def _record_text(record: object, where: str, file: SourceFile) -> tuple[str, str
         return Unreadable("no text", f"{where}: field '{file.text_field}' is null")
     if not isinstance(text, str):
         return Unreadable("wrong field", f"{where}: field '{file.text_field}' is {kind_of(text)}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        return Unreadable("wrong encoding", f"{where}: half of a surrogate pair ({code}) in field '{file.text_field}'")
+    if wrong := half_surrogate(text, f"{where}: field '{file.text_field}'"):
+        return wrong
     label = read_label(record, file, where)
     return label if isinstance(label, Unreadable) else (text, label)
 
