@@ -119,7 +119,7 @@ def test_what_validation_names_is_not_trained_on_though_a_source_matches_it_too(
     [line] = {stage for stage in said if "data.validation" in stage}
     assert line.startswith(f"leaving out of data.sources what data.validation names: {tmp_path / 'src' / 'c.txt'}")
     assert prepare(config).reused
-    with pytest.raises(UserError, match="data.sources: data.validation names all their files"):
+    with pytest.raises(UserError, match=r"data.sources: data.validation names all their files"):
         prepare(configure(tmp_path, validation, validation=validation))
 
 

@@ -156,7 +156,8 @@ def lossy_tokenizer(path: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize(("kind", "text"), [
-    ("sentencepiece", "alpha \u2581 beta \u2581\u2581"), ("wordpiece", "alpha beta go"), ("wordpiece", "go alpha"), ("accents", "gámma beta"),
+    ("sentencepiece", "alpha \u2581 beta \u2581\u2581"), ("wordpiece", "alpha beta go"), ("wordpiece", "go alpha"),
+    ("accents", "gámma beta"),
 ])
 def test_bytes_are_exact_only_where_the_tokens_spell_them(tmp_path, kind, text):
     """WordPiece's "alpha beta go" becomes al ##pha beta go: two signs for two blanks, of the same length but elsewhere."""

@@ -287,9 +287,10 @@ def test_links_give_each_file_once(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", [
-    "*.txt", "**/*.txt", "**", "a/**", "a/**/*.txt", "**/b/*.txt", "**/b/**/*.txt", "a*/**/*.txt", "**/.h/*.txt", "[[]x]/**/*.txt", "x**/*.txt"])
+    "*.txt", "**/*.txt", "**", "a/**", "a/**/*.txt", "**/b/*.txt", "**/b/**/*.txt", "a*/**/*.txt", "**/.h/*.txt",
+    "[[]x]/**/*.txt", "x**/*.txt"])
 def test_a_glob_matches_what_the_library_matches_where_there_are_no_links(tmp_path, monkeypatch, pattern):
-    for name in ("1.txt", "a/2.txt", "a/b/3.txt", "b/4.txt", "b/b/5.txt", ".h/6.txt", "[x]/7.txt", "x/y/8.txt", "ab/9.txt", "a/.h/0.txt"):
+    for name in ("1.txt", "a/2.txt", "a/b/3.txt", "b/4.txt", "b/b/5.txt", ".h/6.txt", "[x]/7.txt", "x/y/8.txt", "a/.h/9.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
     monkeypatch.chdir(tmp_path)
