@@ -537,6 +537,29 @@ def test_a_compressed_archive_is_read_like_any_other(tmp_path, compression):
     assert [document.text for document in read(tmp_path / f"a.zip{compression}")] == ["text"]
 
 
+@pytest.mark.parametrize(("name", "data", "texts"), [
+    ("a.txt", b"some text\0 and more of it", ["some text\0 and more of it"]),
+    ("a.jsonl", b'{"text": "the first"}\n{"text": "a stray \0 here"}\n{"text": "the last"}\n', ["the first", None, "the last"]),
+    ("a.csv", b"id,text\n1,the first\n2,a stray \0 here\n3,the last\n", ["the first", "a stray \0 here", "the last"]),
+    ("a.html", b"<p>the first, and then a stray \0 here</p>", ["the first, and then a stray here"]),
+    ("a.txt", b"\0" + b"x" * 4093 + "é".encode() + b"more", ["\0" + "x" * 4093 + "émore"]),  # 4 KiB end inside a character
+])
+def test_a_stray_nul_does_not_make_a_file_binary(tmp_path, name, data, texts):
+    (tmp_path / name).write_bytes(data)
+    found = [document.text if isinstance(document, Document) else None for document in read(tmp_path / name)]
+    assert [text and " ".join(text.split()) if name == "a.html" else text for text in found] == texts
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_large_binary_file_is_one_sentence_however_it_is_cut(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(readers, "LARGEST_PLAIN", 1000)
+    (tmp_path / name).write_bytes(b"\x89PNG\0\n" + b"an ASCII line in it\n" * 1000)
+    [file] = list_files([SourceConfig(path=str(tmp_path / name))])
+    [part] = scan(Part(((0, file),)), 2000)
+    [problem] = read_documents(file, span=part.span)
+    assert problem.reason == "binary" and part.span.stop is None
+
+
 def test_a_bad_line_does_not_hide_the_good_ones(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\nnonsense\n\n{"text": "two"}\n')
     kinds = [type(item) for item in read(tmp_path / "a.jsonl")]

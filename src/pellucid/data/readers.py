@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, getincrementaldecoder
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -23,7 +23,7 @@ from pellucid.data.labels import read_label
 from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet, seekable
 from pellucid.data.readers_web import read_html, read_warc
 
-LOOKED_AT = 1 << 12  # bytes at a file's start; a NUL among them says that it is no text
+LOOKED_AT = 1 << 12  # bytes at a file's start; they say whether it is text
 LARGEST_PLAIN = 1 << 20  # bytes; a longer plain file becomes several documents, cut at line ends
 LARGEST_LINE = 1 << 28  # bytes of one line of jsonl or csv, and of one record of csv
 LARGEST_JSON = 1 << 30  # bytes of one json file that is not line by line
@@ -85,7 +85,7 @@ def read_json(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterato
     try:
         value = _json(content)
     except (ValueError, RecursionError):
-        wrong = _no_text(content[:LOOKED_AT], file)
+        wrong = no_text(content[:LOOKED_AT], file)
         yield from [wrong] if wrong else read_jsonl(io.BytesIO(content), file)  # its messages name the line
         return
     for number, record in enumerate(value if isinstance(value, list) else [value]):
@@ -229,25 +229,36 @@ def read_topics(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Itera
 def _looked_at(reader: Callable) -> Callable:
     """A reader that first looks at a file's first bytes, so that a binary one is one sentence and not one a line."""
     def read(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
-        wrong = None if span.start else _no_text(stream.peek(LOOKED_AT)[:LOOKED_AT], file)
+        wrong = None if span.start else no_text(stream.peek(LOOKED_AT)[:LOOKED_AT], file)
         yield from [wrong] if wrong else reader(stream, file, span)
 
     return read
 
 
-def _no_text(block: bytes, file: SourceFile, start: int = 0) -> Unreadable | None:
-    """Why a block of bytes, which lies at byte `start` of a file, is UTF-16 or no text at all."""
+def no_text(block: bytes, file: SourceFile) -> Unreadable | None:
+    """Why a file that begins with this block is UTF-16 or no text at all: NULs among other bytes than UTF-8, or many of them.
+
+    A stray NUL in a text is no reason: in JSON it costs its line, elsewhere normalizing takes it out.
+    """
     if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-        value = f"0x{block[0]:02x} at byte {start}"
+        value = f"0x{block[0]:02x} at byte 0"
         return Unreadable("wrong encoding", f"{file.uri}: UTF-16, not UTF-8 ({value}); convert it: iconv -f utf-16 -t utf-8")
-    if (nul := block.find(b"\0")) >= 0:
-        return Unreadable("binary", f"{file.uri}: a binary file, not text (a NUL byte at byte {start + nul})")
+    count = block.count(b"\0")
+    if count > len(block) / 20 or (count and not _is_utf8(block)):
+        return Unreadable("binary", f"{file.uri}: a binary file, not text (a NUL byte at byte {block.find(0)})")
     return None
 
 
+def _is_utf8(block: bytes) -> bool:
+    """Whether a block, which may end inside a character, is UTF-8."""
+    try:
+        getincrementaldecoder("utf-8")().decode(block)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _decode(block: bytes, file: SourceFile, start: int) -> str | Unreadable:
-    if wrong := _no_text(block, file, start):
-        return wrong
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -312,7 +323,7 @@ def _whole_characters(block: bytes) -> int:
 
 
 READERS: dict[str, Callable[[BinaryIO, SourceFile, Span], Iterator[Document | Unreadable]]] = {
-    "txt": read_plain, "md": read_plain, "py": read_plain, "rst": read_plain,
+    "txt": _looked_at(read_plain), "md": _looked_at(read_plain), "py": _looked_at(read_plain), "rst": _looked_at(read_plain),
     "jsonl": _looked_at(read_jsonl), "ndjson": _looked_at(read_jsonl), "json": read_json,
     "csv": _looked_at(read_csv), "tsv": _looked_at(read_csv),
     "parquet": read_parquet, "arrow": read_arrow, "feather": read_arrow,
