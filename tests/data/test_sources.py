@@ -245,6 +245,15 @@ def test_zstd_frames_one_after_another_are_one_file(tmp_path):
     assert read(tmp_path / "a.txt.zst")[0].text == "".join(TEXTS)
 
 
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_zstd_files_of_any_long_window_are_read(tmp_path, window_log):
+    """As `zstd --long=28` writes them: the header asks for that much, whatever there is."""
+    size = (window_log - 10) << 3  # RFC 8878, 3.1.1.1.2: the exponent of the window, of a frame that does not tell its size
+    raw_block = (len(b"text") << 3 | 1).to_bytes(3, "little") + b"text"
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00" + bytes([size]) + raw_block)
+    assert [document.text for document in read(tmp_path / "a.txt.zst")] == ["text"]
+
+
 def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     [document] = read(tmp_path / "a.txt")
