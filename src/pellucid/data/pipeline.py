@@ -24,7 +24,7 @@ import numpy as np
 
 from pellucid.config import DataConfig, UserError
 from pellucid.data.augment.identity import materialized
-from pellucid.data.augment.materialize import Item, Materializer
+from pellucid.data.augment.materialize import Item, Materializer, augmentation_of
 from pellucid.data.blocks import BLOCK_DOCUMENTS, Block, BlockWriter, commit
 from pellucid.data.document import Document, Dropped, SourceFile, Stage, StageRecord, Unreadable, utf8_size
 from pellucid.data.parts import Part, scan
@@ -205,6 +205,7 @@ def forget() -> None:
     """A build begins: what an earlier one in this process loaded from files may have changed since."""
     _stages_of.cache_clear()
     _tokenizer.cache_clear()
+    augmentation_of.cache_clear()
 
 
 @lru_cache(maxsize=2)
