@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pellucid.config import DataConfig, UserError
-from pellucid.data import pipeline, readers
+from pellucid.data import blocks, build, pipeline, readers
 from pellucid.data.build import prepare
 from pellucid.data.stages.corpus import Deduplicate
 from pellucid.data.stages.decontaminate import HeldOut
@@ -269,6 +269,22 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "read_documents", grow)
     with pytest.raises(UserError, match="changed while it was read"):
+        prepare(configure(tmp_path, [str(path)]))
+
+
+@pytest.mark.parametrize("size", [1, 3 << 20])
+def test_a_file_that_goes_away_while_data_are_built_is_named(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 20)
+    path = Path(write_jsonl(tmp_path / "a.jsonl", ["x" * size, "some text of a certain length"]))
+    list_files = build.list_files
+
+    def listed(*arguments, **named):
+        files = list_files(*arguments, **named)
+        path.unlink(missing_ok=True)
+        return files
+
+    monkeypatch.setattr(build, "list_files", listed)
+    with pytest.raises(UserError, match=r"a.jsonl: the file went away while the data were built \(No such file or directory\)"):
         prepare(configure(tmp_path, [str(path)]))
 
 

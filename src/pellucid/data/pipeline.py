@@ -70,6 +70,7 @@ class ScanJob(Job):
     part: Part
 
     def run(self, setup: Setup) -> Iterator[Report]:
+        _unchanged(self.part.files[0][1])
         yield "parts", scan(self.part, setup.block_bytes)
 
 
@@ -145,7 +146,12 @@ class _Reading:
 
 
 def _unchanged(file: SourceFile) -> None:
-    if not file.remote and state_of(Path(file.path)) != (file.size, file.version):
+    try:
+        changed = not file.remote and state_of(Path(file.path)) != (file.size, file.version)
+    except OSError as error:
+        raise UserError(f"{file.uri}: the file went away while the data were built ({error.strerror}); put it back, or "
+                        "start again without it") from None
+    if changed:
         raise UserError(f"{file.uri}: the file changed while it was read; start again when it is complete")
 
 
