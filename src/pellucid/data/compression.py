@@ -13,7 +13,6 @@ from typing import BinaryIO
 
 import zstandard
 
-
 LARGEST_WINDOW = 1 << 31  # bytes: of `zstd --long=31`, the most there is
 
 
