@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -140,8 +141,10 @@ def _matches(path: str, where: str) -> Iterator[tuple[str, Path, str | None]]:
 def _each_once(names: list[str]) -> list[str]:
     """Files in the order of their names, each by the shortest name of it: symbolic links give a file many."""
     by_place: dict[str, str] = {}
+    real = cache(os.path.realpath)  # many files share a folder
     for name in sorted(names, key=lambda name: (len(name), name)):
-        by_place.setdefault(os.path.realpath(name), name)
+        folder, last = os.path.split(name)
+        by_place.setdefault(real(name) if os.path.islink(name) else os.path.join(real(folder), last), name)
     return sorted(by_place.values())
 
 
