@@ -517,15 +517,15 @@ def test_an_encrypted_zip_is_a_sentence(tmp_path):
 
 def test_a_bad_member_of_an_archive_does_not_hide_the_good_ones(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for name in ("a.txt", "b.txt", "./c.txt", "e.txt.bz2"):
+        for name in ("a.txt", "b.txt", "./c.txt", "e.txt.bz2", "é.txt"):
             archive.writestr(name, f"the text of {name}")
-    data = (tmp_path / "a.zip").read_bytes()
-    (tmp_path / "a.zip").write_bytes(data.replace(b"text of b.txt", b"TEXT of b.txt"))  # no longer what its checksum says
+    data = (tmp_path / "a.zip").read_bytes().replace(b"text of b.txt", b"TEXT of b.txt")  # no longer what its checksum says
+    (tmp_path / "a.zip").write_bytes(data.replace("é.txt".encode(), b"\xff\xff.txt", 1))  # the name before the member alone
     found = read(tmp_path / "a.zip")
     assert [item.text for item in found if isinstance(item, Document)] == ["the text of ./c.txt", "the text of a.txt"]
     problems = [item for item in found if isinstance(item, Unreadable)]
     assert [(item.reason, item.message.partition(":")[0]) for item in problems] == [
-        ("damaged", f"{tmp_path}/a.zip!b.txt"), ("damaged", f"{tmp_path}/a.zip!e.txt.bz2")]
+        ("damaged", f"{tmp_path}/a.zip!{name}") for name in ("b.txt", "e.txt.bz2", "é.txt")]
 
 
 def test_what_macos_and_git_hide_in_an_archive_is_not_read_and_a_name_that_occurs_twice_is_read_twice(tmp_path):

@@ -206,10 +206,10 @@ def read_zip(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator
         try:
             with archive.open(info) as raw, OPENERS[member.compression](raw) as inner:
                 yield from READERS[member.format](inner, member)
-        except (BadZipFile, RuntimeError, NotImplementedError, OSError, *DAMAGE) as error:  # damaged; encrypted; unknown method
+        except (BadZipFile, RuntimeError, NotImplementedError, UnicodeDecodeError, OSError, *DAMAGE) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the archive, not of what it holds
-            yield Unreadable("damaged", f"{member.uri}: cannot be read ({error}); pack it again")
+            yield Unreadable("damaged", f"{member.uri}: cannot be read ({error}); pack it again")  # damaged; encrypted; unknown method
 
 
 def _hidden(part: str) -> bool:
