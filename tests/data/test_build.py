@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pellucid.config import DataConfig, UserError
-from pellucid.data import pipeline, readers
+from pellucid.data import blocks, build, pipeline, readers
 from pellucid.data.build import prepare
 from pellucid.data.stages.corpus import Deduplicate
 from pellucid.data.stages.decontaminate import HeldOut
@@ -71,8 +71,28 @@ def test_the_tail_of_a_single_text_file_is_held_out(tmp_path, monkeypatch, text)
     assert train + held_out == text
     assert 0.08 < len(held_out) / len(text) < 0.1 + 8 / len(text)
     assert dataset.manifest["split"]["method"] == "tail"
+    ordinals = [split.document(n)["ordinal"] for split in (dataset.train, dataset.validation) for n in range(len(texts_of(split)))]
+    assert ordinals == list(range(len(ordinals))) and len(ordinals) > 3
     if "\n" in text:
         assert train.endswith("\n")
+
+
+@pytest.mark.parametrize(("line_end", "held_out"), [(35, 200), (9500, 200), (9700, 300), (9850, 150)])
+def test_a_line_end_far_from_the_end_starts_no_tail(tmp_path, line_end, held_out):
+    """10,000 bytes, 0.02 of them 200: a tail after a line end has at most twice as many, else it starts within a line."""
+    text = "x" * (line_end - 1) + "\n" + "y" * (10_000 - line_end)
+    (tmp_path / "a.txt").write_text(text)
+    dataset = prepare(configure(tmp_path, [str(tmp_path / "a.txt")], validation_fraction=0.02))
+    assert texts_of(dataset.train) + texts_of(dataset.validation) == [text[:-held_out], text[-held_out:]]
+
+
+@pytest.mark.parametrize("cap", [{"max_bytes": 5000}, {"max_documents": 8}])
+def test_of_a_single_text_file_with_a_cap_something_is_held_out_too(tmp_path, monkeypatch, cap):
+    monkeypatch.setattr(readers, "LARGEST_PLAIN", 700)
+    (tmp_path / "a.txt").write_text("".join(f"line {n}\n" for n in range(3000)))
+    dataset = prepare(configure(tmp_path, [{"path": str(tmp_path / "a.txt"), **cap}], validation_fraction=0.2))
+    train, held_out = texts_of(dataset.train), texts_of(dataset.validation)
+    assert len(held_out) >= 1 and len(train) + len(held_out) == 8  # seven of less than 700 bytes are not yet 5,000
 
 
 def test_validation_sources_replace_the_fraction(tmp_path):
@@ -83,6 +103,24 @@ def test_validation_sources_replace_the_fraction(tmp_path):
     empty = write_jsonl(tmp_path / "c.jsonl", [" \n "])
     with pytest.raises(UserError, match=r"data.validation: no documents left"):
         prepare(configure(tmp_path, [train], validation=[empty]))
+
+
+def test_what_validation_names_is_not_trained_on_though_a_source_matches_it_too(tmp_path):
+    (tmp_path / "src").mkdir()
+    for name in "abc":
+        (tmp_path / "src" / f"{name}.txt").write_text(f"the text of {name}, long enough")
+    (tmp_path / "src" / "link.txt").symlink_to("c.txt")
+    (tmp_path / "other").symlink_to("src")
+    said, validation = [], [str(tmp_path / "other" / "c.txt")]
+    config = configure(tmp_path, [str(tmp_path / "src" / "*.txt")], validation=validation)
+    dataset = prepare(config, progress=lambda stage, *call: said.append(stage))
+    assert texts_of(dataset.train) == ["the text of a, long enough", "the text of b, long enough"]
+    assert texts_of(dataset.validation) == ["the text of c, long enough"]
+    [line] = {stage for stage in said if "data.validation" in stage}
+    assert line.startswith(f"leaving out of data.sources what data.validation names: {tmp_path / 'src' / 'c.txt'}")
+    assert prepare(config).reused
+    with pytest.raises(UserError, match=r"data.sources: data.validation names all their files"):
+        prepare(configure(tmp_path, validation, validation=validation))
 
 
 def test_nothing_is_held_out_when_nothing_is_wanted(tmp_path):
@@ -231,6 +269,22 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "read_documents", grow)
     with pytest.raises(UserError, match="changed while it was read"):
+        prepare(configure(tmp_path, [str(path)]))
+
+
+@pytest.mark.parametrize("size", [1, 3 << 20])
+def test_a_file_that_goes_away_while_data_are_built_is_named(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 20)
+    path = Path(write_jsonl(tmp_path / "a.jsonl", ["x" * size, "some text of a certain length"]))
+    list_files = build.list_files
+
+    def listed(*arguments, **named):
+        files = list_files(*arguments, **named)
+        path.unlink(missing_ok=True)
+        return files
+
+    monkeypatch.setattr(build, "list_files", listed)
+    with pytest.raises(UserError, match=r"a.jsonl: the file went away while the data were built \(No such file or directory\)"):
         prepare(configure(tmp_path, [str(path)]))
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from pellucid.config import DataConfig, UserError
 from pellucid.data.build import prepare
 from pellucid.data.dataset import FORMAT, Dataset
+from pellucid.data.search import search
 
 
 def words(n: int, seed: int) -> str:
@@ -137,6 +139,43 @@ def test_a_trace_points_at_the_bytes_of_the_source(tmp_path):
             assert text.encode()[piece["byte_start"] : piece["byte_end"]] == expected
             assert piece["exact"] and piece["source"] == str(tmp_path / "a.txt")
             assert piece["sample"] == batch.sample_ids_B[piece["row"]]
+
+
+def lossy_tokenizer(path: Path, kind: str) -> str:
+    """A tokenizer.json that loses part of a text: WordPiece its blanks, the other its accents."""
+    if kind == "wordpiece":
+        vocabulary = {"<pad>": 0, "<eos>": 1, "[UNK]": 2, **{name: n for n, name in enumerate(("al", "##pha", "beta", "go"), 3)}}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    else:
+        vocabulary = {"<pad>": 0, "<eos>": 1, **{char: n for n, char in enumerate("abeglhpotm ", 2)}}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+        tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.NFD(), tokenizers.normalizers.StripAccents()])
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize(("kind", "text"), [
+    ("sentencepiece", "alpha \u2581 beta \u2581\u2581"), ("wordpiece", "alpha beta go"), ("wordpiece", "go alpha"),
+    ("accents", "gámma beta"),
+])
+def test_bytes_are_exact_only_where_the_tokens_spell_them(tmp_path, kind, text):
+    """WordPiece's "alpha beta go" becomes al ##pha beta go: two signs for two blanks, of the same length but elsewhere."""
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("beta")
+    path = None if kind == "sentencepiece" else lossy_tokenizer(tmp_path / "tokenizer.json", kind)
+    tokenizer = {"kind": "file", "path": path} if path else {"kind": kind, "vocab_size": 300}
+    dataset = prepare(configure(tmp_path, [str(tmp_path / "*.txt")], tokenizer=tokenizer, sequence_length=4))
+    for piece in dataset.train.describe_rows(np.arange(len(dataset.train))):
+        content = Path(piece["source"]).read_bytes()
+        if piece["source"].endswith("a.txt"):
+            assert (piece["exact"], piece["byte_start"], piece["byte_end"]) == (False, 0, len(content))
+        else:
+            assert piece["exact"]
+    found = {Path(item.source).name: item for item in search(dataset, "beta").found}
+    assert (found["b.txt"].exact, found["b.txt"].byte_start, found["b.txt"].byte_end) == (True, 0, 4)
+    if "a.txt" in found:
+        assert (found["a.txt"].exact, found["a.txt"].byte_start, found["a.txt"].byte_end) == (False, 0, len(text.encode()))
 
 
 def test_a_document_can_be_asked_for(dataset):

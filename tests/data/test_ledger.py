@@ -22,7 +22,7 @@ from warcio import warcwriter
 from warcio.statusandheaders import StatusAndHeaders
 
 from pellucid.config import DataConfig, UserError
-from pellucid.data import blocks, shards
+from pellucid.data import blocks, readers, shards
 from pellucid.data.blocks import BlockWriter, finished_block
 from pellucid.data.build import prepare
 from pellucid.data.document import Document
@@ -152,6 +152,48 @@ def test_a_changed_file_alone_is_read_again(config, tmp_path, monkeypatch):
     dataset = prepare(settings, workers=Watched())
     assert len(kept) >= 2 and seen and not kept & set(seen)
     assert dataset.manifest["splits"]["train"]["documents"] + dataset.manifest["splits"]["validation"]["documents"] == 200
+
+
+def documents_of(*numbers: int) -> str:
+    return "".join(json.dumps({"text": text(random.Random(n), 60)}) + "\n" for n in numbers)
+
+
+CHANGES = {
+    "changed": lambda folder: (folder / "b.jsonl").write_text(documents_of(*range(260, 380))),  # what a repeated is in no b now
+    "added before": lambda folder: (folder / "0.jsonl").write_text(documents_of(*range(40), *range(500, 560))),
+    "removed": lambda folder: (folder / "b.jsonl").unlink(),
+    "one text file becomes two": lambda folder: (folder / "b.txt").write_text(text(random.Random(999), 9000)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_sources_that_changed_since_a_build_was_killed_give_the_bytes_of_a_clean_build(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(readers, "LARGEST_PLAIN", 5000)
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    if change == "one text file becomes two":
+        (folder / "a.txt").write_text("".join(text(random.Random(n), 60) for n in range(200)))
+    else:
+        for name, numbers in {"a": range(0, 150), "b": range(100, 220), "c": range(300, 420)}.items():
+            (folder / f"{name}.jsonl").write_text(documents_of(*numbers))
+    config = DataConfig(sources=[str(folder / "*.*")], sequence_length=64, tokenizer={"kind": "bpe", "vocab_size": 320},
+                        validation_fraction=0.1, deduplicate={"exact": True}, decontaminate={"held_out": True})
+
+    class Killed(InThisProcess):
+        def do(self, jobs, setup):
+            for number, report in super().do(jobs, setup):
+                yield number, report
+                if report[0] == "tokens" and len(list((setup.folder / "tokens").glob("[!.]*.json"))) == 2:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, directory=tmp_path / "out", workers=Killed())
+    assert (tmp_path / ".out.building").is_dir()
+    CHANGES[change](folder)
+    again = prepare(config, directory=tmp_path / "out", workers=InThisProcess())
+    clean = prepare(config, directory=tmp_path / "clean", workers=InThisProcess())
+    assert contents(again.directory) == contents(clean.directory)
 
 
 def test_a_worker_that_dies_is_replaced(config, expected, tmp_path):

@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import glob
 import gzip
 import io
 import json
@@ -113,6 +114,37 @@ def test_a_web_page_is_its_text(tmp_path):
     assert "inside" in read(tmp_path / "c.html")[0].text
 
 
+@pytest.mark.parametrize(("page", "text"), [
+    ("<article>one</article><p>between</p><article>two<article>three</article></article>", "one\n\ntwo\nthree"),
+    ("<form><p>A page</p><select><option>1<option>2</select><button>Send</button></form>", "A page"),
+    ("<p>code</p><pre>a  \n\n\n\n  b</pre>\n\n\n<p>after</p>", "code\n\na  \n\n\n\n  b\n\nafter"),
+])
+def test_all_articles_forms_and_code_of_a_page_stay_as_they_are(tmp_path, page, text):
+    (tmp_path / "a.html").write_text(page)
+    assert [document.text for document in read(tmp_path / "a.html")] == [text]
+
+
+@pytest.mark.parametrize("label", ["iso-8859-1", "ISO-8859-1", "latin1", "us-ascii", "windows-1252"])
+def test_a_page_that_names_latin_1_is_read_as_browsers_do(tmp_path, label):
+    """https://encoding.spec.whatwg.org/#names-and-labels: Windows-1252, whose five holes are control characters."""
+    (tmp_path / "a.html").write_bytes(f"<meta charset={label}>".encode() + b"\x93caf\xe9\x94 \x80 5\x81")
+    assert [document.text for document in read(tmp_path / "a.html")] == ["“café” € 5\x81"]
+
+
+def test_the_encoding_of_a_record_is_the_one_its_mark_or_its_header_names(tmp_path):
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n\r\n"
+    page = "\ufeff<title>T</title><p>é</p>".encode()
+    (tmp_path / "a.warc").write_bytes(warc(
+        ("response", "application/http", http % b"text/html; charset=utf-8" + page),
+        ("response", "application/http", http % b"text/html; charset=latin1" + page),
+        ("response", "Application/HTTP", http % b"Text/HTML; Charset=KOI8-R" + "<p>да</p>".encode("koi8-r")),
+        ("resource", "Text/Plain; charset=utf-8", "\ufeffé".encode()),
+        ("resource", "text/plain; charset=utf-7", b"half +2AA- of a pair"),
+    ))
+    (tmp_path / "b.html").write_bytes(b"\xef\xbb\xbf<meta charset=utf-8><title>T</title><p>\xc3\xa9</p>")
+    assert [document.text for document in read(tmp_path)] == ["é", "é", "да", "é", "half +2AA- of a pair", "é"]
+
+
 def test_a_crawl_archive_gives_the_pages_it_holds(tmp_path):
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
     page = "<p>Ünïcödé page</p>".encode()
@@ -213,10 +245,28 @@ def test_zstd_frames_one_after_another_are_one_file(tmp_path):
     assert read(tmp_path / "a.txt.zst")[0].text == "".join(TEXTS)
 
 
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_zstd_files_of_any_long_window_are_read(tmp_path, window_log):
+    """As `zstd --long=28` writes them: the header asks for that much, whatever there is."""
+    size = (window_log - 10) << 3  # RFC 8878, 3.1.1.1.2: the exponent of the window, of a frame that does not tell its size
+    raw_block = (len(b"text") << 3 | 1).to_bytes(3, "little") + b"text"
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00" + bytes([size]) + raw_block)
+    assert [document.text for document in read(tmp_path / "a.txt.zst")] == ["text"]
+
+
 def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     [document] = read(tmp_path / "a.txt")
     assert (document.text, document.byte_start, document.byte_end) == ("hello", 3, 8)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json"])
+def test_a_byte_order_mark_does_not_hide_the_first_line(tmp_path, name):
+    data = b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(data)
+    documents = read(tmp_path / name)
+    assert [document.text for document in documents] == ["one", "two"]
+    assert [json.loads(data[d.byte_start : d.byte_end].decode()) for d in documents] == [{"text": "one"}, {"text": "two"}]
 
 
 def test_folders_are_read_in_sorted_order_without_hidden_or_unknown_files(tmp_path):
@@ -227,6 +277,43 @@ def test_folders_are_read_in_sorted_order_without_hidden_or_unknown_files(tmp_pa
     assert names == ["a.py", "b/1.md", "b/2.txt", "z.txt.gz"]
     found = list_files([SourceConfig(path=str(tmp_path / "**/*.txt"))])
     assert [Path(f.uri).name for f in found] == ["2.txt"]
+
+
+def test_links_give_each_file_once(tmp_path):
+    """As a folder and as a glob: a link to the folder itself, to a folder beside it, to a file, and to nothing."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "c.txt").write_text("c")
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    (folder / "deep" / "b.txt").write_text("b")
+    for name, target in {"loop": ".", "other": "../beside", "link.txt": "deep/b.txt", "gone.txt": "nowhere"}.items():
+        (folder / name).symlink_to(target)
+    (folder / "deep" / "up").symlink_to("..")
+    for path in (folder, folder / "**" / "*.txt"):
+        found = list_files([SourceConfig(path=str(path))])
+        assert [Path(file.uri).relative_to(folder).as_posix() for file in found] == ["a.txt", "link.txt", "other/c.txt"]
+
+
+@pytest.mark.parametrize("pattern", [
+    "*.txt", "**/*.txt", "**", "a/**", "a/**/*.txt", "**/b/*.txt", "**/b/**/*.txt", "a*/**/*.txt", "**/.h/*.txt",
+    "[[]x]/**/*.txt", "x**/*.txt"])
+def test_a_glob_matches_what_the_library_matches_where_there_are_no_links(tmp_path, monkeypatch, pattern):
+    for name in ("1.txt", "a/2.txt", "a/b/3.txt", "b/4.txt", "b/b/5.txt", ".h/6.txt", "[x]/7.txt", "x/y/8.txt", "a/.h/9.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)
+    expected = sorted({os.path.abspath(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)})
+    for path in (pattern, str(tmp_path / pattern)):
+        found = [file.uri for file in list_files([SourceConfig(path=path)])] if expected else []
+        assert found == expected
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("text")
+    for path in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(UserError, match=r"data.sources\[0\]: the file name b'.*caf\\xe9.txt' is not UTF-8; rename the file"):
+            list_files([SourceConfig(path=str(path))])
 
 
 def test_empty_files_in_a_folder_are_no_mistake_but_a_named_one_is(tmp_path):
@@ -277,6 +364,7 @@ def test_the_help_topics_are_a_corpus():
     ("a.jsonl", b'{"body": "x", "title": "y"}\n', "wrong field", "the fields are 'body', 'title'"),
     ("a.jsonl", b'{"text": 7}\n', "wrong field", "is an integer, not text"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "wrong encoding", "surrogate pair (U+D800)"),
+    ("a.jsonl", b'{"\\ud800": "x"}\n', "wrong field", r"the fields are '\ud800'"),
     ("a.jsonl", b'{"text": "\xff"}\n', "wrong encoding", "a.jsonl:1: not UTF-8"),
     ("a.jsonl", b"[" * 100000 + b"\n", "bad JSON", "nested too deep"),
     ("a.jsonl", b'{"text": null}\n', "no text", "a.jsonl:1: field 'text' is null"),
@@ -294,10 +382,12 @@ def test_the_help_topics_are_a_corpus():
     ("a.arrow", b"ARROW1 not really", "damaged", "not a complete Arrow file"),
     ("a.feather", b"", "damaged", "not a complete Arrow file"),
     ("a.warc", b"not a record\r\n", "damaged", "not a WARC record at byte 0"),
+    ("a.warc", "WARC/1.0\r\nContent-Length: \u00b2\r\n\r\n".encode(), "damaged", "not a WARC record at byte 0"),
+    ("a.warc", b"WARC/1.0\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", "damaged", "not a WARC record at byte 0"),
     ("a.warc", warc(("conversion", "text/plain", b"text " * 99))[:-90], "damaged", "ends inside the record at byte 0"),
     ("a.wet", warc(("conversion", "text/plain", b"caf\xe9")), "wrong encoding", "record 0 (http://example.org/0)"),
     ("a.html", b"<p>caf\xe9</p>", "wrong encoding", "not UTF-8 (0xe9 at byte 6), and it names no encoding"),
-    ("a.html", b"<meta charset=ascii>\xe9", "wrong encoding", "not UTF-8 (0xe9 at byte 20), nor the encoding it names (ascii)"),
+    ("a.html", b"<meta charset=cp932>\xe9", "wrong encoding", "not UTF-8 (0xe9 at byte 20), nor the encoding it names (cp932)"),
     ("a.html", b"<meta charset=undefined>\xe9", "wrong encoding", "nor the encoding it names (undefined)"),
     ("a.html", b"", "empty", "empty"),
 ])
@@ -423,6 +513,60 @@ def test_an_encrypted_zip_is_a_sentence(tmp_path):
     (tmp_path / "a.zip").write_bytes(data)
     [problem] = read(tmp_path / "a.zip")
     assert problem.reason == "damaged" and "encrypted" in problem.message
+
+
+def test_a_bad_member_of_an_archive_does_not_hide_the_good_ones(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("a.txt", "b.txt", "./c.txt", "e.txt.bz2", "é.txt"):
+            archive.writestr(name, f"the text of {name}")
+    data = (tmp_path / "a.zip").read_bytes().replace(b"text of b.txt", b"TEXT of b.txt")  # no longer what its checksum says
+    (tmp_path / "a.zip").write_bytes(data.replace("é.txt".encode(), b"\xff\xff.txt", 1))  # the name before the member alone
+    found = read(tmp_path / "a.zip")
+    assert [item.text for item in found if isinstance(item, Document)] == ["the text of ./c.txt", "the text of a.txt"]
+    problems = [item for item in found if isinstance(item, Unreadable)]
+    assert [(item.reason, item.message.partition(":")[0]) for item in problems] == [
+        ("damaged", f"{tmp_path}/a.zip!{name}") for name in ("b.txt", "e.txt.bz2", "é.txt")]
+
+
+def test_what_macos_and_git_hide_in_an_archive_is_not_read_and_a_name_that_occurs_twice_is_read_twice(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "first")
+        archive.writestr("__MACOSX/._a.txt", b"\0\5\x16\7\0")
+        archive.writestr("x/.git/b.txt", "hidden")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.txt", "second")
+    assert [document.text for document in read(tmp_path / "a.zip")] == ["first", "second"]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".bz2", ".xz"])
+def test_a_compressed_archive_is_read_like_any_other(tmp_path, compression):
+    with zipfile.ZipFile(tmp_path / "made", "w") as archive:
+        archive.writestr("a.txt", "text")
+    (tmp_path / f"a.zip{compression}").write_bytes(compress((tmp_path / "made").read_bytes(), compression))
+    assert [document.text for document in read(tmp_path / f"a.zip{compression}")] == ["text"]
+
+
+@pytest.mark.parametrize(("name", "data", "texts"), [
+    ("a.txt", b"some text\0 and more of it", ["some text\0 and more of it"]),
+    ("a.jsonl", b'{"text": "the first"}\n{"text": "a stray \0 here"}\n{"text": "the last"}\n', ["the first", None, "the last"]),
+    ("a.csv", b"id,text\n1,the first\n2,a stray \0 here\n3,the last\n", ["the first", "a stray \0 here", "the last"]),
+    ("a.html", b"<p>the first, and then a stray \0 here</p>", ["the first, and then a stray here"]),
+    ("a.txt", b"\0" + b"x" * 4093 + "é".encode() + b"more", ["\0" + "x" * 4093 + "émore"]),  # 4 KiB end inside a character
+])
+def test_a_stray_nul_does_not_make_a_file_binary(tmp_path, name, data, texts):
+    (tmp_path / name).write_bytes(data)
+    found = [document.text if isinstance(document, Document) else None for document in read(tmp_path / name)]
+    assert [text and " ".join(text.split()) if name == "a.html" else text for text in found] == texts
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_large_binary_file_is_one_sentence_however_it_is_cut(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(readers, "LARGEST_PLAIN", 1000)
+    (tmp_path / name).write_bytes(b"\x89PNG\0\n" + b"an ASCII line in it\n" * 1000)
+    [file] = list_files([SourceConfig(path=str(tmp_path / name))])
+    [part] = scan(Part(((0, file),)), 2000)
+    [problem] = read_documents(file, span=part.span)
+    assert problem.reason == "binary" and part.span.stop is None
 
 
 def test_a_bad_line_does_not_hide_the_good_ones(tmp_path):

@@ -136,6 +136,7 @@ BAD = {
     "null": (bad({"label": None}), "classification", "a.jsonl:4: field 'label' is empty"),
     "object": (bad({"label": {"a": 1}}), "classification", "a.jsonl:4: field 'label' is an object"),
     "NaN class": (bad({"label": float("nan")}), "classification", "a.jsonl:4: field 'label' is NaN"),
+    "half a pair": (bad({"label": "\ud800"}), "classification", "field 'label' holds half of a surrogate pair (U+D800)"),
     "one class": ([{"text": f"t {n}", "label": "a"} for n in range(20)], "classification", "at least two classes"),
     "word": ([{"text": "a", "label": 1.5}, {"text": "b", "label": "big"}], "regression", "a.jsonl:2: field 'label' is 'big', not"),
     "NaN": ([{"text": "a", "label": 1.5}, {"text": "b", "label": float("nan")}], "regression", "a.jsonl:2: field 'label' is nan"),

@@ -43,7 +43,8 @@ class DataConfig(Section):
     deduplicate: DeduplicateConfig = Field(default_factory=DeduplicateConfig)
     decontaminate: DecontaminateConfig = Field(default_factory=DecontaminateConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
-    augment: list[Augmentation] = Field(default_factory=list, description="applied in this order to training documents")
+    augment: list[Augmentation] = Field(
+        default_factory=list, description="applied in this order to training documents, but what sets sentinels comes last")
     augment_epochs: int = Field(1, ge=1, description="augmented versions of each training document, each drawn anew")
     augment_originals: bool = Field(True, description="keep the documents as they are besides; False: versions instead")
     augment_seed: int = Field(0, ge=0)

@@ -59,9 +59,7 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
         if directory is not None:
             raise UserError(f"data.prepared = '{config.prepared}': that folder is prepared already; leave data.prepared out to build")
         return _as_it_is(config)
-    labels = (config.label_fields, config.label_type)
-    files = list_files(config.sources, labels=labels)
-    files += list_files(config.validation, "data.validation", "validation", labels)
+    files = _files(config, progress)
     settings = _settings(config)
     settings_hash = _hash(settings)
 
@@ -87,6 +85,25 @@ def prepare(config: DataConfig, *, directory: str | Path | None = None, progress
                 dataset = _opened(target, config, verify=False)  # every file has just been hashed
                 dataset.reused = False
     return dataset
+
+
+def _files(config: DataConfig, progress: Progress) -> list[SourceFile]:
+    """The files of the sources, then those held out by name; one that both name is held out, and said to be."""
+    labels = (config.label_fields, config.label_type)
+    files = list_files(config.sources, labels=labels)
+    held_out = list_files(config.validation, "data.validation", "validation", labels)
+    place = lambda file: file.path if file.remote else os.path.realpath(file.path)
+    places = {place(file) for file in held_out}
+    kept: list[SourceFile] = []
+    both: list[SourceFile] = []
+    for file in files:
+        (both if places and place(file) in places else kept).append(file)
+    if both and not kept:
+        raise UserError("data.sources: data.validation names all their files too, so none is left to train on; give other sources")
+    if both:
+        more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+        progress(f"leaving out of data.sources what data.validation names: {both[0].uri}{more}", len(both), len(both))
+    return kept + held_out
 
 
 def _opened(folder: Path, config: DataConfig, verify: bool) -> Dataset:
@@ -234,17 +251,16 @@ def _explained(target: Path, advice: str) -> Iterator[None]:
 
 def _build(config: DataConfig, settings: dict[str, Any], settings_hash: str, files: list[SourceFile], folder: Path,
            target: Path, progress: Progress, workers: Workers) -> None:
-    if ledger.read_record(folder / "settings.json") != {"hash": settings_hash}:
-        for name in ("blocks", "refined", "tokens", "tokenizer"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        ledger.commit(folder / "settings.json", {"hash": settings_hash})
+    splitter = Splitter(config, files)
+    _forget_what_changed(folder, {"hash": settings_hash, "split": splitter.describe(),
+                                  "files": hashlib.sha256(repr(files).encode()).hexdigest()})
     shutil.rmtree(folder / "result", ignore_errors=True)
     for name in ("blocks", "refined", "tokens", "result/shards"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for leftover in itertools.chain(folder.glob("blocks/.*.tmp"), folder.glob("tokens/.*.tmp")):
         leftover.unlink(missing_ok=True)
     manifest = {"format": FORMAT, "settings_hash": settings_hash, "settings": settings,
-                **_fill(config, files, folder, progress, workers)}
+                **_fill(config, files, splitter, folder, progress, workers)}
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     shards.write_file(folder / "result" / MANIFEST, [text.encode()])
     with contextlib.suppress(OSError):
@@ -252,11 +268,21 @@ def _build(config: DataConfig, settings: dict[str, Any], settings_hash: str, fil
     os.rename(folder / "result", target)
 
 
-def _fill(config: DataConfig, files: list[SourceFile], folder: Path, progress: Progress, workers: Workers,
+def _forget_what_changed(folder: Path, made_for: dict[str, Any]) -> None:
+    """Remove finished work that was made for something else: of a changed list of files all but the blocks, each of which
+    bears the name of what was read."""
+    known = ledger.read_record(folder / "settings.json") or {}
+    if known != made_for:
+        same = all(known.get(key) == made_for[key] for key in ("hash", "split"))
+        for name in ("refined", "tokens", "tokenizer", *(() if same else ("blocks",))):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        ledger.commit(folder / "settings.json", made_for)
+
+
+def _fill(config: DataConfig, files: list[SourceFile], splitter: Splitter, folder: Path, progress: Progress, workers: Workers,
           ) -> dict[str, Any]:
     """Write shards and tokenizer into folder/result; returns the manifest without its settings."""
     forget()
-    splitter = Splitter(config, files)
     build = Build(Setup(config, folder, splitter, ledger.BLOCK_BYTES), files, workers, progress)
     blocks = build.read()
     read, records = _merged(config, blocks)

@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 import zstandard
 
+LARGEST_WINDOW = 1 << 31  # bytes: of `zstd --long=31`, the most there is
+
 
 class _ZstdFrames(io.RawIOBase):
     """The decompressed bytes of one or more frames. Raises EOFError where the last frame is cut short."""
@@ -33,7 +35,7 @@ class _ZstdFrames(io.RawIOBase):
                     raise EOFError("it ends in the middle of a frame")
                 return 0
             if self._frame is None or self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
             self._ready = memoryview(self._frame.decompress(compressed))
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]

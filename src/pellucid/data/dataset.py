@@ -333,14 +333,25 @@ class Split:
         return Batch(*shaped, torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(source.astype(np.int64)), labels)
 
     def byte_range(self, document: int, start: int, stop: int, origin: dict[str, Any]) -> dict[str, Any]:
-        """Bytes of some tokens of a document: the sum of their own bytes, where the source's bytes are the text."""
-        if not origin["exact"]:
+        """Bytes of some tokens of a document: the sum of their own bytes, where these are the source's; else the whole document's."""
+        before = self.bytes_before_text(document, origin)
+        if before is None:
             return {"byte_start": origin["byte_start"], "byte_end": origin["byte_end"], "exact": False}
         first = int(self.reader.starts[document])
-        ends = np.cumsum(self.tokenizer.byte_lengths[self.reader.tokens(np.arange(first, first + origin["tokens"]))])
-        extra = int(ends[-1]) - origin["text_bytes"]  # SentencePiece puts a space before the text
-        bounds = [max(0, int(ends[n - 1]) - extra) if n else 0 for n in (start, stop)]
+        ends = np.cumsum(self.tokenizer.byte_lengths[self.reader.tokens(np.arange(first, first + stop))])
+        bounds = [max(0, int(ends[n - 1]) - before) if n else 0 for n in (start, stop)]
         return {"byte_start": origin["byte_start"] + bounds[0], "byte_end": origin["byte_start"] + bounds[1], "exact": True}
+
+    def bytes_before_text(self, document: int, origin: dict[str, Any]) -> int | None:
+        """How many bytes a document's tokens spell before its text: SentencePiece puts a space there. None where they do not
+        spell the very bytes of the source: a stage changed these, or the tokenizer did (the content hash tells)."""
+        if not origin["exact"]:
+            return None
+        first = int(self.reader.starts[document])
+        tokens = self.reader.tokens(np.arange(first, first + origin["tokens"])).tolist()
+        spelled = b"".join(map(self.tokenizer.token_bytes, tokens))
+        before = max(0, len(spelled) - origin["text_bytes"])
+        return before if hashlib.blake2b(spelled[before:], digest_size=16).digest() == origin["content_hash"] else None
 
 
 def packing_of(folder: Path, split: dict[str, Any], config: DataConfig, name: str) -> dict[str, Any]:

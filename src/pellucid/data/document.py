@@ -103,8 +103,17 @@ def kind_of(value: Any) -> str:
 
 def unreadable_field(where: str, field: str, present: list[str], setting: str = "text_field") -> Unreadable:
     """A record or table without the field that should hold its text (or its label)."""
-    names = ", ".join(f"'{name}'" for name in present[:12]) or "none"
+    names = ", ".join(map(repr, present[:12])) or "none"
     return Unreadable("wrong field", f"{where}: no field '{field}'; the fields are {names} (set {setting})")
+
+
+def half_surrogate(text: str, where: str) -> Unreadable | None:
+    """What is wrong with a text that cannot be written in UTF-8, as JSON's escapes allow."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return Unreadable("wrong encoding", f"{where} holds half of a surrogate pair (U+{ord(text[error.start]):04X})")
+    return None
 
 
 @dataclass

@@ -28,7 +28,7 @@ def describe_origin(found: dict[str, Any]) -> Text:
         text.append(f"token {token['number']:,} of {found['split']}: ", style="bold").append(ascii(found["text"]), style="bold yellow")
         text.append(f" (id {token['id']}), number {token['position']} of {found['tokens']} in its document\n")
     text.append(f"document   {found['split']} {found['document']:,}, in rows {', '.join(map(str, found['rows'][:8]))}\n")
-    exact = "" if found["exact"] else "  (of the whole document: a stage changed it, or its file is no plain text)"
+    exact = "" if found["exact"] else "  (of the whole document: its file is no plain text, or a stage or the tokenizer changed it)"
     text.append(f"source     {found['source']}  #{found['ordinal']}\n", style="cyan")
     text.append(f"bytes      {found['byte_start']}-{found['byte_end']}{exact}\n", style="cyan")
     for stage, decision in found["decisions"].items():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pellucid.config import DataConfig, UserError
-from pellucid.data.document import SourceFile, Unreadable, kind_of, unreadable_field
+from pellucid.data.document import SourceFile, Unreadable, half_surrogate, kind_of, unreadable_field
 
 SHOWN = 5  # names of classes in a sentence
 
@@ -47,7 +47,7 @@ def _category(value: Any, where: str) -> str | Unreadable:
     if isinstance(value, float) and value.is_integer():  # what tables make of integers beside missing values
         value = int(value)
     if isinstance(value, str | int):
-        return str(value)
+        return half_surrogate(str(value), where) or str(value)
     kind = "NaN" if value != value else kind_of(value)
     return Unreadable("wrong label", f"{where} is {kind}; a class is a name or an integer")
 

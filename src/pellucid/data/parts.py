@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pellucid.config import DataConfig
 from pellucid.data.document import WHOLE, SourceFile, Span
-from pellucid.data.readers import PLAIN, plain_cuts
+from pellucid.data.readers import LOOKED_AT, PLAIN, no_text, plain_cuts
 from pellucid.data.readers_tables import row_groups
 from pellucid.data.shards import file_sha256
 from pellucid.data.sources import opened
@@ -84,7 +84,9 @@ def scan(part: Part, block_bytes: int) -> list[Part]:
     file = part.files[0][1]
     sha256 = None if file.remote else file_sha256(file.path)
     with opened(file) as (_, stream):
-        if file.format in PLAIN:
+        if file.format != "parquet" and no_text(stream.peek(LOOKED_AT)[:LOOKED_AT], file):
+            starts = iter([(0, 0)])  # whole: reading it says so, once
+        elif file.format in PLAIN:
             starts = _plain_starts(stream, block_bytes)
         elif file.format == "parquet":
             starts = _row_starts(stream, block_bytes)

@@ -16,7 +16,7 @@ from pellucid.data import shards
 from pellucid.data.blocks import Block, commit, finished_block, read_record
 from pellucid.data.document import SourceFile, Span
 from pellucid.data.parts import Part, plan_parts, worth_scanning
-from pellucid.data.pipeline import ReadJob, ScanJob, Setup, ShardJob, TokenizeJob, block_name
+from pellucid.data.pipeline import ReadJob, ScanJob, Setup, ShardJob, TokenizeJob, block_name, part_name
 from pellucid.data.workers import Workers
 
 Progress = Callable[..., None]  # (stage, done, total, detail=""); bytes, except where the stage says files
@@ -167,11 +167,13 @@ class Build:
         for part in self.parts:
             for number, _ in part.files:
                 hashes[number] = hashes[number] or part.sha256
+        places = {part.name: [number for number, _ in part.files] for part in self.parts}
         for block in blocks:
-            for number, count in block.facts["files"].items():
-                documents[int(number)] += count
-            for number, digest in block.facts["sha256"].items():
-                hashes[int(number)] = digest
+            numbers = places[part_name(block)]
+            for place, count in block.facts["files"].items():
+                documents[numbers[int(place)]] += count
+            for place, digest in block.facts["sha256"].items():
+                hashes[numbers[int(place)]] = digest
         return [{"uri": file.uri, "path": str(file.path), "source_index": file.source_index, "split": file.split,
                  "size": file.size, "version": file.version, "sha256": hashes[number], "documents": documents[number]}
                 for number, file in enumerate(self.files)]

@@ -24,7 +24,7 @@ import numpy as np
 
 from pellucid.config import DataConfig, UserError
 from pellucid.data.augment.identity import materialized
-from pellucid.data.augment.materialize import Item, Materializer
+from pellucid.data.augment.materialize import Item, Materializer, augmentation_of
 from pellucid.data.blocks import BLOCK_DOCUMENTS, Block, BlockWriter, commit
 from pellucid.data.document import Document, Dropped, SourceFile, Stage, StageRecord, Unreadable, utf8_size
 from pellucid.data.parts import Part, scan
@@ -70,6 +70,7 @@ class ScanJob(Job):
     part: Part
 
     def run(self, setup: Setup) -> Iterator[Report]:
+        _unchanged(self.part.files[0][1])
         yield "parts", scan(self.part, setup.block_bytes)
 
 
@@ -110,18 +111,23 @@ def block_name(part: Part, number: int) -> str:
     return f"{part.name}.{number:06d}"
 
 
+def part_name(block: Block) -> str:
+    """The name of the part that a block was read from."""
+    return block.name.partition(".")[0]
+
+
 @dataclass
 class _Reading:
     """The items of a part's files in order, with what is known of each file once it has been read."""
 
     part: Part
     position: int = 0  # in the files as stored
-    number: int = 0  # of the file being read
+    number: int = 0  # of the file being read, within the part
     ended: dict[str, str | None] = field(default_factory=dict)  # sha256 of the files that were read to their end
 
     def items(self, on_error: str) -> Iterator[Document | Unreadable]:
         before = 0
-        for number, file in self.part.files:
+        for number, (_, file) in enumerate(self.part.files):
             self.number = number
             _unchanged(file)
             start = self.part.span.start if file.format != "parquet" else 0
@@ -140,7 +146,12 @@ class _Reading:
 
 
 def _unchanged(file: SourceFile) -> None:
-    if not file.remote and state_of(Path(file.path)) != (file.size, file.version):
+    try:
+        changed = not file.remote and state_of(Path(file.path)) != (file.size, file.version)
+    except OSError as error:
+        raise UserError(f"{file.uri}: the file went away while the data were built ({error.strerror}); put it back, or "
+                        "start again without it") from None
+    if changed:
         raise UserError(f"{file.uri}: the file changed while it was read; start again when it is complete")
 
 
@@ -200,6 +211,7 @@ def forget() -> None:
     """A build begins: what an earlier one in this process loaded from files may have changed since."""
     _stages_of.cache_clear()
     _tokenizer.cache_clear()
+    augmentation_of.cache_clear()
 
 
 @lru_cache(maxsize=2)

@@ -10,19 +10,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+from codecs import BOM_UTF8, getincrementaldecoder
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
-from pellucid.data.compression import OPENERS
-from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, kind_of, unreadable_field
+from pellucid.data.compression import DAMAGE, OPENERS
+from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, half_surrogate, kind_of, unreadable_field
 from pellucid.data.labels import read_label
-from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet
+from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet, seekable
 from pellucid.data.readers_web import read_html, read_warc
 
-LOOKED_AT = 1 << 12  # bytes at a file's start; a NUL among them says that it is no text
+LOOKED_AT = 1 << 12  # bytes at a file's start; they say whether it is text
 LARGEST_PLAIN = 1 << 20  # bytes; a longer plain file becomes several documents, cut at line ends
 LARGEST_LINE = 1 << 28  # bytes of one line of jsonl or csv, and of one record of csv
 LARGEST_JSON = 1 << 30  # bytes of one json file that is not line by line
@@ -32,7 +33,7 @@ def read_plain(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterat
     """A text file is one document; one longer than LARGEST_PLAIN becomes several, cut after a line end."""
     start, ordinal = span.start, span.ordinal
     for block in plain_cuts(stream, span):
-        skip = 3 if start == 0 and block.startswith(b"\xef\xbb\xbf") else 0  # a byte order mark is no text
+        skip = 3 if start == 0 and block.startswith(BOM_UTF8) else 0  # a byte order mark is no text
         text, end = _decode(block[skip:], file, start + skip), start + len(block)
         yield text if isinstance(text, Unreadable) else Document(
             text, file.uri, file.source_index, ordinal, start + skip, end, True, file.split)
@@ -61,13 +62,14 @@ def read_jsonl(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterat
     while (span.stop is None or start < span.stop) and (line := stream.readline(LARGEST_LINE)):
         number += 1
         size, body = len(line), line.rstrip(b"\r\n")
+        first = 3 if start == 0 and body.startswith(BOM_UTF8) else 0  # a byte order mark is no part of the line
         if size == LARGEST_LINE and not line.endswith(b"\n"):
             size += sum(len(more) for more in _rest_of_line(stream))
             yield _line_too_long(f"{file.uri}:{number}", size)
-        elif body.strip():
-            found = _json_text(body, f"{file.uri}:{number}", file)
+        elif body[first:].strip():
+            found = _json_text(body[first:], f"{file.uri}:{number}", file)
             yield found if isinstance(found, Unreadable) else Document(
-                found[0], file.uri, file.source_index, number - 1, start, start + len(body), False, file.split, found[1])
+                found[0], file.uri, file.source_index, number - 1, start + first, start + len(body), False, file.split, found[1])
         start += size
     if start == 0 and file.named:
         yield Unreadable("empty", f"{file.uri}: the file is empty")
@@ -83,7 +85,7 @@ def read_json(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterato
     try:
         value = _json(content)
     except (ValueError, RecursionError):
-        wrong = _no_text(content[:LOOKED_AT], file)
+        wrong = no_text(content[:LOOKED_AT], file)
         yield from [wrong] if wrong else read_jsonl(io.BytesIO(content), file)  # its messages name the line
         return
     for number, record in enumerate(value if isinstance(value, list) else [value]):
@@ -190,18 +192,29 @@ def _line_too_long(where: str, size: int) -> Unreadable:
 
 
 def read_zip(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
-    """Every member of a known kind, in the order of names; its documents bear the uri ARCHIVE!MEMBER."""
+    """Every member of a known kind, in the order of names, but for hidden ones; its documents bear the uri ARCHIVE!MEMBER."""
     try:
-        with ZipFile(stream) as archive:
-            for name in sorted(archive.namelist()):
-                known = known_format(name)
-                if known is None or known[0] == "zip":
-                    continue
-                member = replace(file, uri=f"{file.uri}!{name}", format=known[0], compression=known[1], named=False)
-                with archive.open(name) as raw, OPENERS[member.compression](raw) as inner:
-                    yield from READERS[member.format](inner, member)
-    except (BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged; encrypted; unknown method
+        archive = ZipFile(seekable(stream, file))
+    except (BadZipFile, NotImplementedError, ValueError) as error:  # the last: a name that is not in the encoding it says
         yield Unreadable("damaged", f"{file.uri}: not a zip archive that can be read ({error})")
+        return
+    for info in sorted(archive.infolist(), key=lambda info: info.filename):
+        known = known_format(info.filename)
+        if known is None or known[0] == "zip" or any(map(_hidden, info.filename.split("/"))):
+            continue
+        member = replace(file, uri=f"{file.uri}!{info.filename}", format=known[0], compression=known[1], named=False)
+        try:
+            with archive.open(info) as raw, OPENERS[member.compression](raw) as inner:
+                yield from READERS[member.format](inner, member)
+        except (BadZipFile, RuntimeError, NotImplementedError, UnicodeDecodeError, OSError, *DAMAGE) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the archive, not of what it holds
+            yield Unreadable("damaged", f"{member.uri}: cannot be read ({error}); pack it again")  # damaged; encrypted; unknown method
+
+
+def _hidden(part: str) -> bool:
+    """Whether a part of a path says that all behind it is no content: .git, and what macOS puts beside each file."""
+    return part == "__MACOSX" or (part.startswith(".") and part not in (".", ".."))
 
 
 def read_topics(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
@@ -216,25 +229,36 @@ def read_topics(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Itera
 def _looked_at(reader: Callable) -> Callable:
     """A reader that first looks at a file's first bytes, so that a binary one is one sentence and not one a line."""
     def read(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
-        wrong = None if span.start else _no_text(stream.peek(LOOKED_AT)[:LOOKED_AT], file)
+        wrong = None if span.start else no_text(stream.peek(LOOKED_AT)[:LOOKED_AT], file)
         yield from [wrong] if wrong else reader(stream, file, span)
 
     return read
 
 
-def _no_text(block: bytes, file: SourceFile, start: int = 0) -> Unreadable | None:
-    """Why a block of bytes, which lies at byte `start` of a file, is UTF-16 or no text at all."""
+def no_text(block: bytes, file: SourceFile) -> Unreadable | None:
+    """Why a file that begins with this block is UTF-16 or no text at all: NULs among other bytes than UTF-8, or many of them.
+
+    A stray NUL in a text is no reason: in JSON it costs its line, elsewhere normalizing takes it out.
+    """
     if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-        value = f"0x{block[0]:02x} at byte {start}"
+        value = f"0x{block[0]:02x} at byte 0"
         return Unreadable("wrong encoding", f"{file.uri}: UTF-16, not UTF-8 ({value}); convert it: iconv -f utf-16 -t utf-8")
-    if (nul := block.find(b"\0")) >= 0:
-        return Unreadable("binary", f"{file.uri}: a binary file, not text (a NUL byte at byte {start + nul})")
+    count = block.count(b"\0")
+    if count > len(block) / 20 or (count and not _is_utf8(block)):
+        return Unreadable("binary", f"{file.uri}: a binary file, not text (a NUL byte at byte {block.find(0)})")
     return None
 
 
+def _is_utf8(block: bytes) -> bool:
+    """Whether a block, which may end inside a character, is UTF-8."""
+    try:
+        getincrementaldecoder("utf-8")().decode(block)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _decode(block: bytes, file: SourceFile, start: int) -> str | Unreadable:
-    if wrong := _no_text(block, file, start):
-        return wrong
     try:
         return block.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -284,11 +308,8 @@ def _record_text(record: object, where: str, file: SourceFile) -> tuple[str, str
         return Unreadable("no text", f"{where}: field '{file.text_field}' is null")
     if not isinstance(text, str):
         return Unreadable("wrong field", f"{where}: field '{file.text_field}' is {kind_of(text)}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        return Unreadable("wrong encoding", f"{where}: half of a surrogate pair ({code}) in field '{file.text_field}'")
+    if wrong := half_surrogate(text, f"{where}: field '{file.text_field}'"):
+        return wrong
     label = read_label(record, file, where)
     return label if isinstance(label, Unreadable) else (text, label)
 
@@ -302,7 +323,7 @@ def _whole_characters(block: bytes) -> int:
 
 
 READERS: dict[str, Callable[[BinaryIO, SourceFile, Span], Iterator[Document | Unreadable]]] = {
-    "txt": read_plain, "md": read_plain, "py": read_plain, "rst": read_plain,
+    "txt": _looked_at(read_plain), "md": _looked_at(read_plain), "py": _looked_at(read_plain), "rst": _looked_at(read_plain),
     "jsonl": _looked_at(read_jsonl), "ndjson": _looked_at(read_jsonl), "json": read_json,
     "csv": _looked_at(read_csv), "tsv": _looked_at(read_csv),
     "parquet": read_parquet, "arrow": read_arrow, "feather": read_arrow,

@@ -23,7 +23,7 @@ from pellucid.data.remote import silence
 def read_parquet(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
     """One row, one document. A span starts and stops at row groups (see `row_groups`)."""
     try:
-        table = pq.ParquetFile(_seekable(stream, file))
+        table = pq.ParquetFile(seekable(stream, file))
         problem = _wrong_column(table.schema_arrow, file)
         if problem:
             yield problem
@@ -54,7 +54,7 @@ def _running(counts: list[int]) -> list[int]:
 def read_arrow(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
     """An Arrow file (feather v2) or an Arrow stream; one row, one document."""
     try:
-        source = _seekable(stream, file)
+        source = seekable(stream, file)
         start = source.read(6)
         source.seek(0)
         if start == b"ARROW1":
@@ -175,7 +175,7 @@ def _damaged(error: Exception, file: SourceFile) -> Unreadable:
     return Unreadable("damaged", f"{file.uri}: not a complete {kind} file ({_reason(error)})")
 
 
-def _seekable(stream: BinaryIO, file: SourceFile) -> BinaryIO:
+def seekable(stream: BinaryIO, file: SourceFile) -> BinaryIO:
     """The stream itself, or a temporary copy of what it decompresses to."""
     if stream.seekable() and not file.compression:
         return stream

@@ -6,6 +6,7 @@ WARC 1.0 and 1.1 (ISO 28500): `response` and `resource` records with HTML or pla
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import gzip
 import re
@@ -17,10 +18,12 @@ from pellucid.config import UserError
 from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable
 
 LARGEST_PAGE = 1 << 26  # bytes
-DROPPED = "script, style, noscript, template, svg, nav, header, footer, iframe, form"
+DROPPED = "script, style, noscript, template, svg, nav, header, footer, iframe, select, textarea, button"
 BLOCKS = ("p div section article main aside h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr blockquote pre figure figcaption "
           "hr address").split()
 CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?\s*([A-Za-z0-9_-]+)""", re.IGNORECASE)
+LATIN1 = ("iso8859-1", "ascii", "cp1252")  # read as Windows-1252, as the WHATWG's Encoding Standard has it
+WINDOWS_1252 = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(256))
 BLANKS = re.compile(r"[ \t\f\v]+")
 
 
@@ -82,7 +85,7 @@ def _header(stream: BinaryIO) -> tuple[dict[str, str] | None, int]:
         size += len(line)
         name, _, value = line.decode("utf-8", "replace").partition(":")
         fields[name.strip().lower()] = value.strip()
-    if not line or not fields.get("content-length", "").isdigit():
+    if not line or not re.fullmatch("[0-9]{1,18}", fields.get("content-length", "")):
         return None, size
     return fields, size + len(line)
 
@@ -95,7 +98,7 @@ def _skip(stream: BinaryIO, size: int) -> bool:
 
 def _record_text(head: dict[str, str], content: bytes, where: str) -> str | Unreadable | None:
     """The text of a record, or None where it has none to read."""
-    kind, mime = head.get("warc-type", ""), head.get("content-type", "")
+    kind, mime = head.get("warc-type", "").lower(), head.get("content-type", "").lower()
     if kind == "response" and mime.startswith("application/http"):
         status, _, rest = content.partition(b"\r\n")
         fields, _, body = rest.partition(b"\r\n\r\n")
@@ -103,7 +106,7 @@ def _record_text(head: dict[str, str], content: bytes, where: str) -> str | Unre
             return None
         headers = {name.strip().lower(): value.strip() for name, _, value in
                    (line.partition(":") for line in fields.decode("latin1").split("\r\n"))}
-        mime = headers.get("content-type", "text/html")
+        mime = headers.get("content-type", "text/html").lower()
         try:
             content = _decoded_body(headers, body)
         except (ValueError, OSError, EOFError, zlib.error) as error:
@@ -134,9 +137,13 @@ def _decoded_body(headers: dict[str, str], body: bytes) -> bytes:
 
 
 def _text(content: bytes, where: str, charset: str | None) -> str | Unreadable:
-    if charset:
+    if charset and not content.startswith(codecs.BOM_UTF8):  # that mark says UTF-8, whatever is named
         with contextlib.suppress(LookupError, UnicodeError):  # there is a codec called "undefined"
-            return content.decode(charset)
+            if codecs.lookup(charset).name in LATIN1:
+                return codecs.charmap_decode(content, "strict", WINDOWS_1252)[0]
+            text = content.decode(charset)
+            text.encode()  # UTF-7 may hold half of a surrogate pair
+            return text
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -161,12 +168,11 @@ def html_text(markup: str) -> str:
     tree = LexborHTMLParser(markup)
     for node in tree.css(DROPPED):
         node.decompose()
-    node = tree.css_first("main") or tree.css_first("article") or tree.body
-    if node is None:
-        return ""
     parts: list[str] = []
-    _walk(node, parts, False)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", "".join(parts))).strip("\n \t")
+    for node in tree.css("main")[:1] or tree.css("article:not(article article)") or tree.css("body"):
+        _walk(node, parts, False)
+    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", "".join(parts)))
+    return text.replace("\r", "\n").strip("\n \t")
 
 
 def _walk(root: object, parts: list[str], inside_pre: bool) -> None:
@@ -180,7 +186,9 @@ def _walk(root: object, parts: list[str], inside_pre: bool) -> None:
         tag = node.tag
         if tag == "-text":
             text = node.text_content or ""
-            if not pre:
+            if pre:
+                text = text.replace("\n", "\r")  # a line end that stays
+            else:
                 text = BLANKS.sub(" ", text.replace("\n", " ").replace("\r", " "))
                 text = text.lstrip() if not parts or parts[-1].endswith(("\n", " ", "\t")) else text
             if text:

@@ -133,11 +133,11 @@ def _describe(split: Split, table: TokenBytes, document: int, places: list[int],
     held = [(token_at(place), token_at(place + len(needle) - 1) + 1) for place in places]
     place, stop = places[0], places[0] + len(needle)
     begin, end = origin["byte_start"], origin["byte_end"]
-    if origin["exact"]:
-        extra = len(content) - origin["text_bytes"]  # SentencePiece puts a space before the text
-        begin, end = begin + max(0, place - extra), begin + stop - extra
+    before = split.bytes_before_text(document, origin)
+    if before is not None:
+        begin, end = begin + max(0, place - before), begin + stop - before
     show = lambda part: part.decode("utf-8", "ignore")
     return Found(
-        split.name, document, origin["source"], begin, end, origin["exact"], len(places),
+        split.name, document, origin["source"], begin, end, before is not None, len(places),
         show(content[max(0, place - CONTEXT) : place]), show(needle), show(content[stop : stop + CONTEXT]), held[0],
         origin["parent"] is not None, sorted(split.rows_of_document(document, held)))

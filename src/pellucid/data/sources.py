@@ -9,10 +9,12 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -117,27 +119,51 @@ def _matches(path: str, where: str) -> Iterator[tuple[str, Path, str | None]]:
             raise UserError(f"{where}: '{path}' has no known extension; known: {_known_extensions()}")
         found = [path]
     elif os.path.isdir(path):
-        found = _walk(path)
+        found = [name for name in _matching(os.path.join(glob.escape(path), "**")) if known_format(name)]
         if not found:
             raise UserError(f"{where}: no file in the folder '{path}' has a known extension ({_known_extensions()})")
     else:
-        matched = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+        matched = _matching(path)
         found = [name for name in matched if known_format(name)]
         if not matched:
             raise UserError(f"{where}: no file matches '{path}' (looked from the folder {_looked_from(path)})")
         if not found:
             raise UserError(f"{where}: no file that '{path}' matches has a known extension ({_known_extensions()})")
-    for name in found:
+    for name in _each_once(found):
         absolute = os.path.abspath(name)
+        try:
+            absolute.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: the file name {os.fsencode(absolute)!r} is not UTF-8; rename the file") from None
         yield absolute, Path(absolute), None
 
 
-def _walk(folder: str) -> list[str]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".") and known_format(name)]
-    return sorted(found)
+def _each_once(names: list[str]) -> list[str]:
+    """Files in the order of their names, each by the shortest name of it: symbolic links give a file many."""
+    by_place: dict[str, str] = {}
+    real = cache(os.path.realpath)  # many files share a folder
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        folder, last = os.path.split(name)
+        by_place.setdefault(real(name) if os.path.islink(name) else os.path.join(real(folder), last), name)
+    return sorted(by_place.values())
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that a glob matches. As the library's, but that `**` enters no folder twice: links may lead in circles."""
+    before, *after = re.split(r"(?<![^/])\*\*(?:/+|$)", pattern, maxsplit=1)
+    if not after:
+        return [name for name in glob.glob(pattern) if os.path.isfile(name)]
+    folders = (folder for root in glob.glob(before or ".") for folder in _folders(root))
+    return [name for folder in folders for name in _matching(os.path.join(glob.escape(folder), after[0] or "*"))]
+
+
+def _folders(root: str) -> Iterator[str]:
+    """A folder and those below it but hidden ones, also behind links, each once."""
+    entered = {os.path.realpath(root)}
+    for parent, names, _ in os.walk(root, followlinks=True):
+        yield parent
+        below = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(names) if not name.startswith(".")}
+        names[:] = [name for name, place in below.items() if place not in entered and not entered.add(place)]
 
 
 def _remote(source: SourceConfig, index: int, where: str, split: str | None, options: tuple) -> Iterator[SourceFile]:

@@ -1,7 +1,7 @@
 """Picture 2: which documents are held out for validation.
 
 With `data.validation`, those sources. Else by the hash of each document's final text, so that copies fall on the
-same side and the choice depends on nothing else. Else, when all there is is one plain text file, its tail.
+same side and the choice depends on nothing else. But when all there is is one plain text file without a cap, its tail.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Splitter:
         if config.validation:
             self.method = "sources"
         elif self.fraction:
-            self.method = "tail" if len(files) == 1 and files[0].format in PLAIN else "content hash"
+            capped = any(source.max_documents is not None or source.max_bytes is not None for source in config.sources)
+            self.method = "tail" if len(files) == 1 and files[0].format in PLAIN and not capped else "content hash"
         self.documents, self.threshold = 0, 0
         self.boundary = _tail_start(files[0], self.fraction) if self.method == "tail" else None
 
@@ -34,8 +35,10 @@ class Splitter:
         """The document, or its parts before and after the start of the held-out tail."""
         if self.boundary is None:
             yield document if self.method == "content hash" or document.split else replace(document, split="train")
-        elif document.byte_end <= self.boundary or document.byte_start >= self.boundary:
-            yield replace(document, split="train" if document.byte_end <= self.boundary else "validation")
+        elif document.byte_end <= self.boundary:
+            yield replace(document, split="train")
+        elif document.byte_start >= self.boundary:
+            yield replace(document, ordinal=document.ordinal + 1, split="validation")  # after the one that was cut in two
         else:
             head = document.text.encode()[: self.boundary - document.byte_start].decode()
             yield replace(document, text=head, byte_end=self.boundary, split="train")
@@ -68,7 +71,7 @@ class Splitter:
 def _tail_start(file: SourceFile, fraction: float) -> int | None:
     """The byte of the decompressed file where its held-out tail starts.
 
-    After the first line end within the last `fraction`, else after the last one before, else at a character.
+    After the first line end within the last `fraction`, else after the last one in as much again before, else at a character.
     """
     position = before = after = 0
     try:
@@ -86,4 +89,4 @@ def _tail_start(file: SourceFile, fraction: float) -> int | None:
     except Exception:  # a file that cannot be read is reported where it is read
         return None
     whole = target + next((n for n, byte in enumerate(inside) if byte & 0xC0 != 0x80), 0)
-    return after or before or (whole if 0 < whole < total else None)
+    return after or (before if before > total * (1 - 2 * fraction) else 0) or (whole if 0 < whole < total else None)

@@ -57,6 +57,15 @@ def test_versions_stand_beside_their_parents_and_can_be_made_again(corpus, tmp_p
     assert stage["augmenters"][0]["changed"] > 0
 
 
+def test_a_changed_lexicon_gives_its_own_words_in_the_same_process(corpus, tmp_path):
+    entry = {"name": "synonyms", "source": "moby", "path": str(tmp_path / "words.txt"), "rate": 1.0}
+    for word in ("board", "band"):
+        (tmp_path / "words.txt").write_text(f"committee,{word}\n{word},committee\n")
+        dataset = build(corpus, tmp_path / "data", entry)
+        texts = [dataset.train.text_of(n) for n, row in enumerate(rows(dataset)) if row["parent"] is not None]
+        assert texts and all(f"The {word} met" in text for text in texts)
+
+
 def test_the_held_out_split_is_the_same_with_and_without(corpus, tmp_path):
     plain = build(corpus, tmp_path)
     augmented = build(corpus, tmp_path, {**KEYBOARD, "documents": 1.0}, {"name": "fill_in_the_middle", "rate": 1.0},

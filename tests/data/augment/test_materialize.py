@@ -7,6 +7,7 @@ import pytest
 from pellucid.config import DataConfig, TokenizerConfig, UserError
 from pellucid.data.augment.identity import identity, materialized
 from pellucid.data.augment.materialize import Item, Materializer, merged
+from pellucid.data.augment.pipeline import open_translator
 from pellucid.data.document import Document
 from pellucid.data.tokenizer_training import train_tokenizer
 
@@ -73,3 +74,15 @@ def test_identity_names_what_the_result_depends_on_and_fails_early(tmp_path):
     assert identity(DataConfig(augment=[entry])) != before
     with pytest.raises(UserError, match="cannot read a wordnet lexicon"):
         identity(DataConfig(augment=[{"name": "synonyms", "path": str(tmp_path / "none")}]))
+
+
+@pytest.mark.parametrize("engine", ["transformers", "ctranslate2"])
+def test_a_changed_model_is_another_identity_and_asks_anew(tmp_path, engine):
+    pytest.importorskip(engine)
+    (tmp_path / "weights").write_bytes(b"one")
+    entry = {"name": "back_translation", "engine": engine, "models": {"*": str(tmp_path)}}
+    settings = DataConfig(augment=[entry], directory=str(tmp_path / "data"))
+    before = identity(settings), open_translator(settings.augment[0]).fingerprint
+    assert before == (identity(settings), open_translator(settings.augment[0]).fingerprint)
+    (tmp_path / "weights").write_bytes(b"two")
+    assert identity(settings) != before[0] and open_translator(settings.augment[0]).fingerprint != before[1]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -74,6 +75,32 @@ def test_an_added_augmenter_leaves_the_draws_of_the_others_alone():
     two = make({"name": "spelling", "rate": 0.5}, *others).versions(DOCUMENTS, 1)
     assert [v.steps[0] for v in one if v.steps] == [v.steps[0] for v in two if v.steps and v.steps[0]["name"] == "spelling"]
     assert any(step["name"] == "spelling#2" for v in two for step in v.steps)
+
+
+@pytest.mark.parametrize("entries", [("fill_in_the_middle", "keyboard"), ("span_masking", "fill_in_the_middle", "keyboard")])
+def test_sentinels_stay_whole_and_only_one_kind_stands_in_a_version(entries):
+    augment = make(*({"name": name, "rate": 0.9} for name in entries))
+    rearranged = {"fill_in_the_middle": 0, "span_masking": 0}
+    for version in augment.versions(DOCUMENTS, 1):
+        names = [step["name"] for step in version.steps]
+        assert names[0] == "keyboard" and len(names) <= 2
+        marks = re.findall(r"<\|.*?\|>", version.text, re.DOTALL)
+        if names[1:] == ["fill_in_the_middle"]:
+            assert sorted(marks) == ["<|fim_middle|>", "<|fim_prefix|>", "<|fim_suffix|>"]
+        else:
+            assert sorted(marks) == sorted(f"<|mask_{n}|>" for n in range(len(marks) // 2) for _ in range(2))
+        rearranged |= {name: rearranged[name] + 1 for name in names[1:]}
+    refused = {step["name"]: step["rejected"].get("rearranged already", 0) for step in augment.describe()}
+    assert rearranged[entries[0]] > 20
+    if len(entries) == 3:
+        assert refused["fill_in_the_middle"] > 20
+
+
+def test_a_version_that_came_out_empty_is_no_version():
+    versions = make({"name": "characters", "rate": 1.0}).versions([(f"{n:x}", "a") for n in range(99)], 1)
+    assert all(version.text for version in versions)
+    assert {bool(version.steps) for version in versions} == {True, False}
+    assert all(bool(version.steps) == (version.text != "a") for version in versions)
 
 
 def test_a_record_holds_parent_augmenter_settings_and_seed_and_makes_the_version_again():

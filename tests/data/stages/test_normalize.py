@@ -65,6 +65,13 @@ def test_normalizing_twice_is_normalizing_once(text, switches):
     assert normalize(once, config) == once
 
 
+@pytest.mark.parametrize("text", ["\u200b\u200b", "\ufeff", "\u2060 \u00ad", "\u2028\u200e\n"])
+def test_documents_without_a_visible_character_are_dropped(text):
+    assert normalize_text(text, NormalizeConfig()) == (None, "empty")
+    for visible in ("a", "\u0301", "数", "😀", ".", "\ue000", "\U0001fae9"):  # the last: private, and too new for Python
+        assert normalize_text(text + visible, NormalizeConfig()) == (text + visible, None)
+
+
 def test_empty_documents_are_dropped():
     assert normalize_text(" \n\t\u00a0", NormalizeConfig()) == (None, "empty")
     assert normalize_text("", NormalizeConfig()) == (None, "empty")

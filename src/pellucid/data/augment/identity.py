@@ -14,9 +14,10 @@ from pellucid.config import (
 )
 from pellucid.data.augment.bpe_dropout import REFUSAL
 from pellucid.data.augment.lexicons import lexicon_fingerprint
+from pellucid.data.augment.neural_translators import models_fingerprint
 from pellucid.data.augment.translators import open_apertium
 
-VERSION = 1  # of the augmenters: raise it when one gives other results for the same settings
+VERSION = 2  # of the augmenters: raise it when one gives other results for the same settings
 
 
 def materialized(config: DataConfig) -> bool:
@@ -37,6 +38,8 @@ def identity(config: DataConfig) -> list[Any]:
             found.append(lexicon_fingerprint(entry.source, entry.path))
         if isinstance(entry, BackTranslationConfig) and entry.engine == "apertium":
             found.append(open_apertium(entry.language, entry.pivot).fingerprint)
+        elif isinstance(entry, BackTranslationConfig):
+            found.append(models_fingerprint(entry.models))
         if isinstance(entry, BpeDropoutConfig) and config.tokenizer.kind in ("bytes", "characters"):
             raise UserError(REFUSAL)
     return found

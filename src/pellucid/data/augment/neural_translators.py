@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.config import UserError
+from pellucid.data.augment.translators import stamp
 
 NLLB = {"en": "eng_Latn", "de": "deu_Latn", "fr": "fra_Latn", "es": "spa_Latn", "ru": "rus_Cyrl", "zh": "zho_Hans",
         "it": "ita_Latn", "pt": "por_Latn", "ja": "jpn_Jpan", "ar": "arb_Arab"}  # other codes are passed as they are
@@ -38,6 +39,12 @@ def model_name(models: dict[str, str], source: str, target: str) -> str:
     return name
 
 
+def models_fingerprint(models: dict[str, str]) -> str:
+    """Changes when a file in a model's folder does. Models by hub name are known by their names alone."""
+    stamps = "".join(stamp(path) for name in sorted(models.values()) for path in sorted(Path(name).rglob("*")))
+    return hashlib.sha256(stamps.encode()).hexdigest()[:16]
+
+
 def text_seed(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=4).digest(), "little")
 
@@ -51,7 +58,7 @@ class TransformersTranslator:
     def __init__(self, models: dict[str, str], *, sampling: bool = False, beams: int = 1, batch_size: int = 32,
                  device: str = "cpu", load: Callable[[str], tuple[Any, Any]] | None = None):
         self.models, self.sampling, self.beams, self.batch_size, self.device = models, sampling, beams, batch_size, device
-        self.fingerprint = f"transformers-{sorted(models.items())}-{sampling}-{beams}"
+        self.fingerprint = f"transformers-{sorted(models.items())}-{sampling}-{beams}-{models_fingerprint(models)}"
         self._load, self._loaded = load or load_transformers, {}
 
     def translate(self, texts: Sequence[str], source: str, target: str, *, seed: int = 0) -> list[str]:
@@ -97,7 +104,7 @@ class CTranslate2Translator:
     def __init__(self, models: dict[str, str], *, sampling: bool = False, beams: int = 1, batch_size: int = 32,
                  device: str = "cpu"):
         self.models, self.sampling, self.beams, self.batch_size, self.device = models, sampling, beams, batch_size, device
-        self.fingerprint = f"ctranslate2-{sorted(models.items())}-{sampling}-{beams}"
+        self.fingerprint = f"ctranslate2-{sorted(models.items())}-{sampling}-{beams}-{models_fingerprint(models)}"
         self._loaded: dict[str, tuple[Any, Any, Any]] = {}
         try:
             import ctranslate2  # noqa: F401

@@ -66,6 +66,7 @@ class Step:
     documents: float
     run: Augmenter
     fingerprint: str = ""
+    rearranges: bool = False
     rejected: dict[str, int] = field(default_factory=dict)
     changed: int = 0
 
@@ -83,7 +84,7 @@ class Augmentation:
         self.steps: list[Step] = []
         self.dropout: BpeDropoutConfig | None = None
         names: dict[str, int] = {}
-        for entry in config.augment:
+        for entry in sorted(config.augment, key=_rearranges):
             names[entry.name] = names.get(entry.name, 0) + 1
             if isinstance(entry, BpeDropoutConfig):
                 self.dropout = entry  # ids come last, whatever its place
@@ -91,7 +92,7 @@ class Augmentation:
                 name = entry.name if names[entry.name] == 1 else f"{entry.name}#{names[entry.name]}"
                 run, fingerprint = self._make(entry, Path(config.directory))
                 documents = getattr(entry, "documents", 1.0)
-                self.steps.append(Step(name, entry.model_dump(mode="json"), documents, run, fingerprint))
+                self.steps.append(Step(name, entry.model_dump(mode="json"), documents, run, fingerprint, _rearranges(entry)))
         self._encoders: dict[str, BpeDropout] = {}
 
     def versions(self, documents: Sequence[tuple[str, str]], epoch: int, tokenizer: Tokenizer | None = None,
@@ -102,14 +103,19 @@ class Augmentation:
         """
         texts = [text for _, text in documents]
         done: list[list[dict[str, Any]]] = [[] for _ in documents]
+        rearranged: set[int] = set()
         for step in self.steps:
             streams = [generator(stream_key(self.seed, name, epoch, step.name)) for name, _ in documents]
             mine = [n for n, stream in enumerate(streams) if stream.random() < step.documents]
             outcomes = _run(step.run, [texts[n] for n in mine], [streams[n] for n in mine])
             for n, outcome in zip(mine, outcomes, strict=True):
+                if step.rearranges and outcome.text != texts[n]:
+                    if n in rearranged:
+                        outcome = Outcome(texts[n], 0, {"rearranged already": 1})
+                    rearranged.add(n)
                 for reason, count in outcome.rejected.items():
                     step.rejected[reason] = step.rejected.get(reason, 0) + count
-                if outcome.text != texts[n]:
+                if outcome.text not in (texts[n], ""):  # of an empty version there is nothing to learn
                     texts[n], step.changed = outcome.text, step.changed + outcome.changed
                     done[n].append({"name": step.name, "settings": step.settings, "changed": outcome.changed})
         return [self._version(name, text, epoch, steps, tokenizer)
@@ -173,6 +179,11 @@ def open_translator(entry: BackTranslationConfig) -> Translator:
         return open_apertium(entry.language, entry.pivot)
     make = TransformersTranslator if entry.engine == "transformers" else CTranslate2Translator
     return make(entry.models, sampling=entry.sampling, beams=entry.beams, device=entry.device)
+
+
+def _rearranges(entry: Any) -> bool:
+    """Whether an entry puts sentinels into the text: those come last, for the others would change them."""
+    return isinstance(entry, FillInTheMiddleConfig | SpanMaskingConfig)
 
 
 def _run(augmenter: Augmenter, texts: list[str], streams: list) -> list[Outcome]:

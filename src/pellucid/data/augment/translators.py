@@ -49,7 +49,7 @@ class Apertium:
     def __init__(self, data: str | None = None):
         self.modes = Path(data or os.environ.get("APERTIUM_DATADIR", "/usr/share/apertium")) / "modes"
         programs = Path(shutil.which("apertium-tagger") or "").resolve()
-        self.fingerprint = f"apertium-{_stamp(programs)}"
+        self.fingerprint = f"apertium-{stamp(programs)}"
 
     def translate(self, texts: Sequence[str], source: str, target: str, *, seed: int = 0) -> list[str]:
         if not texts:
@@ -65,7 +65,7 @@ class Apertium:
     def pair_fingerprint(self, source: str, target: str) -> str:
         """Changes when the language pair's data does: sizes and times of the files its mode names."""
         mode = self._mode(f"{source}-{target}")
-        stamps = "".join(_stamp(Path(name)) for name in re.findall(r"'([^']+)'", mode))
+        stamps = "".join(stamp(Path(name)) for name in re.findall(r"'([^']+)'", mode))
         return hashlib.sha256(stamps.encode()).hexdigest()[:16]
 
     def _script(self, name: str) -> str:
@@ -132,8 +132,9 @@ class HttpTranslator:
         return answer
 
 
-def _stamp(path: Path) -> str:
+def stamp(path: Path) -> str:
+    """What changes when a file does, without reading it: name, size and time."""
     if not path.is_file():
         return "absent"
     state = path.stat()
-    return f"{path.name}:{state.st_size}:{int(state.st_mtime)};"
+    return f"{path.name}:{state.st_size}:{state.st_mtime_ns};"

@@ -16,7 +16,8 @@ from pellucid.config import NormalizeConfig, UserError
 from pellucid.data.stages.outcome import Outcome
 from pellucid.data.stages.privacy import mask
 
-VERSION = 2
+VERSION = 3
+INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories
 CONTROL = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r")
 ANY_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 QUOTES = str.maketrans("‘’‚‛“”„‟", "''''\"\"\"\"")
@@ -51,7 +52,7 @@ def normalize(text: str, config: NormalizeConfig) -> str:
 def normalize_text(text: str, config: NormalizeConfig) -> Outcome:
     """The normalized text; documents without a visible character are dropped."""
     text = normalize(text, config)
-    return Outcome(text, None) if text and not text.isspace() else Outcome(None, "empty")
+    return Outcome(text, None) if any(unicodedata.category(char) not in INVISIBLE for char in text) else Outcome(None, "empty")
 
 
 def _unicode(text: str, form: str) -> str:
