@@ -235,7 +235,7 @@ class ParameterProbe:
 
     def _leaf_sums(self, device: dict[str, np.ndarray], facts: dict) -> dict[str, np.ndarray]:
         """Sums over all elements of each leaf, float64 [R]; those of samples scaled up. NaN: needed but not counted."""
-        clip = facts["clip_factor"] if facts["clip_factor"] > 0 else math.nan
+        clip = facts["clip_factor"]
         weight2, clipped2 = device["norms"].astype(np.float64) ** 2
         uncounted = lambda squares: np.where(np.isfinite(squares), 0.0, np.nan)
         leaves = {
