@@ -7,6 +7,7 @@ Shapes: a frame is float32 [rows, columns]; the axes are `rows(stream)` and `sta
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,11 @@ def explain_error(path: Path, error: sqlite3.Error) -> str:
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return f"{path}: the telemetry file is damaged ({error}); what the run learnt is in its checkpoints and model"
     return f"{path}: cannot be read ({error})"
+
+
+def _with_nan(row: sqlite3.Row, *names: str) -> dict:
+    """SQLite keeps a NaN as NULL; these columns have no other NULL."""
+    return {**dict(row), **{name: math.nan for name in names if row[name] is None}}
 
 
 class Reader:
@@ -188,10 +194,13 @@ class Reader:
         return {**dict(found[0]), "data": np.frombuffer(found[0]["data"], "<u4").reshape(2, -1)} if found else None
 
     def document_losses(self, step: int) -> list[dict]:
-        return [dict(r) for r in self._all("SELECT * FROM document_loss WHERE step = ? ORDER BY loss DESC", (step,))]
+        """Document pieces of a step, the worst first: those whose loss is no number."""
+        query = "SELECT * FROM document_loss WHERE step = ? ORDER BY loss IS NOT NULL, loss DESC"
+        return [_with_nan(row, "loss", "worst") for row in self._all(query, (step,))]
 
     def worst_tokens(self, step: int) -> list[dict]:
-        return [dict(r) for r in self._all("SELECT * FROM worst_token WHERE step = ? ORDER BY rank", (step,))]
+        query = "SELECT * FROM worst_token WHERE step = ? ORDER BY rank"
+        return [_with_nan(row, "loss") for row in self._all(query, (step,))]
 
     def samples(self, since: int = -1) -> list[dict]:
         """Rows kept with the loss of each token: tokens and targets int32 [T], losses float32 [T]."""
