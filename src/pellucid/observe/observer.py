@@ -143,8 +143,7 @@ class Observer(SilentObserver):
         for i, row in enumerate(self.parameters.rows):
             if row.expert is not None:
                 at.setdefault((row.layer, row.expert), []).append(i)
-        return np.array([[at[layer, e] for e in range(self.routing.E)] for layer in range(self.routing.L)]
-                        if self.routing.E > 1 else np.zeros((self.routing.L, 1, 0)), dtype=np.int64)  # fmt: skip
+        return np.array([[at[layer, e] for e in range(self.routing.E)] for layer in range(self.routing.L)])
 
     # ----------------------------------------------------------------------------------------- the step
 
@@ -279,7 +278,7 @@ class Observer(SilentObserver):
             if f"hist.{kind}" not in device:
                 continue
             p, counts = facts["exact"], device[f"hist.{kind}"].view(np.int32)
-            first_row = self.parameters.row_of(p) + (p.leaves > 1)  # experts' rows follow the whole tensor's
+            first_row = self.parameters.row_of(p) + p.stacked  # experts' rows follow the whole tensor's
             for leaf in range(p.leaves):
                 rows.append((record.step, first_row + leaf, kind, *_histogram_row(counts[leaf])))
         if rows:
