@@ -1,5 +1,6 @@
 """The observer in the real loop: complete, silent towards training, and gone when switched off."""
 
+import contextlib
 import shutil
 import sqlite3
 
@@ -180,6 +181,40 @@ def test_a_resumed_run_s_telemetry_has_no_step_twice_and_none_missing_in_rollups
         assert steps.tolist() == list(range(45))
         np.testing.assert_array_equal(frames[:, 0, INDEX["run"]["loss"]], before)
         np.testing.assert_array_equal(run.rollup("layer", 1)[1], rollup)
+
+
+@pytest.mark.parametrize("thinned", [False, True])
+def test_a_resumed_run_counts_on_where_it_stopped(tiny_tables, tmp_path, monkeypatch, thinned):
+    """Idle steps, the gap to the last 32 losses, and the way that experts went without tokens, against the unbroken run."""
+    if thinned:  # the frame before the checkpoint is gone by then, but for what the rollups keep of it
+        monkeypatch.setattr(observer, "DENSE_STEPS", 0)
+        monkeypatch.setattr(store, "RECORDER", 16)
+    else:  # idle experts go on by their momentum, which is an alarm and keeps the frames
+        monkeypatch.setattr("pellucid.training.step.frozen_idle_experts", lambda *_: contextlib.nullcontext())
+    tables = tiny_tables(max_steps=40, batch_size=1, micro_batch_size=1, balance_loss="none")
+    tables["model"] |= {"num_experts": 8, "num_experts_per_tok": 1}  # each slice so small that all of it is measured
+    tables["data"] |= {"sequence_length": 8}
+    tables |= {"optimizer": {"name": "adamw"}, "checkpoint": {"every_steps": 16, "keep_last": 3}}
+    tables["observe"] |= {"budget": 1.0}
+    folder = pellucid.train(tables, run_dir=tmp_path / "run").directory
+
+    def recorded():
+        with Reader(folder) as run:
+            assert (15 in run.frames("router")[0]) == (not thinned)
+            parts = run.rollup("router", 1)[1]
+            return parts[..., INDEX["router"]["idle_steps"]], parts[..., INDEX["router"]["ghost_share"]], run.frames("evaluation")[1]
+
+    idle, ghost, evaluations = recorded()
+    for step in (32, 40):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step}")
+    pellucid.train(None, run_dir=folder, resume=True)
+    again = recorded()
+    assert (idle[0, 3] > 1).any(), "some experts were idle when it stopped"
+    np.testing.assert_array_equal(again[0], idle)
+    np.testing.assert_array_equal(again[2], evaluations)
+    if not thinned:
+        assert ghost[0, 3].max() > 0.1, "and moved"
+        np.testing.assert_allclose(again[1], ghost, rtol=1e-5)  # its frames hold float32
 
 
 def test_sqlite_alone_reads_what_the_reader_reads(run_dir):

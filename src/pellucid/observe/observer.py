@@ -26,10 +26,11 @@ from pellucid.observe.budget import Budget
 from pellucid.observe.columns import ATTENTION, EVALUATION, INDEX, LAYER, LOSS, PARAM, PHASES, ROUTER, RUN
 from pellucid.observe.machine import device_memory, host_memory, peak_flops
 from pellucid.observe.noise import NoiseScale
+from pellucid.observe.reader import Reader
 from pellucid.observe.routing import RoutingProbe
 from pellucid.observe.rules import Watch
 from pellucid.observe.statistics import KINDS, ParameterProbe
-from pellucid.observe.store import MISSING, Record, Row, Writer
+from pellucid.observe.store import FAN, MISSING, RECORDER, ROLLUP_PARTS, Record, Row, Writer
 from pellucid.observe.text_losses import TextLossProbe
 from pellucid.observe.writing import continued, prompt_of
 from pellucid.training.checkpoint import saved_steps
@@ -156,6 +157,17 @@ class Observer(SilentObserver):
             self._started = step
             self.writer.flush()
             self.writer.delete_after(step - 1)
+            if step > 0:
+                self._recall(step)
+
+    def _recall(self, step: int) -> None:
+        """What is counted over many steps goes on from what was recorded of those before `step`."""
+        with Reader(self.writer.path) as run:
+            losses = run.series("run", "loss", stream="run", since=step - 1 - RECORDER)[1]
+            self.train_losses.extend(losses[np.isfinite(losses)].tolist())
+            frames = run.frames("router", since=step - 1 - RECORDER)[1]
+            bucket = run.rollup("router", 1, since=(step - 1) // FAN - 1)[1]  # knows the last frame, be it thinned out
+            self.routing.recall(frames, bucket[:, ROLLUP_PARTS.index("last")])
 
     def begin_step(self, step: int) -> None:
         self._start(step)
@@ -264,8 +276,9 @@ class Observer(SilentObserver):
             run["noise_scale"] = self.noise.update(*device["small"], run["gradient_norm"], run["predictions"])
         values = [run.get(stat.name) for stat in RUN]
         record.frames["run"] = np.array([[MISSING if v is None else v for v in values]], dtype=np.float32)
-        if np.isfinite(run["loss"]):
-            self.train_losses.append(run["loss"])
+        loss = float(record.frames["run"][0, INDEX["run"]["loss"]])  # as a resumed run reads it
+        if np.isfinite(loss):
+            self.train_losses.append(loss)
         hashes = device["text.hashes"].view(np.int32).tolist()
         unigram = float(device["text.unigram"][0]) if "text.unigram" in device else None
         pairs = device["text.pairs"].view(np.int32) if "text.pairs" in device else None
