@@ -10,11 +10,16 @@ import torch
 from conftest import STEPS, small_config, write_corpus
 
 import pellucid
+from pellucid.config import make_config
+from pellucid.model.grok import Grok1
+from pellucid.model.initialize import initialize
 from pellucid.observe import observer, store
 from pellucid.observe.columns import INDEX
 from pellucid.observe.reader import Reader, is_missing
+from pellucid.observe.web.feed import Feed
 from pellucid.observe.writing import continued
 from pellucid.training import checkpoint
+from pellucid.training.evaluate import evaluate_batches, split_batches
 
 
 def test_every_stream_has_a_frame_for_every_step(run_dir):
@@ -141,7 +146,7 @@ def texts(folder):
 
 def test_at_each_evaluation_the_same_held_out_words_are_continued(run_dir):
     written = texts(run_dir)
-    assert [step for step, _, _ in written] == [0, 19, 39, 59]
+    assert [step for step, _, _ in written] == [-1, 19, 39, 59]
     (prompt,) = {prompt for _, prompt, _ in written}
     assert prompt and prompt in pellucid.Run(run_dir).dataset().validation.document(0)["text"]
     assert len({text for _, _, text in written}) == 4, "the model has changed"
@@ -151,9 +156,27 @@ def test_at_each_evaluation_the_same_held_out_words_are_continued(run_dir):
     assert torch.equal(torch.random.get_rng_state(), before), "which is not torch's own"
 
 
+def test_what_was_measured_before_training_is_kept_beside_the_first_step_and_recorded_once(tiny_tables, tmp_path):
+    config = make_config(tiny_tables(max_steps=1))
+    folder = pellucid.train(config, run_dir=tmp_path / "run").directory
+    model = initialize(Grok1(pellucid.Run(folder).config.model), config.training.seed)
+    validation, lengths = pellucid.Run(folder).dataset().validation, pellucid.Run(folder).dataset().tokenizer.byte_lengths
+    for _ in range(2):
+        with Reader(folder) as run:
+            shown = Feed(folder).window("evaluation", "loss")
+            steps, losses = run.series("held-out", "loss", stream="evaluation")
+            buckets, parts = run.rollup("evaluation", 2)
+        assert shown.endswith(np.array([-1, 0], "<i4").tobytes() + losses.tobytes()), "also to the page"
+        assert steps.tolist() == [-1, 0] and [step for step, _, _ in texts(folder)] == [-1, 0]
+        assert losses[0] == pytest.approx(evaluate_batches(model, split_batches(validation, 2, 4), lengths).loss, rel=1e-6)
+        assert losses[1] != losses[0] and buckets.tolist() == [-1, 0] and parts[:, 3, 0, 0].tolist() == losses.tolist()
+        shutil.rmtree(folder / "checkpoints")
+        pellucid.train(None, run_dir=folder, resume=True)  # nothing was saved: it begins anew
+
+
 def test_a_text_that_fails_is_a_note_and_texts_can_be_switched_off(tiny_tables, tmp_path, monkeypatch):
     off = pellucid.train(tiny_tables(max_steps=4, evaluate_every=2) | {"observe": {"samples": False}}, run_dir=tmp_path / "off")
-    assert [step for step, _, _ in texts(off.directory)] == [0, 3], "before and after training, as printed"
+    assert [step for step, _, _ in texts(off.directory)] == [-1, 3], "before and after training, as printed"
 
     def fails(*_):
         raise RuntimeError("out of memory")

@@ -30,7 +30,7 @@ from pellucid.observe.reader import Reader
 from pellucid.observe.routing import RoutingProbe
 from pellucid.observe.rules import Watch
 from pellucid.observe.statistics import KINDS, ParameterProbe
-from pellucid.observe.store import FAN, MISSING, RECORDER, ROLLUP_PARTS, Record, Row, Writer
+from pellucid.observe.store import BEFORE, FAN, MISSING, RECORDER, ROLLUP_PARTS, Record, Row, Writer
 from pellucid.observe.text_losses import TextLossProbe
 from pellucid.observe.writing import continued, prompt_of
 from pellucid.training.checkpoint import saved_steps
@@ -156,7 +156,7 @@ class Observer(SilentObserver):
         if self._started is None:
             self._started = step
             self.writer.flush()
-            self.writer.delete_after(step - 1)
+            self.writer.delete_after(step - 1 if step > 0 else BEFORE - 1)
             if step > 0:
                 self._recall(step)
 
@@ -300,7 +300,7 @@ class Observer(SilentObserver):
     # ------------------------------------------------------------------------------- beside the steps
 
     def evaluation(self, step: int, result) -> None:
-        """Held-out loss after `step` steps; it is recorded with the last of them."""
+        """Held-out loss after `step` steps; it is recorded with the last of them, before training as step -1."""
         self._start(step)
         self.writer.flush()
         facts = result.as_dict()
@@ -308,7 +308,7 @@ class Observer(SilentObserver):
             facts["gap"] = result.loss - sum(self.train_losses) / len(self.train_losses)
         values = [facts.get(stat.name) for stat in EVALUATION]
         frame = [[MISSING if value is None else value for value in values]]
-        record = Record(max(step - 1, 0), {"evaluation": np.array(frame, dtype=np.float32)})
+        record = Record(step - 1, {"evaluation": np.array(frame, dtype=np.float32)})
         record.events += self.watch.judge(record)
         self.writer.write(record)
         if self.config.observe.samples and self.dataset is not None and self.model.config.head is None:
@@ -323,7 +323,7 @@ class Observer(SilentObserver):
             self.text_sample(step, self._prompt, continued(self.model, self.dataset.tokenizer, self._prompt))
         except Exception as error:
             event = {"rule": "no_text_sample", "severity": "note", "subject": "run", "text": f"no text was written: {error}"}
-            self.writer.write(Record(max(step - 1, 0), events=[event]))
+            self.writer.write(Record(step - 1, events=[event]))
 
     def saved(self, seconds: float) -> None:
         """A checkpoint was written between two steps."""
@@ -337,7 +337,7 @@ class Observer(SilentObserver):
         self._written = step
         self._start(step)
         event = {"rule": "text_sample", "severity": "note", "subject": prompt, "text": text}
-        self.writer.write(Record(max(step - 1, 0), events=[event]))
+        self.writer.write(Record(step - 1, events=[event]))
 
     def close(self) -> None:
         self.writer.close()

@@ -28,6 +28,7 @@ from pellucid.config import UserError
 
 SCHEMA_VERSION = 1
 FILE_NAME = "run.sqlite"
+BEFORE = -1  # the step of what was measured before training
 FAN = 16  # a rollup bucket of level n covers FAN**n steps
 LEVELS = (1, 2, 3)
 RECORDER = 512  # the newest frames of a thinned stream, all kept: the flight recorder
