@@ -136,10 +136,10 @@ def test_learning_shows_losses_documents_and_texts(open_page, address, reader, n
     cells = page.locator("[aria-label='documents of the step'] tbody tr td:nth-child(4)").all_inner_texts()
     assert cells[: len(recorded)] == [number(document["loss"]) for document in recorded]
     written = [event["step"] for event in reader.events() if event["rule"] == "text_sample"]
-    assert written == [0, 15, 31, 47]  # with each evaluation: before training, after 16 and 32 steps, at the end
-    page.wait_for_selector("h3:has-text('after step 0')")
+    assert written == [-1, 15, 31, 47]  # with each evaluation: before training, after 16 and 32 steps, at the end
+    page.wait_for_selector("h3:has-text('before training')")
     shown = page.locator("[aria-label='texts the model wrote'] h3").all_inner_texts()
-    assert shown == [f"after step {at}" for at in reversed(written)]
+    assert shown == [f"after step {at}" for at in (47, 31, 15)] + ["before training"]
     held = reader.series("held-out", "loss", stream="evaluation")
     assert f"Held-out: {number(float(held[1][-1]))}" in page.locator("#loss-title + .answer").inner_text()
     page.locator("figure button", has_text="table").first.click()

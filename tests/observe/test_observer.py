@@ -1,5 +1,6 @@
 """The observer in the real loop: complete, silent towards training, and gone when switched off."""
 
+import contextlib
 import shutil
 import sqlite3
 
@@ -9,11 +10,16 @@ import torch
 from conftest import STEPS, small_config, write_corpus
 
 import pellucid
+from pellucid.config import make_config
+from pellucid.model.grok import Grok1
+from pellucid.model.initialize import initialize
 from pellucid.observe import observer, store
 from pellucid.observe.columns import INDEX
 from pellucid.observe.reader import Reader, is_missing
+from pellucid.observe.web.feed import Feed
 from pellucid.observe.writing import continued
 from pellucid.training import checkpoint
+from pellucid.training.evaluate import evaluate_batches, split_batches
 
 
 def test_every_stream_has_a_frame_for_every_step(run_dir):
@@ -140,7 +146,7 @@ def texts(folder):
 
 def test_at_each_evaluation_the_same_held_out_words_are_continued(run_dir):
     written = texts(run_dir)
-    assert [step for step, _, _ in written] == [0, 19, 39, 59]
+    assert [step for step, _, _ in written] == [-1, 19, 39, 59]
     (prompt,) = {prompt for _, prompt, _ in written}
     assert prompt and prompt in pellucid.Run(run_dir).dataset().validation.document(0)["text"]
     assert len({text for _, _, text in written}) == 4, "the model has changed"
@@ -150,9 +156,27 @@ def test_at_each_evaluation_the_same_held_out_words_are_continued(run_dir):
     assert torch.equal(torch.random.get_rng_state(), before), "which is not torch's own"
 
 
+def test_what_was_measured_before_training_is_kept_beside_the_first_step_and_recorded_once(tiny_tables, tmp_path):
+    config = make_config(tiny_tables(max_steps=1))
+    folder = pellucid.train(config, run_dir=tmp_path / "run").directory
+    model = initialize(Grok1(pellucid.Run(folder).config.model), config.training.seed)
+    validation, lengths = pellucid.Run(folder).dataset().validation, pellucid.Run(folder).dataset().tokenizer.byte_lengths
+    for _ in range(2):
+        with Reader(folder) as run:
+            shown = Feed(folder).window("evaluation", "loss")
+            steps, losses = run.series("held-out", "loss", stream="evaluation")
+            buckets, parts = run.rollup("evaluation", 2)
+        assert shown.endswith(np.array([-1, 0], "<i4").tobytes() + losses.tobytes()), "also to the page"
+        assert steps.tolist() == [-1, 0] and [step for step, _, _ in texts(folder)] == [-1, 0]
+        assert losses[0] == pytest.approx(evaluate_batches(model, split_batches(validation, 2, 4), lengths).loss, rel=1e-6)
+        assert losses[1] != losses[0] and buckets.tolist() == [-1, 0] and parts[:, 3, 0, 0].tolist() == losses.tolist()
+        shutil.rmtree(folder / "checkpoints")
+        pellucid.train(None, run_dir=folder, resume=True)  # nothing was saved: it begins anew
+
+
 def test_a_text_that_fails_is_a_note_and_texts_can_be_switched_off(tiny_tables, tmp_path, monkeypatch):
     off = pellucid.train(tiny_tables(max_steps=4, evaluate_every=2) | {"observe": {"samples": False}}, run_dir=tmp_path / "off")
-    assert [step for step, _, _ in texts(off.directory)] == [0, 3], "before and after training, as printed"
+    assert [step for step, _, _ in texts(off.directory)] == [-1, 3], "before and after training, as printed"
 
     def fails(*_):
         raise RuntimeError("out of memory")
@@ -180,6 +204,40 @@ def test_a_resumed_run_s_telemetry_has_no_step_twice_and_none_missing_in_rollups
         assert steps.tolist() == list(range(45))
         np.testing.assert_array_equal(frames[:, 0, INDEX["run"]["loss"]], before)
         np.testing.assert_array_equal(run.rollup("layer", 1)[1], rollup)
+
+
+@pytest.mark.parametrize("thinned", [False, True])
+def test_a_resumed_run_counts_on_where_it_stopped(tiny_tables, tmp_path, monkeypatch, thinned):
+    """Idle steps, the gap to the last 32 losses, and the way that experts went without tokens, against the unbroken run."""
+    if thinned:  # the frame before the checkpoint is gone by then, but for what the rollups keep of it
+        monkeypatch.setattr(observer, "DENSE_STEPS", 0)
+        monkeypatch.setattr(store, "RECORDER", 16)
+    else:  # idle experts go on by their momentum, which is an alarm and keeps the frames
+        monkeypatch.setattr("pellucid.training.step.frozen_idle_experts", lambda *_: contextlib.nullcontext())
+    tables = tiny_tables(max_steps=40, batch_size=1, micro_batch_size=1, balance_loss="none")
+    tables["model"] |= {"num_experts": 8, "num_experts_per_tok": 1}  # each slice so small that all of it is measured
+    tables["data"] |= {"sequence_length": 8}
+    tables |= {"optimizer": {"name": "adamw"}, "checkpoint": {"every_steps": 16, "keep_last": 3}}
+    tables["observe"] |= {"budget": 1.0}
+    folder = pellucid.train(tables, run_dir=tmp_path / "run").directory
+
+    def recorded():
+        with Reader(folder) as run:
+            assert (15 in run.frames("router")[0]) == (not thinned)
+            parts = run.rollup("router", 1)[1]
+            return parts[..., INDEX["router"]["idle_steps"]], parts[..., INDEX["router"]["ghost_share"]], run.frames("evaluation")[1]
+
+    idle, ghost, evaluations = recorded()
+    for step in (32, 40):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step}")
+    pellucid.train(None, run_dir=folder, resume=True)
+    again = recorded()
+    assert (idle[0, 3] > 1).any(), "some experts were idle when it stopped"
+    np.testing.assert_array_equal(again[0], idle)
+    np.testing.assert_array_equal(again[2], evaluations)
+    if not thinned:
+        assert ghost[0, 3].max() > 0.1, "and moved"
+        np.testing.assert_allclose(again[1], ghost, rtol=1e-5)  # its frames hold float32
 
 
 def test_sqlite_alone_reads_what_the_reader_reads(run_dir):

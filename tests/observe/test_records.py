@@ -124,8 +124,9 @@ def test_gap_is_held_out_loss_minus_the_mean_of_the_last_training_losses(run):
     _, losses = run.series("run", "loss", stream="run")
     for step, frame in zip(steps.tolist(), frames[:, 0], strict=True):
         gap = frame[INDEX["evaluation"]["gap"]]
-        if step < 19:
-            continue  # before training there is nothing to compare with
+        if step < 0:
+            assert is_missing(gap[None]).all(), "before training there is nothing to compare with"
+            continue
         mean = losses[max(0, step - 31) : step + 1].astype(np.float64).mean()
         assert gap == pytest.approx(frame[0] - mean, rel=1e-4, abs=1e-5)
 
@@ -180,6 +181,23 @@ def test_the_ghost_share_is_the_part_of_an_expert_s_way_that_it_went_without_tok
             found = probe._moved(np.array([[tokens, 0]]), param, rows)
     assert found["ghost_share"][0, 0] == pytest.approx(3 * 0.99 / (5 * 0.99**2 + 3 * 0.99 + 2))
     assert is_missing(np.float32(found["ghost_share"][0, 1])), "it never moved"
+
+
+def test_the_only_expert_of_a_layer_has_the_gradient_and_the_update_of_its_two_tensors(tiny_tables, tmp_path):
+    tables = tiny_tables(max_steps=24)  # more than there are tensors: each has its turn to be compared whole
+    tables["model"] |= {"num_experts": 1, "num_experts_per_tok": 1}
+    tables["observe"] |= {"budget": 1.0}
+    folder = pellucid.train(tables, run_dir=tmp_path / "run").directory
+    with Reader(folder) as run:
+        router = run.frames("router")[1]
+        for stat in ("gradient_norm", "update_norm"):
+            for layer in range(2):
+                parts = [run.series(f"layers.{layer}.moe.{name}", stat)[1].astype(np.float64) for name in ("gate_up_proj", "down_proj")]
+                assert np.isfinite(parts).any()
+                np.testing.assert_allclose(router[:, layer, INDEX["router"][stat]], np.hypot(*parts), rtol=1e-6)  # float32
+        row = next(row for row in run.rows("param") if row["name"] == "layers.1.moe.down_proj[0]")
+        assert (row["layer"], row["expert"], row["role"], row["numel"]) == (1, 0, "down_proj", 16 * 16)
+        assert run.histogram(row["name"], "weight")["data"].sum() == row["numel"], "of the expert, as where there are several"
 
 
 def test_times_and_mfu_are_those_of_the_step(tiny_tables, tmp_path, monkeypatch):

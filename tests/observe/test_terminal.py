@@ -44,7 +44,8 @@ def test_a_summary_holds_the_last_step_of_a_run_while_it_trains_and_after_it_was
     assert s.trend == "▂▁█▁" and s.events[0]["rule"] == "loss_spike"
     assert "mfu" not in s.numbers and s.held_out is None, "not measured is absent"
     text = shown([tmp_path / "one"])
-    assert "step 4 of 10" in text and "loss_spike" in text and "2.5000" in text and max(map(len, text.splitlines())) <= 80
+    assert "4 of 10 steps" in text and "step 4" not in text, "how many are done; their numbers begin with 0, as for `trace --step`"
+    assert "step 2: loss_spike" in text and "2.5000" in text and max(map(len, text.splitlines())) <= 80
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 300)
     assert summarize(tmp_path / "one").state == "silent for 5 min"

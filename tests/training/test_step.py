@@ -156,6 +156,20 @@ def test_non_finite_gradient_changes_nothing(name, bad):
     assert take_step(model, [batch], optimizer).applied, "the next good step is taken"
 
 
+def test_one_infinite_gradient_leaves_the_others_as_they_were_to_be_recorded():
+    class Poison(SilentObserver):
+        def after_backward(self, batch):
+            poisoned.layers[1].moe.down_proj.grad[0, 0, 0] = math.inf
+
+    free, poisoned, batch = make_model(), make_model(), make_batch()
+    take_step(free, [batch])
+    result = take_step(poisoned, [batch], observer=Poison(), gradient_clip=1.0)
+    assert result.grad_norm == math.inf and result.clip_factor == 1.0
+    expected = gradients(free)
+    expected["layers.1.moe.down_proj"][0, 0, 0] = math.inf
+    assert_same_bits(expected, gradients(poisoned))
+
+
 def test_non_finite_loss_changes_nothing():
     model, batch = make_model(), make_batch()
     optimizer = build_optimizer(model, OptimizerConfig())

@@ -97,7 +97,7 @@ def _wandb(run: Reader, folder: Path, name: str) -> None:
     with wandb.init(mode="offline", dir=str(folder), project="pellucid", name=name, config=run.meta.get("config"),
                     settings=settings, reinit="finish_previous") as session:  # fmt: skip
         for step, time, values in scalars(run):
-            session.log({**values, "_timestamp": time}, step=step)
+            session.log({**values, "_timestamp": time}, step=max(step, 0))  # it has no place for what was before training
 
 
 def _mlflow(run: Reader, folder: Path, name: str) -> None:

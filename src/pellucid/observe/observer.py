@@ -26,10 +26,11 @@ from pellucid.observe.budget import Budget
 from pellucid.observe.columns import ATTENTION, EVALUATION, INDEX, LAYER, LOSS, PARAM, PHASES, ROUTER, RUN
 from pellucid.observe.machine import device_memory, host_memory, peak_flops
 from pellucid.observe.noise import NoiseScale
+from pellucid.observe.reader import Reader
 from pellucid.observe.routing import RoutingProbe
 from pellucid.observe.rules import Watch
 from pellucid.observe.statistics import KINDS, ParameterProbe
-from pellucid.observe.store import MISSING, Record, Row, Writer
+from pellucid.observe.store import BEFORE, FAN, MISSING, RECORDER, ROLLUP_PARTS, Record, Row, Writer
 from pellucid.observe.text_losses import TextLossProbe
 from pellucid.observe.writing import continued, prompt_of
 from pellucid.training.checkpoint import saved_steps
@@ -143,8 +144,7 @@ class Observer(SilentObserver):
         for i, row in enumerate(self.parameters.rows):
             if row.expert is not None:
                 at.setdefault((row.layer, row.expert), []).append(i)
-        return np.array([[at[layer, e] for e in range(self.routing.E)] for layer in range(self.routing.L)]
-                        if self.routing.E > 1 else np.zeros((self.routing.L, 1, 0)), dtype=np.int64)  # fmt: skip
+        return np.array([[at[layer, e] for e in range(self.routing.E)] for layer in range(self.routing.L)])
 
     # ----------------------------------------------------------------------------------------- the step
 
@@ -156,7 +156,18 @@ class Observer(SilentObserver):
         if self._started is None:
             self._started = step
             self.writer.flush()
-            self.writer.delete_after(step - 1)
+            self.writer.delete_after(step - 1 if step > 0 else BEFORE - 1)
+            if step > 0:
+                self._recall(step)
+
+    def _recall(self, step: int) -> None:
+        """What is counted over many steps goes on from what was recorded of those before `step`."""
+        with Reader(self.writer.path) as run:
+            losses = run.series("run", "loss", stream="run", since=step - 1 - RECORDER)[1]
+            self.train_losses.extend(losses[np.isfinite(losses)].tolist())
+            frames = run.frames("router", since=step - 1 - RECORDER)[1]
+            bucket = run.rollup("router", 1, since=(step - 1) // FAN - 1)[1]  # knows the last frame, be it thinned out
+            self.routing.recall(frames, bucket[:, ROLLUP_PARTS.index("last")])
 
     def begin_step(self, step: int) -> None:
         self._start(step)
@@ -265,8 +276,9 @@ class Observer(SilentObserver):
             run["noise_scale"] = self.noise.update(*device["small"], run["gradient_norm"], run["predictions"])
         values = [run.get(stat.name) for stat in RUN]
         record.frames["run"] = np.array([[MISSING if v is None else v for v in values]], dtype=np.float32)
-        if np.isfinite(run["loss"]):
-            self.train_losses.append(run["loss"])
+        loss = float(record.frames["run"][0, INDEX["run"]["loss"]])  # as a resumed run reads it
+        if np.isfinite(loss):
+            self.train_losses.append(loss)
         hashes = device["text.hashes"].view(np.int32).tolist()
         unigram = float(device["text.unigram"][0]) if "text.unigram" in device else None
         pairs = device["text.pairs"].view(np.int32) if "text.pairs" in device else None
@@ -279,7 +291,7 @@ class Observer(SilentObserver):
             if f"hist.{kind}" not in device:
                 continue
             p, counts = facts["exact"], device[f"hist.{kind}"].view(np.int32)
-            first_row = self.parameters.row_of(p) + (p.leaves > 1)  # experts' rows follow the whole tensor's
+            first_row = self.parameters.row_of(p) + p.stacked  # experts' rows follow the whole tensor's
             for leaf in range(p.leaves):
                 rows.append((record.step, first_row + leaf, kind, *_histogram_row(counts[leaf])))
         if rows:
@@ -288,7 +300,7 @@ class Observer(SilentObserver):
     # ------------------------------------------------------------------------------- beside the steps
 
     def evaluation(self, step: int, result) -> None:
-        """Held-out loss after `step` steps; it is recorded with the last of them."""
+        """Held-out loss after `step` steps; it is recorded with the last of them, before training as step -1."""
         self._start(step)
         self.writer.flush()
         facts = result.as_dict()
@@ -296,7 +308,7 @@ class Observer(SilentObserver):
             facts["gap"] = result.loss - sum(self.train_losses) / len(self.train_losses)
         values = [facts.get(stat.name) for stat in EVALUATION]
         frame = [[MISSING if value is None else value for value in values]]
-        record = Record(max(step - 1, 0), {"evaluation": np.array(frame, dtype=np.float32)})
+        record = Record(step - 1, {"evaluation": np.array(frame, dtype=np.float32)})
         record.events += self.watch.judge(record)
         self.writer.write(record)
         if self.config.observe.samples and self.dataset is not None and self.model.config.head is None:
@@ -311,7 +323,7 @@ class Observer(SilentObserver):
             self.text_sample(step, self._prompt, continued(self.model, self.dataset.tokenizer, self._prompt))
         except Exception as error:
             event = {"rule": "no_text_sample", "severity": "note", "subject": "run", "text": f"no text was written: {error}"}
-            self.writer.write(Record(max(step - 1, 0), events=[event]))
+            self.writer.write(Record(step - 1, events=[event]))
 
     def saved(self, seconds: float) -> None:
         """A checkpoint was written between two steps."""
@@ -325,7 +337,7 @@ class Observer(SilentObserver):
         self._written = step
         self._start(step)
         event = {"rule": "text_sample", "severity": "note", "subject": prompt, "text": text}
-        self.writer.write(Record(max(step - 1, 0), events=[event]))
+        self.writer.write(Record(step - 1, events=[event]))
 
     def close(self) -> None:
         self.writer.close()

@@ -7,6 +7,7 @@ Shapes: a frame is float32 [rows, columns]; the axes are `rows(stream)` and `sta
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import numpy as np
 
 from pellucid.config import UserError
 from pellucid.observe.store import (
+    BEFORE,
     FAN,
     FILE_NAME,
     MISSING_BITS,
@@ -41,6 +43,11 @@ def explain_error(path: Path, error: sqlite3.Error) -> str:
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return f"{path}: the telemetry file is damaged ({error}); what the run learnt is in its checkpoints and model"
     return f"{path}: cannot be read ({error})"
+
+
+def _with_nan(row: sqlite3.Row, *names: str) -> dict:
+    """SQLite keeps a NaN as NULL; these columns have no other NULL."""
+    return {**dict(row), **{name: math.nan for name in names if row[name] is None}}
 
 
 class Reader:
@@ -112,7 +119,7 @@ class Reader:
     # ----------------------------------------------------------------------------------------- numbers
 
     def frames(
-        self, stream: str, since: int = -1, until: int | None = None, limit: int | None = None
+        self, stream: str, since: int = BEFORE - 1, until: int | None = None, limit: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Steps int64 [n] and frames float32 [n, rows, columns] with since < step <= until, oldest first."""
         query = "SELECT step, data FROM frame WHERE stream = ? AND step > ? AND step <= ? ORDER BY step LIMIT ?"
@@ -120,7 +127,7 @@ class Reader:
         found = self._all(query, (stream, since, 2**62 if until is None else until, -1 if limit is None else limit))
         return np.array([f["step"] for f in found], dtype=np.int64), stack([f["data"] for f in found], shape)
 
-    def series(self, row: str | int, stat: str, stream: str = "param", since: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    def series(self, row: str | int, stat: str, stream: str = "param", since: int = BEFORE - 1) -> tuple[np.ndarray, np.ndarray]:
         """Steps int64 [n] and values float32 [n] of one cell: reads four bytes a frame."""
         at = 1 + 4 * (self._index("row", stream, row) * self._shape(stream)[1] + self._index("stat", stream, stat))
         query = f"SELECT step, substr(data, {at}, 4) AS cell FROM frame WHERE stream = ? AND step > ? ORDER BY step"
@@ -136,11 +143,13 @@ class Reader:
             raise UserError(f"{self.path}: stream '{stream}' has no {axis} '{name}'")
         return found[0]["id"]
 
-    def rollup(self, stream: str, level: int, since: int = -1, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def rollup(
+        self, stream: str, level: int, since: int = BEFORE - 1, until: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Bucket numbers int64 [n] and float32 [n, 6, rows, columns] (min, max, mean, last, measured, nonfinite).
 
-        Bucket b of level l covers steps b*16^l to (b+1)*16^l - 1; level 0 is the frames themselves. The bucket still
-        open is there too, computed from what is below. Only buckets > `since` and <= `until` are read.
+        Bucket b of level l covers steps b*16^l to (b+1)*16^l - 1 (-1: before training); level 0 is the frames themselves.
+        The bucket still open is there too, computed from what is below. Only buckets > `since` and <= `until` are read.
         """
         rows, columns = self._shape(stream)
         if level == 0:
@@ -153,7 +162,7 @@ class Reader:
         buckets = [f["bucket"] for f in found]
         parts = stack([f["data"] for f in found], (len(ROLLUP_PARTS), rows, columns))
         newest = self.latest_step(stream)
-        if newest is not None and until >= newest // FAN**level > max(since, *buckets, -1):
+        if newest is not None and until >= newest // FAN**level > max([since, *buckets]):
             part = self._open_bucket(stream, level, newest, rows, columns)
             buckets, parts = [*buckets, newest // FAN**level], np.concatenate([parts, part[None]])
         return np.array(buckets, dtype=np.int64), parts
@@ -188,10 +197,13 @@ class Reader:
         return {**dict(found[0]), "data": np.frombuffer(found[0]["data"], "<u4").reshape(2, -1)} if found else None
 
     def document_losses(self, step: int) -> list[dict]:
-        return [dict(r) for r in self._all("SELECT * FROM document_loss WHERE step = ? ORDER BY loss DESC", (step,))]
+        """Document pieces of a step, the worst first: those whose loss is no number."""
+        query = "SELECT * FROM document_loss WHERE step = ? ORDER BY loss IS NOT NULL, loss DESC"
+        return [_with_nan(row, "loss", "worst") for row in self._all(query, (step,))]
 
     def worst_tokens(self, step: int) -> list[dict]:
-        return [dict(r) for r in self._all("SELECT * FROM worst_token WHERE step = ? ORDER BY rank", (step,))]
+        query = "SELECT * FROM worst_token WHERE step = ? ORDER BY rank"
+        return [_with_nan(row, "loss") for row in self._all(query, (step,))]
 
     def samples(self, since: int = -1) -> list[dict]:
         """Rows kept with the loss of each token: tokens and targets int32 [T], losses float32 [T]."""

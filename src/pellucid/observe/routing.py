@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pellucid.observe.columns import INDEX, LAYER, ROUTER
+from pellucid.observe.history import measured
 from pellucid.observe.store import MISSING, Row
 
 TOKENS = 512
@@ -29,6 +30,15 @@ class RoutingProbe:
         self.idle_LE = np.zeros((layers, experts), dtype=np.float32)
         self.way_2LE = np.zeros((2, layers, experts))  # sums of update norms, fading: of all steps, of those without tokens
         self._sums: dict[str, Tensor] = {}
+
+    def recall(self, frames: np.ndarray, newest: np.ndarray) -> None:
+        """Goes on from recorded frames of `router` [n, L*E, statistics], the oldest first; newest [0 or 1, ...]: the last step's."""
+        column = INDEX["router"]
+        for frame in frames.reshape(-1, self.L, self.E, len(ROUTER)):
+            if measured(frame[..., column["update_norm"]]).all():
+                self._add_way(frame[..., column["tokens"]], frame[..., column["update_norm"]])
+        for frame in newest:
+            self.idle_LE = frame[:, column["idle_steps"]].reshape(self.L, self.E)
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         """Axes of the streams `router` and `layer`."""
@@ -106,7 +116,7 @@ class RoutingProbe:
         whole = lambda name: np.sqrt((param[expert_rows, column[name]].astype(np.float64) ** 2).sum(-1))
         update = whole("update_norm")
         others_moved = (update > 0).any()
-        self.way_2LE = KEPT * self.way_2LE + np.nan_to_num(np.stack([update, np.where(tokens == 0, update, 0)]), posinf=0)
+        self._add_way(tokens, update)
         all_LE, ghost_LE = self.way_2LE
         return {
             "ghost_share": np.where(all_LE > 0, ghost_LE / all_LE, MISSING),
@@ -115,3 +125,6 @@ class RoutingProbe:
             "ghost": (tokens == 0) & (update > 0),
             "frozen": (tokens > 0) & (update == 0) & others_moved,
         }
+
+    def _add_way(self, tokens: np.ndarray, update: np.ndarray) -> None:
+        self.way_2LE = KEPT * self.way_2LE + np.nan_to_num(np.stack([update, np.where(tokens == 0, update, 0)]), posinf=0)

@@ -36,6 +36,11 @@ class Parameter:
     stride: int
     count: int  # samples of each leaf
 
+    @property
+    def stacked(self) -> bool:
+        """Whether its leaves are experts' slices, be there only one."""
+        return self.weight.ndim == 3
+
     def samples(self, tensor: Tensor) -> Tensor:
         """View [leaves, count] of evenly spread elements of a tensor of the weight's shape."""
         size, tensor = tensor.numel() // self.leaves, tensor.detach().contiguous()
@@ -43,7 +48,7 @@ class Parameter:
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         tensor = tensor.detach()
-        return list(tensor.unbind(0)) if self.leaves > 1 else [tensor]
+        return list(tensor.unbind(0)) if self.stacked else [tensor]
 
 
 class ParameterProbe:
@@ -80,7 +85,7 @@ class ParameterProbe:
             shape = list(p.weight.shape)
             rows.append(Row(p.name, layer, None, role, str(shape), p.weight.numel(), dtype))
             members.append((p.first, p.first + p.leaves))
-            for e in range(p.leaves if p.leaves > 1 else 0):
+            for e in range(p.leaves if p.stacked else 0):
                 rows.append(Row(f"{p.name}[{e}]", layer, e, role, str(shape[1:]), p.weight[0].numel(), dtype))
                 members.append((p.first + e, p.first + e + 1))
         rows.append(Row("all", None, None, "model", "", sum(p.weight.numel() for p in self.parameters), ""))
@@ -235,7 +240,7 @@ class ParameterProbe:
 
     def _leaf_sums(self, device: dict[str, np.ndarray], facts: dict) -> dict[str, np.ndarray]:
         """Sums over all elements of each leaf, float64 [R]; those of samples scaled up. NaN: needed but not counted."""
-        clip = facts["clip_factor"] if facts["clip_factor"] > 0 else math.nan
+        clip = facts["clip_factor"]
         weight2, clipped2 = device["norms"].astype(np.float64) ** 2
         uncounted = lambda squares: np.where(np.isfinite(squares), 0.0, np.nan)
         leaves = {

@@ -28,6 +28,7 @@ from pellucid.config import UserError
 
 SCHEMA_VERSION = 1
 FILE_NAME = "run.sqlite"
+BEFORE = -1  # the step of what was measured before training
 FAN = 16  # a rollup bucket of level n covers FAN**n steps
 LEVELS = (1, 2, 3)
 RECORDER = 512  # the newest frames of a thinned stream, all kept: the flight recorder
@@ -151,7 +152,7 @@ class Writer:
         rows, stats = list(rows), list(stats)
         known = [r[0] for r in self._connection.execute("SELECT name FROM row WHERE stream = ? ORDER BY id", (stream,))]
         if known and known != [row.name for row in rows]:
-            raise UserError(f"{self.path}: '{stream}' was recorded for another model or data; use a new run directory")
+            raise UserError(f"{self.path}: '{stream}' was recorded of another model, data or version; use a new run directory")
         known = [r[0] for r in self._connection.execute("SELECT name FROM stat WHERE stream = ? ORDER BY id", (stream,))]
         if known and known != [stat.name for stat in stats]:
             raise UserError(f"{self.path}: stream '{stream}' was recorded by another version; use a new run directory")

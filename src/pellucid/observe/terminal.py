@@ -154,7 +154,7 @@ def render(summaries: Sequence[Summary], height: int | None = None) -> Group:
 
 def _lines(s: Summary) -> list[Text]:
     style = "green" if s.state in ("training", "finished") else "yellow"
-    step = "" if s.step is None else f"  step {s.step + 1}" + (f" of {s.max_steps}" if s.max_steps else "")
+    step = "" if s.step is None else f"  {s.step + 1}" + (f" of {s.max_steps}" if s.max_steps else "") + " steps"
     head = Text.assemble((s.name, "bold"), "  ", (s.state, style), step, "  ", (s.trend, "cyan"), overflow="ellipsis", no_wrap=True)
     if not s.numbers:
         return [head]

@@ -121,7 +121,7 @@ class TextLossProbe:
                 loss = np.where(count > 0, total / count, MISSING)
             record.frames[name] = np.stack([loss, count], 1).astype(np.float32).reshape(-1, len(LOSS))
         self._documents_of(sums["documents"], record)
-        worst = sums["worst"][:, np.argsort(-sums["worst"][4], kind="stable")[:WORST]].T
+        worst = sums["worst"][:, _from_worst(sums["worst"][4])[:WORST]].T
         record.rows.append((TOKEN_ROW, [
             (record.step, rank, *(int(v) for v in row[:4]), float(row[4])) for rank, row in enumerate(worst) if row[4] != 0]))
         if "sample" in sums:
@@ -135,7 +135,12 @@ class TextLossProbe:
         total, count, worst = sums
         pieces = np.flatnonzero(count)
         mean = total[pieces] / count[pieces]
-        order = np.argsort(-np.nan_to_num(mean, nan=np.inf), kind="stable")[:DOCUMENTS]
+        order = _from_worst(mean)[:DOCUMENTS]
         record.rows.append((DOCUMENT_ROW, [
             (record.step, int(p // SEGMENTS), int(p % SEGMENTS), int(count[p]), float(m), float(worst[p]))
             for p, m in zip(pieces[order], mean[order], strict=True)]))
+
+
+def _from_worst(losses: np.ndarray) -> np.ndarray:
+    """Their places, the highest loss first; NaN is worse than any number."""
+    return np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")

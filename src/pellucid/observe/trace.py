@@ -85,9 +85,7 @@ def trace(run_dir: str | Path, step: int) -> Trace:
         if not len(at):
             known = f"steps {steps[0]} to {steps[-1]} are" if len(steps) else "no step is"
             raise UserError(f"{run_dir}: step {step} is not recorded; {known}")
-        # SQLite keeps a NaN as NULL
-        known = lambda value: np.nan if value is None else value
-        recorded = {(d["row"], d["segment"]): (known(d["loss"]), known(d["worst"])) for d in reader.document_losses(step)}
+        recorded = {(d["row"], d["segment"]): (d["loss"], d["worst"]) for d in reader.document_losses(step)}
         worst = reader.worst_tokens(step)
     config, dataset, split = training_split(run_dir)
     result = Trace(step, float(losses[at[0]]))
@@ -102,23 +100,23 @@ def trace(run_dir: str | Path, step: int) -> Trace:
             piece["source"], piece["byte_start"], piece["byte_end"], bool(piece.get("exact", True)), piece["document"],
             piece["row"], piece["segment"], piece["length"], loss, worst_token,
             decode([t for t in tokens if t >= 0])[:EXCERPT], piece["label"]))  # fmt: skip
-    result.documents.sort(key=_height, reverse=True)
+    result.documents.sort(key=lambda document: height(document.loss), reverse=True)
     for token in worst:
         row, position = token["row"], token["position"]
         piece = _piece_at(pieces, row, position)
         begin = max(position + 1 - CONTEXT, piece["position_start"] if piece else 0)
         before = batch.tokens_BT[row, begin : position + 1].tolist()
         came = piece["label"] if piece and piece["label"] is not None else decode([token["target"]])
-        result.tokens.append(SurprisingToken(known(token["loss"]), row, position, decode(before), came,
+        result.tokens.append(SurprisingToken(token["loss"], row, position, decode(before), came,
                                              piece["source"] if piece else ""))  # fmt: skip
     return result
 
 
-def _height(document: Document) -> float:
+def height(loss: float | None) -> float:
     """Not finite is worse than any number; not recorded were those with the lowest losses of a large batch."""
-    if document.loss is None:
+    if loss is None:
         return -np.inf
-    return document.loss if np.isfinite(document.loss) else np.inf
+    return loss if np.isfinite(loss) else np.inf
 
 
 def _piece_at(pieces: list[dict], row: int, position: int) -> dict | None:

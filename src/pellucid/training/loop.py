@@ -107,7 +107,8 @@ class Loop:
         batches = split_batches(self.dataset.validation, settings.micro_batch_size, rows)
         result = TASKS[settings.task].evaluate(self.model, batches, settings, self.dataset.tokenizer.byte_lengths)
         self.observer.evaluation(self.counters.step, result)
-        self.progress.say(f"after step {self.counters.step}: {result.in_words()}")
+        when = f"after step {self.counters.step}" if self.counters.step else "before training"
+        self.progress.say(f"{when}: {result.in_words()}")
         return result
 
     def save(self, best: bool = False) -> Path:

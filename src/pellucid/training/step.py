@@ -118,11 +118,14 @@ def count_predictions(micro_batches: Sequence[Any], settings: TrainingConfig) ->
 
 
 def clip_gradients(model: Grok1, largest_norm: float, result: StepResult) -> Tensor:
-    """Scale all gradients by min(1, largest_norm / norm), the norm over all of them (Pascanu et al. 2013); 0: leave them."""
+    """Scale all gradients by min(1, largest_norm / norm), the norm over all of them (Pascanu et al. 2013); 0: leave them.
+
+    A norm that is not finite leaves them too: their step is skipped, and what is recorded of them is theirs.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     result.grad_norm = norm.item()
-    if largest_norm and result.grad_norm > largest_norm:
+    if 0 < largest_norm < result.grad_norm < math.inf:
         result.clip_factor = largest_norm / result.grad_norm
         torch._foreach_mul_(gradients, result.clip_factor)
     return norm

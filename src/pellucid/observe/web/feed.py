@@ -20,7 +20,7 @@ import numpy as np
 from pellucid.config import UserError
 from pellucid.observe.reader import Reader
 from pellucid.observe.rules import RULES
-from pellucid.observe.store import FAN, FILE_NAME, LEVELS, RECORDER, SCHEMA_VERSION, is_network
+from pellucid.observe.store import BEFORE, FAN, FILE_NAME, LEVELS, RECORDER, SCHEMA_VERSION, is_network
 from pellucid.observe.web.capsule import Plays, read_capsule
 from pellucid.observe.web.preferences import preferences
 from pellucid.observe.web.river import River
@@ -167,7 +167,7 @@ class Feed:
 
     # ------------------------------------------------------------------------------------------ numbers
 
-    def window(self, stream: str, stat: str, since: int = 0, until: int | None = None, span: int | None = None) -> bytes:
+    def window(self, stream: str, stat: str, since: int = BEFORE, until: int | None = None, span: int | None = None) -> bytes:
         """Steps since..until of one statistic (or '*': all) of a stream, as few columns as the screen needs.
 
         span: steps per column (1, 16, 256, 4096), to continue a window; by default chosen.
@@ -273,7 +273,7 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
         if path == "window":
             until = int(query["until"]) if "until" in query else None
             span = int(query["span"]) if "span" in query else None
-            return feed.window(query["stream"], query["stat"], int(query.get("since", 0)), until, span), BINARY_TYPE
+            return feed.window(query["stream"], query["stat"], int(query.get("since", BEFORE)), until, span), BINARY_TYPE
         if path == "events":
             return _json(feed.events())
         if path == "rules":

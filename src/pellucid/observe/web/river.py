@@ -12,6 +12,7 @@ from typing import Any
 
 from pellucid.config import UserError, load_config
 from pellucid.data.dataset import Dataset
+from pellucid.observe.trace import height
 from pellucid.observe.web.journey import EXCERPT, journey
 
 TOKENS = 600  # tokens of a document shown as chips
@@ -68,11 +69,11 @@ class River:
         loss_of = {(loss["row"], loss["segment"]): loss for loss in losses}
         for piece in pieces:
             piece.update({key: loss_of.get((piece["row"], piece["segment"]), {}).get(key) for key in ("loss", "worst")})
-        pieces.sort(key=lambda piece: -(piece["loss"] if piece["loss"] is not None else -1))
+        pieces.sort(key=lambda piece: height(piece["loss"]), reverse=True)
         for piece in pieces[:12]:
             piece["excerpt"] = self._piece_text(split, piece)
         tokens = [{**self._token(split, step, training, token), "label": label_at.get((token["row"], token["position"]))}
-                  for token in worst if not self.dataset.labels or token["loss"] > 0]
+                  for token in worst if not self.dataset.labels or token["loss"] != 0]
         return {"problem": None, "step": step, "pieces": pieces, "tokens": tokens}
 
     def _piece_text(self, split: Any, piece: dict[str, Any]) -> str:

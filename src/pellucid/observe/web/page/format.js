@@ -57,6 +57,9 @@ export function withUnit(value, unit) {
   return number(value) + (unit ? ` ${unit}` : "");
 }
 
+/** When an evaluation was, or a text was written: step -1 stands for before the first. */
+export const when = (step) => (step < 0 ? "before training" : `after step ${count(step)}`);
+
 export const plural = (n, one, many = one + "s") => `${count(n)} ${n === 1 ? one : many}`;
 
 /** White space of a token, made to be seen. */

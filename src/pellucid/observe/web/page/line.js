@@ -3,7 +3,7 @@
 import "./locale.js";
 import uPlot from "../vendor/uplot.mjs";
 import { html, useEffect, useLayoutEffect, useMemo, useRef, useState, useWidth } from "./ui.js";
-import { count, number, power } from "./format.js";
+import { count, number, power, when } from "./format.js";
 
 const finite = (v) => (v !== null && Number.isFinite(v) ? v : null);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -22,7 +22,7 @@ export function Lines({ label, series, log = false, unit = "", height = 200, ste
     chart.current?.destroy();
     chart.current = new uPlot(options({ width, height, series, log, unit, theory, at, data, from, to, zero }), data.columns, holder.current);
     const over = chart.current.over;
-    over.addEventListener("click", () => { const i = chart.current.cursor.idx; if (i !== null && i !== undefined) onPick?.(data.x[i]); });
+    over.addEventListener("click", () => { const i = chart.current.cursor.idx; if (i !== null && i !== undefined) onPick?.(Math.max(0, data.x[i])); });
     return () => { chart.current?.destroy(); chart.current = null; };
   }, [width, height, shape, log, theme, from, to, data.x.length === 0]);
   useEffect(() => { chart.current?.setData(data.columns); }, [data]);
@@ -30,7 +30,7 @@ export function Lines({ label, series, log = false, unit = "", height = 200, ste
 
   const last = series.map((s) => {
     const i = s.values.length - 1;
-    return i < 0 ? null : `${s.label} ${number(s.values[i])}${unit ? ` ${unit}` : ""} at step ${count(s.steps[i])}`;
+    return i < 0 ? null : `${s.label} ${number(s.values[i])}${unit ? ` ${unit}` : ""} ${s.steps[i] < 0 ? when(s.steps[i]) : `at step ${count(s.steps[i])}`}`;
   }).filter(Boolean).join("; ");
   const bad = series.reduce((sum, s) => sum + s.values.filter((v) => v !== null && !Number.isFinite(v)).length, 0);
   return html`<figure class="lines" ref=${box} aria-label=${`${label}: ${last || "nothing recorded"}; ${bad} non-finite values`}>
@@ -49,7 +49,7 @@ export function Lines({ label, series, log = false, unit = "", height = 200, ste
 function Table({ series }) {
   const steps = [...new Set(series.flatMap((s) => [...s.steps]))].sort((a, b) => b - a).slice(0, 25);
   return html`<div class="scroll" tabindex="0" role="region" aria-label="newest values"><table><thead><tr><th scope="col">step</th>${series.map((s) => html`<th scope="col">${s.label}</th>`)}</tr></thead>
-    <tbody>${steps.map((step) => html`<tr><th scope="row">${step}</th>${series.map((s) => {
+    <tbody>${steps.map((step) => html`<tr><th scope="row">${step < 0 ? when(step) : step}</th>${series.map((s) => {
       const i = s.steps.indexOf(step);
       return html`<td>${i < 0 ? "–" : number(s.values[i])}</td>`;
     })}</tr>`)}</tbody></table></div>`;
@@ -96,7 +96,7 @@ function options({ width, height, series, log, unit, theory, at, data, from, to,
       y: { distr: log ? 3 : 1, range: (_, low, high) => (log ? decades(low, high, theory) : spread(low, high, theory, zero)) } },
     cursor: { y: false, points: { size: 7 } },
     axes: [
-      { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "11px system-ui", size: 28, values: (_, v) => v.map((s) => (Number.isInteger(s) ? s.toLocaleString("en-US") : "")) },
+      { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "11px system-ui", size: 28, values: (_, v) => v.map((s) => (Number.isInteger(s) && s >= 0 ? s.toLocaleString("en-US") : "")) },
       { stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "11px system-ui", size: 56, values: (_, v) => numbers(v), label: undefined },
     ],
     hooks: { draw: [(chart) => decorate(chart, { theory, at, marks: data.marks, log })] },

@@ -4,7 +4,7 @@ import { Panel, html } from "../ui.js";
 import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
 import { holds } from "../source.js";
 import { Spark } from "../line.js";
-import { bytes, count, number, percent } from "../format.js";
+import { bytes, count, number, percent, when } from "../format.js";
 import { Mark, answerOf, derivation, fansOf, pair, percents, place, proofsOf, quoted, updateFormula, visible } from "../play.js";
 import { taskOf } from "../task.js";
 
@@ -143,5 +143,5 @@ function Generalise({ losses, heldLosses, held, now, step }) {
   return html`<${Idea} id="idea-generalise" title="Learning or memorising?" sources=${[5]}
     formula=${html`gap = held-out loss − training loss${out !== null && train !== null ? html` = ${n(out)} − ${n(train)} = ${n(out - train, { signed: true })}` : ""}`}>
     <p>A model can find what holds for the language, or remember these very sentences. On text it never saw, only the first helps. So a part of the documents is held out and measured again and again.</p>
-    ${out !== null ? html`<p>After step ${count(held.steps[at])} the held-out loss was ${n(out)}; at the first measure it was ${n(heldLosses[0])}. The mean training loss of the last ${count(recent.length)} steps is ${n(train)}. ${out - train > 0.5 ? "The gap is wide: it remembers more than it understands." : "The two go together: what it learns holds for new text."}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
+    ${out !== null ? html`<p>The held-out loss was ${n(out)} ${when(held.steps[at])}; at the first measure it was ${n(heldLosses[0])}. The mean training loss of the last ${count(recent.length)} steps is ${n(train)}. ${out - train > 0.5 ? "The gap is wide: it remembers more than it understands." : "The two go together: what it learns holds for new text."}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
 }

@@ -4,7 +4,7 @@ import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
 import { RUNS } from "../colour.js";
 import { Lines } from "../line.js";
 import { isReport } from "../source.js";
-import { count, number, percent, plural, visible } from "../format.js";
+import { count, number, percent, plural, visible, when } from "../format.js";
 import { taskOf } from "../task.js";
 
 const TRAIN = "#0072B2", HELD = "#D55E00";
@@ -38,7 +38,7 @@ export function Learning({ theme }) {
   const measures = task.head?.problem_type === "regression" ? [["r2", "held-out R²", "#009E73"], ["spearman", "held-out rank correlation", "#CC79A7"]] : [["accuracy", "held-out accuracy", "#009E73"], ["macro_f1", "held-out macro-F1", "#CC79A7"]];
   const answer = `At step ${count(step)} the batch's loss is ${number(now)} ${task.unit} per ${task.each}: ${task.meaning(now)}.`
     + (task.guess ? ` ${task.guess.words}` : "")
-    + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} after step ${count(held.steps[evaluated])}${task.labelled ? ` (${measures.map(([stat, label]) => `${label.replace("held-out ", "")} ${number(held.value(evaluated, 0, statIndex(run, "evaluation", stat)))}`).join(", ")})` : ""}.` : "");
+    + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} ${when(held.steps[evaluated])}${task.labelled ? ` (${measures.map(([stat, label]) => `${label.replace("held-out ", "")} ${number(held.value(evaluated, 0, statIndex(run, "evaluation", stat)))}`).join(", ")})` : ""}.` : "");
   return html`
     <${Panel} id="loss-title" wide question="Is it learning, and does that hold for text it has not seen?" answer=${answer}
       aside=${(chosen.from !== null || chosen.to !== null) && html`<button type="button" onClick=${() => select({ from: null, to: null })}>all steps</button>`}>
@@ -140,7 +140,7 @@ function Samples({ run, index, step }) {
         <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${count(row.step)}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${!labelled ? `${JSON.stringify(text)}: ${told(row.losses[i])}` : (row.labels?.[i] ?? null) === null ? null : `${row.labels[i]}: ${told(row.losses[i])}`}>${text}</span>`)}</p>`
     : html`<${Nothing}>No row with the loss of each token was kept yet.<//>`}<//>
     <${Panel} id="written-title" question=${labelled ? "What does it say of documents?" : "What does it write?"} answer=${data.texts.length ? `${labelled ? "Held-out documents, what they are, and what the model says" : "The same words continued by the model"}, ${plural(data.texts.length, "time")} over the run; the newest on top.` : ""}>
-      ${data.texts.length ? html`<div class="scroll tall" tabindex="0" role="region" aria-label="texts the model wrote">${data.texts.toReversed().map((text) => html`<h3>after step ${count(text.step)}</h3>
+      ${data.texts.length ? html`<div class="scroll tall" tabindex="0" role="region" aria-label="texts the model wrote">${data.texts.toReversed().map((text) => html`<h3>${when(text.step)}</h3>
         <pre class="text">${text.prompt}<mark class="written">${text.text}</mark></pre>`)}</div>`
     : html`<${Nothing}>No text was written during this run yet.<//>`}<//>
   </div>`;
