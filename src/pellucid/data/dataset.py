@@ -337,7 +337,7 @@ class Split:
         if not origin["exact"]:
             return {"byte_start": origin["byte_start"], "byte_end": origin["byte_end"], "exact": False}
         first = int(self.reader.starts[document])
-        ends = np.cumsum(self.tokenizer.byte_lengths[self.reader.tokens(np.arange(first, first + origin["tokens"]))])
+        ends = np.cumsum(self.tokenizer.byte_lengths[self.reader.tokens(np.arange(first, first + origin["tokens"]))].clip(0))
         extra = int(ends[-1]) - origin["text_bytes"]  # SentencePiece puts a space before the text
         bounds = [max(0, int(ends[n - 1]) - extra) if n else 0 for n in (start, stop)]
         return {"byte_start": origin["byte_start"] + bounds[0], "byte_end": origin["byte_start"] + bounds[1], "exact": True}

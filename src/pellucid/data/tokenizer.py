@@ -129,8 +129,13 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """int64 [V]: the length of token_bytes of every id, for bits per byte."""
-        return np.array([len(item) for item in self._table], dtype=np.int64)
+        """int64 [V]: the length of token_bytes of every id, for bits per byte: a document and its eos sum to the bytes of its text.
+
+        So eos takes back (-1) the space that SentencePiece puts before each text.
+        """
+        lengths = np.array([len(item) for item in self._table], dtype=np.int64)
+        lengths[self.eos_token_id] -= sum(self._table[i].count(b" ") for i in self.encode("x"))
+        return lengths
 
     def save(self, folder: str | Path, *, convert: bool = True) -> None:
         """Write the model file and tokenizer_config.json, as Hugging Face's AutoTokenizer reads them.
