@@ -42,6 +42,15 @@ def test_context_experts_and_diversity_of_a_run_are_kept_with_it(call, tiny_run,
     assert len(sections(tiny_run.directory)) == 2
 
 
+def test_one_document_gives_no_interval(call, tiny_run, tmp_path):
+    (tmp_path / "one.txt").write_text("the cat sat on mat while dogs ran past old trees in rain " * 100)
+    code, output, errors = call("experts", tiny_run.directory, "--data", "one.txt", "--out", "experts")
+    assert code == 0 and "(no interval from one document) bits about its experts" in output, errors
+    assert json.loads((tmp_path / "experts" / "experts.json").read_text())["numbers"]["specialisation"][0]["bits"]["low"] is None
+    code, output, errors = call("diversity", "one.txt", "--out", "diversity")
+    assert code == 0 and output.count("(no interval from one document)") == 2, errors
+
+
 def test_a_plan_runs_resumes_and_reports(call, tmp_path):
     command = ("capacity", "--parameters", 38400, "--loads", "0.01,0.02", "--epochs", 4, "--seeds", 1, "--out", "plan")
     code, first, errors = call(*command)

@@ -101,11 +101,12 @@ def specialisation(chosen_LNk: np.ndarray, classes_N: np.ndarray, owners_N: np.n
         table = counts_GCE.sum(0)
         drawn = np.array([information(np.tensordot(w, counts_GCE, 1)) for w in weights])
         bias = drawn.mean() - information(table)
-        low, high = intervals.bounds(drawn - 2 * bias)
+        bits = information(table) - bias
+        low, high = intervals.around(bits, drawn - 2 * bias, G)
         with np.errstate(divide="ignore", invalid="ignore"):
             lift = table * table.sum() / (table.sum(1, keepdims=True) * table.sum(0))
         found.append({"lift": [[float(v) if np.isfinite(v) else None for v in row] for row in lift],
-                      "bits": {"mean": float(information(table) - bias), "low": float(low), "high": float(high)},
+                      "bits": {"mean": float(bits), "low": float(low), "high": float(high)},
                       "load": (table.sum(0) / table.sum()).tolist()})
     return found
 
@@ -185,7 +186,7 @@ def churn(snapshots: Sequence[tuple[int, np.ndarray]], owners_N: np.ndarray, E: 
     counts = per_document(np.ones(len(owners_N)))
     sets = [(step, np.sort(chosen, axis=-1)) for step, chosen in snapshots]
     changed = lambda a, b: (a != b).any(-1)  # [L, N]
-    share = lambda table: [intervals.ratio(per_document(layer)[counts > 0], counts[counts > 0], draws=DRAWS) for layer in table]
+    share = lambda table: [intervals.share(per_document(layer)[counts > 0], counts[counts > 0], draws=DRAWS) for layer in table]
     rows = [{"from": before, "to": after, "layers": share(changed(a, b)), "to_last": share(changed(a, sets[-1][1]))}
             for (before, a), (after, b) in itertools.pairwise(sets)]
     ways = np.prod([(E - i) / (i + 1) for i in range(k)])

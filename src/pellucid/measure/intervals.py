@@ -7,19 +7,20 @@ Tokens of one document are alike, so documents are drawn, not tokens. Letters: G
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
-DRAWS, LEVEL = 2000, 0.95
+DRAWS = 2000
 
 
-def bounds(drawn: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end over axis 0, the draws; NaN draws are left out."""
-    edges = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+def bounds(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of 95 % over axis 0, the draws; NaN draws are left out."""
+    edges = np.nanquantile(drawn, [0.025, 0.975], axis=0)
     return edges[0], edges[1]
 
 
-def ratio(sums: np.ndarray, counts: np.ndarray, *, draws: int = DRAWS, level: float = LEVEL, seed: int = 0) -> dict:
+def ratio(sums: np.ndarray, counts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> dict:
     """{"mean", "low", "high"} of sum(sums) / sum(counts) over documents.
 
     sums, counts: [G] or [G, P], each column an own ratio over the same draws, so that columns may be compared.
@@ -29,8 +30,25 @@ def ratio(sums: np.ndarray, counts: np.ndarray, *, draws: int = DRAWS, level: fl
     drawn_WG = _weights(len(sums), draws, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean, drawn = sums.sum(0) / counts.sum(0), (drawn_WG @ sums) / (drawn_WG @ counts)
-    low, high = bounds(drawn, level)
+    low, high = around(mean, drawn, len(sums))
     return {"mean": _plain(mean), "low": _plain(low), "high": _plain(high)}
+
+
+def share(sums: np.ndarray, counts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> dict:
+    """As `ratio`, of what lies between 0 and 1."""
+    return {name: _plain(np.clip(value, 0.0, 1.0)) for name, value in ratio(sums, counts, draws=draws, seed=seed).items()}
+
+
+def around(mean: np.ndarray, drawn: np.ndarray, documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end from draws of so many documents, or infinite ones: of one document nothing follows about others.
+
+    Draws of G documents vary too little by (G - 1) / G, and know no Student's t: both widen the interval of few.
+    """
+    if documents < 2:
+        return np.full_like(mean, -np.inf), np.full_like(mean, np.inf)
+    low, high = bounds(drawn)
+    wider = student_point(min(documents - 1, 300)) / 1.96 * (documents / (documents - 1)) ** 0.5  # of 300 it is 1.97
+    return mean - wider * (mean - low), mean + wider * (high - mean)
 
 
 def crossed(sums_SG: np.ndarray, counts_G: np.ndarray, *, draws: int = DRAWS) -> dict:
@@ -55,6 +73,7 @@ def student(values: np.ndarray) -> dict[str, float | None]:
     return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half}
 
 
+@cache
 def student_point(degrees: int) -> float:
     """The 97.5 % point of Student's t, by bisection of its finite sum (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
 
