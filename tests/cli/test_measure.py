@@ -78,6 +78,10 @@ def test_a_plan_runs_resumes_and_reports(call, tmp_path):
     (("capacity", "--parameters", 10**13), "random sequences need "),
     (("capacity", "--parameters", 10**13, "--loads", 1e-9), "parameters of a model, with gradient and optimizer, need "),
     (("robustness", "--arms", "wishes"), "--arms: unknown wishes"),
+    (("scaling", "--sizes", "16,32,²", "--trial", "64:3900", "--tokens", "3200,3300,3400", "training.batch_size=1"),
+     "--sizes: '²' is neither"),
+    (("scaling", "--sizes", "16,32,48", "--trial", "²:3900", "--tokens", "3200,3300,3400", "training.batch_size=1"),
+     "--trial: '²' is neither"),
     (("diversity", "missing.txt"), "no file matches"),
     (("context", "missing"), "neither a folder nor a preset"),
 ])  # fmt: skip
@@ -94,6 +98,12 @@ def small_corpus(tiny_folder):
     """Overrides that make a plan's data small and prepared once."""
     return (f'data.sources=["{tiny_folder / "corpus"}"]', "data.tokenizer.kind=bytes", f"data.directory={tiny_folder / 'data'}",
             "data.sequence_length=32")  # fmt: skip
+
+
+def test_no_sample_of_text_is_infinite(call, tiny_run):
+    for name in ("context", "experts", "diversity"):
+        code, _, errors = call(name, tiny_run.directory, "--megabytes", "inf")
+        assert code == 2 and "Invalid value for '--megabytes': Input should be less than or equal to" in errors
 
 
 def test_too_little_text_for_the_plan_is_said_with_both_numbers(call, small_corpus):

@@ -145,6 +145,12 @@ def test_nothing_to_evaluate_is_a_sentence(loaded, tmp_path):
             evaluate_files(loaded[0], loaded[1], str(tmp_path / name))
 
 
+def test_blank_documents_are_left_out_as_in_training(loaded, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat sat"}\n{"text": ""}\n{"text": " \\n "}\n{"text": "on a mat"}\n')
+    result = evaluate_files(loaded[0], loaded[1], str(tmp_path / "a.jsonl"), context=16)
+    assert (result.tokens, result.text_bytes) == (11 + 1 + 8 + 1, 11 + 8)
+
+
 def test_measures_follow_from_their_sums():
     result = Evaluation(nats=20.0, tokens=10, text_bytes=40) + Evaluation(nats=4.0, tokens=2, text_bytes=8)
     assert result.loss == 2.0 and result.perplexity == pytest.approx(math.exp(2))

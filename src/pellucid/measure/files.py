@@ -59,7 +59,8 @@ def _texts(file: Any, normalization: NormalizeConfig) -> Iterator[str]:
     for document in read_documents(file):
         if isinstance(document, Unreadable):
             raise UserError(document.message)
-        yield normalize(document.text, normalization)
+        if (text := normalize(document.text, normalization)).strip():  # training drops blank ones too
+            yield text
 
 
 def _windows(tokenizer: Any, stream: torch.Tensor, T: int) -> Iterator[Batch]:
