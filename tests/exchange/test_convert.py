@@ -121,6 +121,22 @@ def test_presets_are_initialised_models():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("given, sentence", [
+    ({"device": "xyz"}, "device = 'xyz': not usable on this machine"), ({"device": "cuda:99"}, "device = 'cuda:99': not usable"),
+    ({"config": "tiny"}, "config = 'tiny': give a Config"), ({"config": 3}, "config = 3: give a Config"),
+])  # fmt: skip
+def test_what_cannot_be_loaded_with_is_a_sentence(tmp_path, given, sentence):
+    save_huggingface(initialize(Grok1(small_config(1)), 6), None, tmp_path / "hf")
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path / "hf", **given)
+
+
+def test_a_name_that_no_file_can_have_is_no_model():
+    for name in ("a" * 300, "a/" * 3000):
+        with pytest.raises(UserError, match="neither a folder nor a preset"):
+            load(name)
+
+
 @pytest.mark.parametrize("what, sentence", [("tinny", "did you mean 'tiny'"), ("no/folder", "neither a folder nor")])
 def test_what_is_not_there_is_said(what, sentence):
     with pytest.raises(UserError, match=sentence):

@@ -21,6 +21,7 @@ from pellucid.exchange.xai import XaiSource, official_folder
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.training.checkpoint import newest_good
+from pellucid.training.device import choose_device
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
@@ -39,8 +40,9 @@ def load(
     every cast of the official run (`model.parity = False` is faster, and less exact). Raises UserError.
     """
     kind = as_dtype(dtype)
+    device = None if device is None else choose_device(str(device), "device")
     path = Path(path_or_preset)
-    if not path.exists():
+    if not os.path.exists(path):  # also of a name that no file can have
         return _initialized(str(path_or_preset), config, kind, device), None
     source = open_source(path, config)
     model = fill(Grok1(source.config, device, kind), source, progress)
@@ -131,6 +133,8 @@ def _initialized(name: str, config: Any, dtype: torch.dtype, device: Any) -> Gro
 def _model_config(config: ModelConfig | Config | dict[str, Any] | None) -> ModelConfig | None:
     if isinstance(config, dict):
         return make_config({"model": config}).model
+    if not isinstance(config, ModelConfig | Config | None):
+        raise UserError(f"config = {config!r}: give a Config, a ModelConfig, or the [model] table as a dict")
     return config.model if isinstance(config, Config) else config
 
 
