@@ -298,7 +298,8 @@ def _shard_paths(folder: Path) -> list[Path]:
         paths = sorted(folder.glob("*.safetensors"))
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path}: missing, though {INDEX} names it: download it again")
+            reason = f"missing, though {INDEX} names it" if index.exists() else "not a file of weights"
+            raise UserError(f"{path}: {reason}: download it again")
     if not paths:
         pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         reason = f"{pickles[0]} is a pickle, which can run a stranger's code and is never read" if pickles else "none here"

@@ -81,7 +81,8 @@ def find_tokenizer_folder(path: Path) -> Path | None:
         data = read_json(path / "manifest.json").get("data")
         if isinstance(data, dict) and isinstance(data.get("directory"), str):
             folders.append(Path(data["directory"]) / "tokenizer")
-    return next((folder for folder in folders if any(folder.glob("tokenizer.*"))), None)
+    names = ("tokenizer.model", "tokenizer.json")
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
 
 
 def manifest_path(destination: str | Path) -> Path:
