@@ -44,6 +44,15 @@ def test_a_run_on_relative_sources_is_resumed(tiny_folder, tiny_tables, tmp_path
     assert max(saved_steps(train(tables, run_dir="run", resume=True).directory / "checkpoints")) == 14
 
 
+def test_a_resumed_run_leaves_its_caller_the_threads_it_had(tiny_tables, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    train(tiny_tables(max_steps=4), run_dir=tmp_path / "run")
+    torch.set_num_threads(2)
+    train(tiny_tables(max_steps=8), run_dir=tmp_path / "run", resume=True)
+    assert torch.get_num_threads() == 2
+
+
 @pytest.mark.parametrize(("section", "values", "named"), [
     ("model", {"hidden_size": 32}, "model.hidden_size was 16, is 32"),
     ("data", {"sources": ["elsewhere"]}, "data.sources was"),

@@ -101,7 +101,7 @@ def train(
     elif not isinstance(config, Config):
         config = load_config(config)
     check_tools(config.observe.export)
-    shown = Shown() if progress else Quiet()
+    shown, threads = Shown() if progress else Quiet(), torch.get_num_threads()
     try:
         run = _train(resolved_config(config), folder, resume, shown)
         if run.stopped_by is None:
@@ -113,6 +113,7 @@ def train(
         return run
     finally:
         shown.close()
+        torch.set_num_threads(threads)  # the caller's: a resumed run takes the number it began with
 
 
 def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:

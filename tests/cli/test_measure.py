@@ -42,6 +42,15 @@ def test_context_experts_and_diversity_of_a_run_are_kept_with_it(call, tiny_run,
     assert len(sections(tiny_run.directory)) == 2
 
 
+def test_one_document_gives_no_interval(call, tiny_run, tmp_path):
+    (tmp_path / "one.txt").write_text("the cat sat on mat while dogs ran past old trees in rain " * 100)
+    code, output, errors = call("experts", tiny_run.directory, "--data", "one.txt", "--out", "experts")
+    assert code == 0 and "(no interval from one document) bits about its experts" in output, errors
+    assert json.loads((tmp_path / "experts" / "experts.json").read_text())["numbers"]["specialisation"][0]["bits"]["low"] is None
+    code, output, errors = call("diversity", "one.txt", "--out", "diversity")
+    assert code == 0 and output.count("(no interval from one document)") == 2, errors
+
+
 def test_a_plan_runs_resumes_and_reports(call, tmp_path):
     command = ("capacity", "--parameters", 38400, "--loads", "0.01,0.02", "--epochs", 4, "--seeds", 1, "--out", "plan")
     code, first, errors = call(*command)
@@ -69,6 +78,10 @@ def test_a_plan_runs_resumes_and_reports(call, tmp_path):
     (("capacity", "--parameters", 10**13), "random sequences need "),
     (("capacity", "--parameters", 10**13, "--loads", 1e-9), "parameters of a model, with gradient and optimizer, need "),
     (("robustness", "--arms", "wishes"), "--arms: unknown wishes"),
+    (("scaling", "--sizes", "16,32,²", "--trial", "64:3900", "--tokens", "3200,3300,3400", "training.batch_size=1"),
+     "--sizes: '²' is neither"),
+    (("scaling", "--sizes", "16,32,48", "--trial", "²:3900", "--tokens", "3200,3300,3400", "training.batch_size=1"),
+     "--trial: '²' is neither"),
     (("diversity", "missing.txt"), "no file matches"),
     (("context", "missing"), "neither a folder nor a preset"),
 ])  # fmt: skip
@@ -85,6 +98,12 @@ def small_corpus(tiny_folder):
     """Overrides that make a plan's data small and prepared once."""
     return (f'data.sources=["{tiny_folder / "corpus"}"]', "data.tokenizer.kind=bytes", f"data.directory={tiny_folder / 'data'}",
             "data.sequence_length=32")  # fmt: skip
+
+
+def test_no_sample_of_text_is_infinite(call, tiny_run):
+    for name in ("context", "experts", "diversity"):
+        code, _, errors = call(name, tiny_run.directory, "--megabytes", "inf")
+        assert code == 2 and "Invalid value for '--megabytes': Input should be less than or equal to" in errors
 
 
 def test_too_little_text_for_the_plan_is_said_with_both_numbers(call, small_corpus):

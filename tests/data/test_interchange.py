@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pellucid.cli import app
-from pellucid.config import UserError, make_config
+from pellucid.config import UserError, load_config, make_config
 from pellucid.data import interchange, shards
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
@@ -175,6 +175,13 @@ def test_training_on_prepared_data(built, tiny_tables, tmp_path):
     settings["data"] = {"prepared": str(built.directory), "sequence_length": 32, "mixture": [{"shares": [1, 1]}]}
     with pytest.raises(UserError, match=r"data.mixture: 2 shares for the 1 sources"):
         train(settings, run_dir=tmp_path / "run2")
+
+
+def test_what_was_imported_is_what_a_run_without_settings_takes(built, tmp_path):
+    export_tokens(built, "megatron", tmp_path / "out")
+    shown = run("data", "import", str(tmp_path / "out"), "--out", str(tmp_path / "again"))
+    assert prepare(load_config(None, [f"data.prepared={tmp_path / 'again'}"]).data).directory == tmp_path / "again"
+    assert f"data.prepared={tmp_path / 'again'} data.sequence_length=128" in shown.stderr + shown.stdout
 
 
 def test_ids_that_do_not_fit_are_refused(built, tmp_path):

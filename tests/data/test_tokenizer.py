@@ -191,6 +191,7 @@ def word_level(**special):
     ({}, None, (4, 3, 3), 5),  # nothing: eos and pad are new ids, bos is eos
     ({"</s>": 3}, None, (4, 3, 3), 5),  # pad is new
     ({"</s>": 3}, {"eos_token": "</s>", "pad_token": "</s>"}, (4, 3, 3), 5),  # pad must not be eos
+    ({"</s>": 3, "[PAD]": 4}, {"eos_token": "</s>", "pad_token": "</s>"}, (5, 3, 3), 6),  # also beside a name known for it
     ({"<s>": 3, "</s>": 4, "<pad>": 5}, None, (5, 3, 4), 6),
     ({"<x>": 3, "<y>": 4}, {"eos_token": {"content": "<y>"}, "pad_token": "<x>"}, (3, 4, 4), 5),
 ])

@@ -121,6 +121,46 @@ def test_presets_are_initialised_models():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("given, sentence", [
+    ({"device": "xyz"}, "device = 'xyz': not usable on this machine"), ({"device": "cuda:99"}, "device = 'cuda:99': not usable"),
+    ({"config": "tiny"}, "config = 'tiny': give a Config"), ({"config": 3}, "config = 3: give a Config"),
+])  # fmt: skip
+def test_what_cannot_be_loaded_with_is_a_sentence(tmp_path, given, sentence):
+    save_huggingface(initialize(Grok1(small_config(1)), 6), None, tmp_path / "hf")
+    with pytest.raises(UserError, match=sentence):
+        load(tmp_path / "hf", **given)
+
+
+def test_a_name_that_no_file_can_have_is_no_model():
+    for name in ("a" * 300, "a/" * 3000):
+        with pytest.raises(UserError, match="neither a folder nor a preset"):
+            load(name)
+
+
+def test_a_hugging_face_directory_may_be_called_as_the_official_one(tmp_path):
+    model = initialize(Grok1(small_config(1)), 6)
+    save_huggingface(model, None, tmp_path / "ckpt-0")
+    assert torch.equal(load(tmp_path / "ckpt-0")[0].embedding.weight, model.embedding.weight)
+    (tmp_path / "empty" / "ckpt-0").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds 0 tensor files"):
+        load(tmp_path / "empty" / "ckpt-0")
+
+
+def test_other_files_called_tokenizer_are_none(tmp_path):
+    save_huggingface(initialize(Grok1(small_config(1)), 6), None, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.tok.json").write_text("{}")
+    (tmp_path / "hf" / "tokenizer.json").mkdir()
+    assert load(tmp_path / "hf")[1] is None
+
+
+def test_weights_that_are_a_folder_are_said(tmp_path):
+    save_huggingface(initialize(Grok1(small_config(1)), 6), None, tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    (tmp_path / "hf" / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors: not a file of weights: download it again"):
+        load(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("what, sentence", [("tinny", "did you mean 'tiny'"), ("no/folder", "neither a folder nor")])
 def test_what_is_not_there_is_said(what, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -131,7 +171,7 @@ def test_the_current_folder_is_a_folder_too(tmp_path, monkeypatch):
     write_official(tmp_path / "ckpt-0", small_config(1))
     monkeypatch.chdir(tmp_path / "ckpt-0")
     assert load(".", config=small_config(1))[0].config == small_config(1)
-    with pytest.raises(UserError, match="heads of 128"):
+    with pytest.raises(UserError, match=r"heads of 128.*`pellucid convert --config`"):
         load(".")
     with pytest.raises(UserError, match="exists already"):
         convert(".", ".", config=small_config(1))

@@ -157,11 +157,24 @@ def test_wrong_tensors_are_named(model, tmp_path, change, sentence):
     ({"residual_moe": True}, "residual_moe"), ({"rope_scaling": {"factor": 2}}, "rope_scaling"),
     ({"final_logit_softcapping": 50}, "final_logit_softcapping"), ({"num_local_experts": 5}, "contradicts"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings"), ({"hidden_size": 32}, "shape"),
-    ({"vocab_size": None}, "vocab_size"),
+    ({"vocab_size": None}, "vocab_size"), ({"hidden_act": "silu"}, "hidden_act = 'silu'"), ({"sliding_window": 4096}, "sliding_window"),
+    ({"norm_topk_prob": True}, "norm_topk_prob"), ({"num_shared_experts": 1}, "num_shared_experts"),
+    ({"attention_bias": True}, "attention_bias"), ({"rope_parameters": {"rope_type": "yarn", "factor": 8}}, "rope_parameters"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters"), ({"rope_parameters": 3}, "rope_param"),
+    ({"rope_parameters": {"rope_theta": 500000}}, r"rope_theta = 10000\.0 contradicts rope_parameters: rope_theta = 500000"),
+    ({"rope_theta": None, "rope_parameters": {"rope_theta": float("inf")}}, "rope_theta = inf is not a number"),
 ])  # fmt: skip
 def test_other_architectures_are_refused_not_miscomputed(model, tmp_path, config, sentence):
     with pytest.raises(UserError, match=sentence):
         load(_altered(model, tmp_path, lambda t: None, config))
+
+
+def test_settings_that_say_what_grok_does_are_read(model, tmp_path):
+    """As transformers writes them since version 5 (rope_parameters), and as others write them out."""
+    said = {"hidden_act": "gelu_new", "norm_topk_prob": False, "sliding_window": None, "attention_bias": False, "num_shared_experts": 0,
+            "rope_theta": None, "rope_parameters": {"rope_theta": 500000, "rope_type": "default"}}  # fmt: skip
+    again, _ = load(_altered(model, tmp_path, lambda t: None, said))
+    assert again.config == model.config.model_copy(update={"rope_theta": 500000.0})
 
 
 def test_an_existing_folder_is_kept_unless_replaced(model, tmp_path):

@@ -2,21 +2,10 @@
 
 import math
 
-import numpy as np
 import pytest
-from scipy.stats import t as student_t
 
 from pellucid.config import ModelConfig, UserError
-from pellucid.measure.capacity import (
-    LENGTH,
-    VOCABULARY,
-    capacity_jobs,
-    capacity_outcome,
-    dense_shape,
-    student,
-    student_point,
-    variants,
-)
+from pellucid.measure.capacity import LENGTH, VOCABULARY, capacity_jobs, capacity_outcome, dense_shape, variants
 from pellucid.measure.plan import Job, Plan
 from pellucid.model.size import parameter_counts
 
@@ -62,13 +51,6 @@ def test_bits_are_entropy_minus_cross_entropy():
     assert "3.20 (3.20 to 3.20) bits a parameter, 11.1 % below the published 3.6" in outcome.findings[0]
     low = capacity_outcome(*made_jobs({(1.0, 0): (50, math.log(4))}))
     assert "1.60 bits a parameter, 55.6 % below" in low.findings[0] and low.numbers["models"][0]["per_parameter"]["low"] is None
-
-
-def test_student_intervals():
-    for degrees in (*range(1, 30), 100):
-        assert student_point(degrees) == pytest.approx(student_t.ppf(0.975, degrees), rel=1e-9)
-    found = student(np.array([3.0, 4.0, 5.0]))
-    assert found["high"] - found["mean"] == pytest.approx(4.302653 / 3**0.5)
 
 
 def test_a_few_sequences_are_remembered_nearly_whole(tmp_path):

@@ -103,6 +103,14 @@ def test_kinds_of_context_are_what_they_are_called():
         assert (source == source[:, :1]).all() and (source[:, 0] != owners).all(), "one other document"
 
 
+@pytest.mark.parametrize(("context", "near"), [(16, 8), (31, 15), (32, 16), (100, 16)])
+def test_it_says_how_many_tokens_stayed_in_place(context, near):
+    outcome = measure_context(by_position, documents(), V, context=context, predictions=20, copies=2)
+    assert f"foreign text before the last {near} tokens" in outcome.findings[2]
+    assert outcome.settings["near"] == outcome.numbers["near"] == near
+    assert outcome.numbers["kinds"]["near only"]["to_true"]["mean"] == pytest.approx(0.5 * math.log2(context / near)), "by its loss"
+
+
 def test_too_short_documents_are_refused_with_their_number():
     with pytest.raises(UserError, match="0 of 3 documents have more than 128 tokens"):
         measure(bigram, [np.arange(100)] * 3)

@@ -10,7 +10,6 @@ import torch
 
 from pellucid.config import UserError
 from pellucid.measure.files import evaluate_files
-from pellucid.model.generate import generate
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra 'harness')")
 
@@ -61,9 +60,15 @@ def asked(tiny_run, tmp_path_factory):
 
 
 def said(model, tokenizer, prompt):
-    """What the model says, greedily, up to a space, after the end of a prompt too long for its context."""
-    prompt = tokenizer.decode(tokenizer.encode(prompt)[-(CONTEXT - 8) :])
-    return "".join(generate(model, tokenizer, prompt, stop=[" "], max_new_tokens=8, temperature=0))
+    """What the model says, greedily by plain logits, up to a space, after eos and a prompt, or their end if they are too long."""
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt)][-(CONTEXT - 8) :]
+    new = []
+    while len(new) < 8:
+        token = int(model(torch.tensor([[*ids, *new]]))[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        new.append(token)
+    return tokenizer.decode(new).split(" ")[0]
 
 
 def test_perplexity_of_whole_texts_is_ours(asked, tmp_path):
@@ -88,11 +93,15 @@ def test_choices_are_the_likeliest_by_plain_logits(asked):
     assert found["choices"]["acc,none"] == pytest.approx(sum(right) / len(right))
 
 
-def test_generated_words_are_those_of_generate(asked):
+def test_generated_words_are_the_likeliest_by_plain_logits(asked):
     model, tokenizer, found, _ = asked
     answerer = _answerer(model, tokenizer, CONTEXT, lambda stage, done, total: None)
     requests = [SimpleNamespace(args=(text, {"until": [" "], "max_gen_toks": 8})) for text in TEXTS]
-    assert answerer.generate_until(requests) == [said(model, tokenizer, text) for text in TEXTS]
+    expected = [said(model, tokenizer, text) for text in [*TEXTS, ""]]
+    requests.append(SimpleNamespace(args=("", {"until": [" ", ""], "max_gen_toks": 8})))
+    assert answerer.generate_until(requests) == expected and any(expected)
+    requests[0].args[1]["until"] = [" ", ""]
+    assert answerer.generate_until(requests[:1]) == expected[:1], "an empty mark ends nothing"
     assert "exact_match,none" in found["words"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pellucid.config import UserError
+from pellucid.data.workers import processors
 from pellucid.measure.plan import Job, Plan, duration
 
 
@@ -46,6 +47,14 @@ def importable(monkeypatch):
     here = str(Path(__file__).parent)
     monkeypatch.syspath_prepend(here)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", "")]))
+
+
+def test_processors_are_counted_on_systems_without_affinities(tmp_path, monkeypatch):
+    assert processors() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert processors() == 3
+    assert len(Plan(jobs(tmp_path, 2), tmp_path).run(at_once=2)) == 2
 
 
 def ran(folder):

@@ -39,7 +39,7 @@ def test_it_says_helps_harms_and_nothing_shown():
     found, outcome = verdicts({"synonyms": -0.05, "back-translation": 0.05, "bpe-dropout": 0.0})
     assert found == {"synonyms": "helps", "back-translation": "harms", "bpe-dropout": "no difference shown"}
     row = outcome.numbers["augmentation"][0]
-    assert row["low"] < -0.05 < row["high"] and row["high"] - row["low"] < 0.03, "documents are paired"
+    assert row["low"] < -0.05 < row["high"] and row["high"] - row["low"] < 0.05, "0.4 if documents were not paired"
 
 
 def test_a_difference_of_zero_is_rarely_called_one():

@@ -17,6 +17,7 @@ import pellucid
 from pellucid import cli
 from pellucid.config import UserError
 from pellucid.exchange.convert import convert
+from pellucid.measure.documents import predict_files
 from pellucid.observe.explain import explain
 from pellucid.observe.explain_text import explain_text
 from pellucid.observe.reader import Reader
@@ -193,6 +194,16 @@ def test_predict_writes_a_line_a_document_in_order(command, class_run, folder):
     assert [line["label"] for line in lines] == [row["label"] for row in table]
     code, output, _ = command("predict", class_run.directory / "model", "--data", folder / "a.jsonl", "--out", "o.jsonl")
     assert (code, output) == (0, "") and [json.loads(line) for line in open("o.jsonl")] == lines
+
+
+def test_numbers_called_as_other_columns_are_stand_beside_them(number_run, folder):
+    model, tokenizer = number_run.load()
+    before = list(predict_files(model, tokenizer, str(folder / "a.jsonl")))
+    named = model.config.head.model_copy(update={"labels": ("record", "truncated")})
+    model.config = model.config.model_copy(update={"head": named})
+    for old, new in zip(before, predict_files(model, tokenizer, str(folder / "a.jsonl")), strict=True):
+        assert new == {"source": old["source"], "record": old["record"], "predicted record": old["words"],
+                       "predicted truncated": old["letters"], "truncated": old["truncated"]}  # fmt: skip
 
 
 def test_evaluate_is_what_scikit_learn_says_of_the_predictions(command, class_run, number_run, folder):

@@ -1,17 +1,25 @@
 """Held-out loss: every target once, and equal to a direct computation; whole files likewise."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch.nn import functional as F
 
-from pellucid.config import NormalizeConfig, UserError
+from pellucid.config import DataConfig, NormalizeConfig, UserError, make_config
+from pellucid.data.build import prepare
+from pellucid.data.tokenizer import load_tokenizer
 from pellucid.measure.files import evaluate_files
+from pellucid.model.grok import Grok1
+from pellucid.model.initialize import initialize
 from pellucid.training.evaluate import Evaluation, evaluate_batches, split_batches
 
 IGNORE = -100
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +49,39 @@ def test_evaluating_a_split_counts_every_target_once(name, size, loaded):
     assert result.text_bytes == sum(len(d["text"].encode()) for d in documents)
     rows = torch.cat([batch.sample_ids_B for batch in split_batches(split, size)])
     assert sorted(rows.tolist()) == list(range(len(split)))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram", "official"])
+def test_the_space_that_sentencepiece_puts_before_a_text_is_no_byte_of_it(kind, tmp_path):
+    """Of a split that was trained on, of files, and by the tokenizer.json made of an official tokenizer.model."""
+    rows = [f"the cat number {n} sat\non a mat" for n in range(40)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    official = {"kind": "file", "path": str(FIXTURES / "tokenizer" / "tokenizer.model")}
+    chosen = official if kind == "official" else {"kind": kind, "vocab_size": 330}
+    data = prepare(DataConfig.model_validate({
+        "sources": [str(tmp_path / "corpus.jsonl")], "validation_fraction": 0.3, "sequence_length": 16, "tokenizer": chosen}),
+        directory=tmp_path / "data")  # fmt: skip
+    tokenizer = data.tokenizer
+    model = initialize(Grok1(make_config({"model": {
+        "vocab_size": tokenizer.vocab_size, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_experts": 1,
+        "num_experts_per_tok": 1}}).model))  # fmt: skip
+    for split in (data.train, data.validation):
+        texts = [split.text_of(n) for n in range(len(split.reader.starts))]
+        assert evaluate_batches(model, split_batches(split, 8), tokenizer.byte_lengths).text_bytes == len("".join(texts))
+    assert evaluate_files(model, tokenizer, str(tmp_path / "corpus.jsonl"), context=16).text_bytes == len("".join(rows))
+    tokenizer.save(tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.model").unlink()
+    if (tmp_path / "saved" / "tokenizer.json").exists():  # not of unigram
+        assert (load_tokenizer(tmp_path / "saved").byte_lengths == tokenizer.byte_lengths).all()
+
+
+def test_bytes_of_files_are_of_their_text_whatever_the_tokenizer_leaves_out(loaded, tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "[EOS]": 1, "[UNK]": 2, "cat": 3}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("cat dog  cat\n")
+    result = evaluate_files(loaded[0], load_tokenizer(tmp_path / "tokenizer.json"), str(tmp_path / "a.txt"), context=16)
+    assert (result.tokens, result.text_bytes) == (4, 13)
 
 
 def test_evaluating_a_split_equals_the_logits_own_cross_entropy(loaded):
@@ -102,6 +143,12 @@ def test_nothing_to_evaluate_is_a_sentence(loaded, tmp_path):
     for name, expected in expected_of.items():
         with pytest.raises(UserError, match=expected):
             evaluate_files(loaded[0], loaded[1], str(tmp_path / name))
+
+
+def test_blank_documents_are_left_out_as_in_training(loaded, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat sat"}\n{"text": ""}\n{"text": " \\n "}\n{"text": "on a mat"}\n')
+    result = evaluate_files(loaded[0], loaded[1], str(tmp_path / "a.jsonl"), context=16)
+    assert (result.tokens, result.text_bytes) == (11 + 1 + 8 + 1, 11 + 8)
 
 
 def test_measures_follow_from_their_sums():

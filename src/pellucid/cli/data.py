@@ -111,7 +111,7 @@ def data_import(
     format: Annotated[str | None, typer.Option("--from", help="megatron, nanogpt or table; default: by the file")] = None,
     validation: Annotated[str | None, typer.Option(help="held-out tokens; default: val.bin in SOURCE, else a fraction")] = None,
     validation_fraction: Annotated[float, typer.Option(min=0.0, max=0.99, help="of the documents")] = 0.02,
-    sequence_length: Annotated[int, typer.Option(min=2, help="tokens per row")] = 256,
+    sequence_length: Annotated[int, typer.Option(min=2, help="tokens per row; must be the run's")] = 128,
     field: Annotated[str, typer.Option(help="column of token ids, of a table")] = "input_ids",
     dtype: Annotated[str | None, typer.Option(help="of nanogpt's tokens: uint16 or uint32")] = None,
 ) -> None:
@@ -127,7 +127,7 @@ def data_import(
             source, out, tokenizer=tokenizer, kind=format, validation=validation, validation_fraction=validation_fraction,
             sequence_length=sequence_length, field=field, dtype=dtype, progress=shown.stage)
     _say_splits(shown, dataset)
-    shown.say(f"written: {out}; train on it with data.prepared={out}")
+    shown.say(f"written: {out}; train on it with data.prepared={out} data.sequence_length={sequence_length}")
 
 
 @data_app.command("search")

@@ -21,7 +21,7 @@ Model = Annotated[str, typer.Argument(help="a run, a Hugging Face directory, or 
 Data = Annotated[str | None, typer.Option(help="text to measure on; default: what the run held out")]
 Out = Annotated[Path | None, typer.Option(help="folder for the results; default: RUN/measure, else measure/NAME")]
 Seed = Annotated[int, typer.Option(min=0)]
-Megabytes = Annotated[float, typer.Option(min=0.001, help="of more text than this a sample is taken")]
+Megabytes = Annotated[float, typer.Option(min=0.001, max=1e9, help="of more text than this a sample is taken")]
 Jobs = Annotated[int, typer.Option(min=1, help="runs at once, each in an own process")]
 Ray = Annotated[str | None, typer.Option(help="run on a Ray cluster: its address, auto, or local")]
 Yes = Annotated[bool, typer.Option("--yes", help="start even if it takes more than half an hour")]

@@ -38,7 +38,7 @@ from pellucid.data.stages.assemble import corpus_passes, held_out_passes, pass_v
 from pellucid.data.stages.refine import refine
 from pellucid.data.tokenizer import load_tokenizer
 from pellucid.data.tokenizer_training import SAMPLE_BYTES, train_tokenizer
-from pellucid.data.workers import InThisProcess, Processes, Workers
+from pellucid.data.workers import InThisProcess, Processes, Workers, processors
 
 SMALL = 1 << 26  # bytes of sources that one process reads before others would have started
 LOADER_ONLY = {"directory", "workers", "mixture", "prepared", "weight", "epochs"}  # the prepared data do not depend on them
@@ -127,7 +127,7 @@ def _as_it_is(config: DataConfig) -> Dataset:
 def _workers(config: DataConfig, files: list[SourceFile]) -> Workers:
     count = config.workers
     if count is None:
-        count = len(os.sched_getaffinity(0)) if sum(file.size for file in files) > SMALL else 1
+        count = processors() if sum(file.size for file in files) > SMALL else 1
     return Processes(count) if count > 1 else InThisProcess()
 
 

@@ -338,7 +338,7 @@ class Split:
         if before is None:
             return {"byte_start": origin["byte_start"], "byte_end": origin["byte_end"], "exact": False}
         first = int(self.reader.starts[document])
-        ends = np.cumsum(self.tokenizer.byte_lengths[self.reader.tokens(np.arange(first, first + stop))])
+        ends = np.cumsum(self.tokenizer.byte_lengths[self.reader.tokens(np.arange(first, first + stop))].clip(0))
         bounds = [max(0, int(ends[n - 1]) - before) if n else 0 for n in (start, stop)]
         return {"byte_start": origin["byte_start"] + bounds[0], "byte_end": origin["byte_start"] + bounds[1], "exact": True}
 

@@ -86,13 +86,14 @@ def export_tokens(dataset: Dataset, to: str, out: str | Path, *, dtype: str | No
 
 
 def import_tokens(source: str, out: str | Path, *, tokenizer: str | Path | None = None, kind: Kind | None = None,
-                  validation: str | None = None, validation_fraction: float = 0.02, sequence_length: int = 256,
+                  validation: str | None = None, validation_fraction: float = 0.02, sequence_length: int = 128,
                   field: str = "input_ids", dtype: str | None = None, progress: Progress | None = None) -> Dataset:
     """Prepared data, in the new folder `out`, of tokens that are there already. Every token is kept, in its order.
 
     source: an .idx or .bin, a table, `hf-dataset:NAME[:CONFIG[:SPLIT]]`, or a folder of such files (in which val.bin or
     validation.bin is held out). A document that does not end with eos gets one. `validation` is held out, else a
-    fraction of the documents chosen by the hash of their tokens. `tokenizer` may lie beside the source.
+    fraction of the documents chosen by the hash of their tokens. `tokenizer` may lie beside the source. The rows are those of
+    the model that is trained where none is named, unless `sequence_length` says otherwise.
     """
     if kind not in (None, "megatron", "nanogpt", "table") or dtype not in (None, *NANOGPT_TYPES):
         raise UserError(f"data import: there is no {kind if dtype in (None, *NANOGPT_TYPES) else dtype}; known: megatron, nanogpt, "

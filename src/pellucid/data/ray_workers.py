@@ -14,7 +14,7 @@ from typing import Any
 
 from pellucid.config import UserError
 from pellucid.data.pipeline import Report, Setup
-from pellucid.data.workers import ONE_THREAD, TRIES
+from pellucid.data.workers import ONE_THREAD, TRIES, processors
 
 CONNECT = 10  # seconds
 OBJECT_STORE = 128 << 20  # bytes, of a cluster started here: only jobs and reports pass through it
@@ -78,7 +78,7 @@ class Ray:
         if ray.is_initialized():
             return ray
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-        here = {"num_cpus": self.count or len(os.sched_getaffinity(0)), "object_store_memory": OBJECT_STORE}
+        here = {"num_cpus": self.count or processors(), "object_store_memory": OBJECT_STORE}
         try:
             if self.address == "local":
                 ray.init("local", include_dashboard=False, **here, **quiet)

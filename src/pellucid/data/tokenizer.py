@@ -44,7 +44,7 @@ class Engine(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...
-    def special(self, role: str, names: dict[str, str]) -> int | None: ...
+    def special(self, role: str, names: dict[str, Any]) -> int | None: ...
     def name(self, token_id: int) -> str: ...
     def to_json(self, added: dict[int, str]) -> bytes | None: ...  # the same as a tokenizer.json, if it is none yet
     def table(self) -> list[bytes]: ...  # what each id adds to a text
@@ -57,7 +57,7 @@ class Tokenizer:
     SentencePiece except that U+2581 (its mark for a space) comes back as a space.
     """
 
-    def __init__(self, engine: Engine, names: dict[str, str] | None = None):
+    def __init__(self, engine: Engine, names: dict[str, Any] | None = None):
         names = names or {}
         self.engine = engine
         self.vocab_size = engine.size
@@ -129,8 +129,13 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """int64 [V]: the length of token_bytes of every id, for bits per byte."""
-        return np.array([len(item) for item in self._table], dtype=np.int64)
+        """int64 [V]: the length of token_bytes of every id, for bits per byte: a document and its eos sum to the bytes of its text.
+
+        So eos takes back (-1) the space that SentencePiece puts before each text.
+        """
+        lengths = np.array([len(item) for item in self._table], dtype=np.int64)
+        lengths[self.eos_token_id] -= sum(self._table[i].count(b" ") for i in self.encode("x"))
+        return lengths
 
     def save(self, folder: str | Path, *, convert: bool = True) -> None:
         """Write the model file and tokenizer_config.json, as Hugging Face's AutoTokenizer reads them.
@@ -193,7 +198,9 @@ class HuggingFaceEngine:
     def to_json(self, added: dict[int, str]) -> bytes | None:
         return None
 
-    def special(self, role: str, names: dict[str, str]) -> int | None:
+    def special(self, role: str, names: dict[str, Any]) -> int | None:
+        if names.get(f"{role}_token_id", -1) >= self.size:
+            return None  # it was appended once before
         for name in (names.get(f"{role}_token"), *KNOWN_NAMES[role]):
             if name in self._vocabulary:
                 return self._vocabulary[name]
@@ -236,7 +243,7 @@ class SentencePieceEngine:
     def to_json(self, added: dict[int, str]) -> bytes | None:
         return sentencepiece_to_json(self.content, added)
 
-    def special(self, role: str, names: dict[str, str]) -> int | None:
+    def special(self, role: str, names: dict[str, Any]) -> int | None:
         token_id = getattr(self._backend, f"{role}_id")()
         return token_id if token_id >= 0 else None
 
@@ -273,8 +280,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                         f"({str(error).splitlines()[0][:160] if str(error) else type(error).__name__})") from None
 
 
-def _special_names(path: Path) -> dict[str, str]:
-    """{"eos_token": "</s>", ...} of a tokenizer_config.json, if there is one."""
+def _special_names(path: Path) -> dict[str, Any]:
+    """{"eos_token": "</s>", "eos_token_id": 2, ...} of a tokenizer_config.json, if there is one."""
     if not path.is_file():
         return {}
     try:
@@ -282,9 +289,10 @@ def _special_names(path: Path) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     names = {}
+    kinds = {f"{role}_{what}": kind for role in KNOWN_NAMES for what, kind in (("token", str), ("token_id", int))}
     for key, value in settings.items() if isinstance(settings, dict) else ():
         value = value.get("content") if isinstance(value, dict) else value
-        if key in ("pad_token", "bos_token", "eos_token") and isinstance(value, str):
+        if isinstance(value, kinds.get(key, ())):
             names[key] = value
     return names
 

@@ -25,6 +25,11 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_
 LENGTH = struct.Struct("<Q")
 
 
+def processors() -> int:
+    """How many this process may use; where the system does not say (macOS), how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Workers(Protocol):
     """Does jobs, in any order, and gives out (job number, report) as they come."""
 

@@ -44,6 +44,11 @@ FOREIGN = {
     "attn_temperature_len": (None, -1, 0),
     "sliding_window_size": (None, -1),
     "quantization_config": (None,),
+    "hidden_act": (None, "gelu_pytorch_tanh", "gelu_new", "gelu"),  # some call its tanh form plain "gelu"
+    "sliding_window": (None, -1),
+    "attention_bias": (None, False),
+    "num_shared_experts": (None, 0),
+    "norm_topk_prob": (None, False),
 }
 
 
@@ -138,15 +143,20 @@ def config_from_engine(values: dict[str, Any], where: Path) -> ModelConfig:
     for key, harmless in FOREIGN.items():
         if values.get(key) not in harmless:
             raise UserError(f"{where}: {key} = {values[key]!r} is not part of Grok-1: it would be computed wrongly")
+    rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.keys() - {"rope_theta", "rope_type"} or rope.get("rope_type") not in (None, "default"):
+        raise UserError(f"{where}: rope_parameters = {rope!r} is not part of Grok-1: it would be computed wrongly")
+    values = {**values, "rope_parameters: rope_theta": rope.get("rope_theta")}
     known = ModelConfig.model_fields.keys() - {"preset", "init_from"}
     fields = {key: values[key] for key in ModelConfig.model_fields if key in known and values.get(key) is not None}
-    for key, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}: {key} = {value} is not a number")
-    for ours, theirs in (("num_experts", "num_local_experts"), ("max_attn_value", "attn_logit_softcapping")):
+    for ours, theirs in (("num_experts", "num_local_experts"), ("max_attn_value", "attn_logit_softcapping"),
+                         ("rope_theta", "rope_parameters: rope_theta")):
         other = values.get(theirs)
         if other is not None and fields.setdefault(ours, other) != other:
             raise UserError(f"{where}: {ours} = {fields[ours]} contradicts {theirs} = {other}")
+    for key, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {key} = {value} is not a number")
     missing = [
         key
         for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -288,7 +298,8 @@ def _shard_paths(folder: Path) -> list[Path]:
         paths = sorted(folder.glob("*.safetensors"))
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path}: missing, though {INDEX} names it: download it again")
+            reason = f"missing, though {INDEX} names it" if index.exists() else "not a file of weights"
+            raise UserError(f"{path}: {reason}: download it again")
     if not paths:
         pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         reason = f"{pickles[0]} is a pickle, which can run a stranger's code and is never read" if pickles else "none here"

@@ -21,6 +21,7 @@ from pellucid.exchange.xai import XaiSource, official_folder
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.training.checkpoint import newest_good
+from pellucid.training.device import choose_device
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
@@ -39,8 +40,9 @@ def load(
     every cast of the official run (`model.parity = False` is faster, and less exact). Raises UserError.
     """
     kind = as_dtype(dtype)
+    device = None if device is None else choose_device(str(device), "device")
     path = Path(path_or_preset)
-    if not path.exists():
+    if not os.path.exists(path):  # also of a name that no file can have
         return _initialized(str(path_or_preset), config, kind, device), None
     source = open_source(path, config)
     model = fill(Grok1(source.config, device, kind), source, progress)
@@ -79,7 +81,8 @@ def find_tokenizer_folder(path: Path) -> Path | None:
         data = read_json(path / "manifest.json").get("data")
         if isinstance(data, dict) and isinstance(data.get("directory"), str):
             folders.append(Path(data["directory"]) / "tokenizer")
-    return next((folder for folder in folders if any(folder.glob("tokenizer.*"))), None)
+    names = ("tokenizer.model", "tokenizer.json")
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
 
 
 def manifest_path(destination: str | Path) -> Path:
@@ -131,6 +134,8 @@ def _initialized(name: str, config: Any, dtype: torch.dtype, device: Any) -> Gro
 def _model_config(config: ModelConfig | Config | dict[str, Any] | None) -> ModelConfig | None:
     if isinstance(config, dict):
         return make_config({"model": config}).model
+    if not isinstance(config, ModelConfig | Config | None):
+        raise UserError(f"config = {config!r}: give a Config, a ModelConfig, or the [model] table as a dict")
     return config.model if isinstance(config, Config) else config
 
 

@@ -33,7 +33,8 @@ def file_name(index: int) -> str:
 def official_folder(path: Path) -> Path | None:
     """`path`, or the `ckpt-0` in it, if that looks like an official checkpoint."""
     for folder in (path, path / "ckpt-0"):
-        if (folder / file_name(0)).exists() or (folder.name == "ckpt-0" and folder.is_dir()):
+        named = folder.name == "ckpt-0" and folder.is_dir() and not (folder / "config.json").exists()
+        if named or (folder / file_name(0)).exists():
             return folder
     return None
 
@@ -196,7 +197,7 @@ def _config_from(files: list[TensorFile]) -> ModelConfig:
         if array.shape[1] % GROK1_HEAD_DIM:
             raise UserError(
                 f"{array.path}: shape {array.shape} does not fit heads of {GROK1_HEAD_DIM}, the only size Grok-1 has: "
-                "give the model's configuration (config=...)"
+                "give the model's configuration (config=..., or `pellucid convert --config`)"
             )
     try:
         return ModelConfig(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pellucid.config import ModelConfig, UserError, grok_intermediate_size
+from pellucid.measure.intervals import student
 from pellucid.measure.outcome import Outcome, spread
 from pellucid.measure.plan import Job
 from pellucid.measure.random_tokens import RESERVED
@@ -131,33 +132,6 @@ def capacity_outcome(jobs: Sequence[Job], results: dict[str, Any]) -> Outcome:
     outcome = Outcome("capacity", "How many bits the parameters hold", {"vocabulary": VOCABULARY, "length": LENGTH}, numbers=numbers)
     _describe(outcome)
     return outcome
-
-
-def student(values: np.ndarray) -> dict[str, float | None]:
-    """Mean and its 95 % interval by Student's t over seeds; no interval from one."""
-    mean, S = float(values.mean()), len(values)
-    half = student_point(S - 1) * float(values.std(ddof=1)) / S**0.5 if S > 1 else None
-    return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half}
-
-
-def student_point(degrees: int) -> float:
-    """The 97.5 % point of Student's t, by bisection of its finite sum (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-
-    def inside(angle: float) -> float:
-        """P(|t| < sqrt(degrees) tan(angle))."""
-        term = total = 1.0 if degrees % 2 == 0 else math.cos(angle)
-        for n in range(2 if degrees % 2 == 0 else 3, degrees, 2):
-            term *= (n - 1) / n * math.cos(angle) ** 2
-            total += term
-        if degrees % 2 == 0:
-            return math.sin(angle) * total
-        return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
 
 
 def _describe(outcome: Outcome) -> None:

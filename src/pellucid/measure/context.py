@@ -38,12 +38,12 @@ def measure_context(
     if len(long) < 2:
         raise UserError(f"{len(long)} of {len(streams)} documents have more than {context} tokens, 2 are needed: give longer "
                         "text with --data, or a smaller --context")
-    numbers = {"context": context, "documents": len(long), "predictions": predictions, "seed": seed}
+    numbers = {"context": context, "near": near_of(context), "documents": len(long), "predictions": predictions, "seed": seed}
     numbers["by_position"] = by_position(losses, long, context, progress)
     numbers["drop"] = drop(numbers["by_position"].pop("sums"), numbers["by_position"].pop("counts"), context)
     numbers["amount"], numbers["kinds"] = by_amount_and_kind(losses, long, context, predictions, random, progress)
     numbers["induction"] = induction(losses, vocab_size, context, copies, random, progress)
-    settings = {"context": context, "predictions": predictions, "copies": copies, "near": NEAR, "seed": seed}
+    settings = {"context": context, "predictions": predictions, "copies": copies, "near": near_of(context), "seed": seed}
     outcome = Outcome("context", "How much of the text before is used", settings, numbers=numbers)
     _describe(outcome)
     outcome.seconds = time.perf_counter() - began
@@ -109,9 +109,9 @@ def by_amount_and_kind(losses: Losses, streams, T: int, predictions: int, random
 
 
 def _kinds(windows_MT: np.ndarray, owners_M: np.ndarray, random) -> dict[str, np.ndarray]:
-    """The context itself, cut, shuffled, and taken from another document (far: all but the last 16 tokens)."""
+    """The context itself, cut, shuffled, and taken from another document (far: all but the last 16 tokens, or half of few)."""
     T = windows_MT.shape[1]
-    near = min(NEAR, T // 2)
+    near = near_of(T)
     other = np.array([random.choice(np.flatnonzero(owners_M != g)) if (owners_M != g).any() else m
                       for m, g in enumerate(owners_M)])
     foreign = windows_MT[other]
@@ -119,6 +119,11 @@ def _kinds(windows_MT: np.ndarray, owners_M: np.ndarray, random) -> dict[str, np
     far_foreign = np.concatenate([foreign[:, : T - near], windows_MT[:, T - near :]], axis=1)
     tables = (windows_MT, windows_MT[:, T - near :], far_shuffled, far_foreign, random.permuted(windows_MT, axis=1), foreign)
     return dict(zip(KINDS, tables, strict=True))
+
+
+def near_of(T: int) -> int:
+    """How many tokens stay in place before the predicted one, of T."""
+    return min(NEAR, T // 2)
 
 
 def _last_losses(losses: Losses, inputs_MT: np.ndarray, targets_M: np.ndarray) -> np.ndarray:
@@ -164,7 +169,8 @@ def _describe(outcome: Outcome) -> None:
         f"From token {fall['early']} to token {fall['late']} the loss changes by {spread(fall)} nats: {verdict}{shorter}.",
         f"After {enough} tokens of context more of it makes no difference that {found['predictions']} predicted tokens can show; "
         f"with 1 token the loss is {amount[0]['to_full']['mean']:.3f} higher than with {found['context']}.",
-        f"Against the true context, foreign text before the last {NEAR} tokens costs {spread(kinds['far foreign']['to_true'])}, "
+        f"Against the true context, foreign text before the last {found['near']} tokens costs "
+        f"{spread(kinds['far foreign']['to_true'])}, "
         f"the same words shuffled {spread(kinds['far shuffled']['to_true'])}, none at all {spread(kinds['near only']['to_true'])}.",
         f"Random tokens repeated: {copied['first']['mean']:.2f} nats at first, {copied['second']['mean']:.2f} the second time: "
         f"induction gains {spread(copied['gain'])} of at most {copied['random']:.2f}.",

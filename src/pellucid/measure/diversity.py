@@ -129,7 +129,7 @@ def heaps(documents: Sequence[np.ndarray], seed: int = 0) -> dict:
         first[np.unique(words, return_index=True)[1]] = 1
         curves.append(np.cumsum(first)[at - 1])
     fits = np.array([np.polyfit(np.log(at), np.log(curve), 1) for curve in curves])
-    low, high = intervals.bounds(fits[:, 0])
+    low, high = intervals.bounds(fits[:, 0]) if len(documents) > 1 else (-np.inf, np.inf)
     return {"beta": {"mean": float(fits[:, 0].mean()), "low": float(low), "high": float(high)},
             "K": float(np.exp(fits[:, 1]).mean()), "words": at.tolist(), "types": np.mean(curves, axis=0).tolist()}
 
@@ -159,7 +159,7 @@ def near_duplicates(views: Sequence[TextView]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for rows in components([edges.astype(np.uint64)], Path(folder)):
             extra[rows[rows[:, 0] != rows[:, 1], 0].astype(np.int64)] = 1.0
-    return {"rate": intervals.ratio(extra, np.ones(len(views))), "documents": int(extra.sum()), "judged": len(owners)}
+    return {"rate": intervals.share(extra, np.ones(len(views))), "documents": int(extra.sum()), "judged": len(owners)}
 
 
 def mixture(texts: Texts) -> dict:
@@ -191,7 +191,7 @@ def vendi_of_samples(count: int, features: Callable[[np.ndarray], np.ndarray], s
     random, size = np.random.default_rng(seed), min(VENDI_DOCUMENTS, max(1, count // 2))
     draws = VENDI_DRAWS
     scores = np.array([vendi(features(random.choice(count, size, replace=False))) for _ in range(draws)])
-    low, high = intervals.bounds(scores)
+    low, high = intervals.bounds(scores) if size > 1 else (-np.inf, np.inf)
     return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "documents": size, "samples": draws}
 
 
@@ -230,8 +230,8 @@ def contamination(train: Sequence[TextView], held_out: Sequence[str], n: int, se
     shares = np.array([overlap(view, known, n) for view in views])
     counts = np.array([len(view.grams(n, folded=True)) for view in views], float)
     return {"ngram": n, "judged": len(views), "documents": len(held_out),
-            "touched": intervals.ratio(shares > 0, np.ones(len(views)), seed=seed),
-            "overlap": intervals.ratio(shares * counts, counts, seed=seed)}
+            "touched": intervals.share(shares > 0, np.ones(len(views)), seed=seed),
+            "overlap": intervals.share(shares * counts, counts, seed=seed)}
 
 
 # ------------------------------------------------------------------------------------------ in words
@@ -246,7 +246,7 @@ def _describe(outcome: Outcome) -> None:
         f"A word carries {found['ngrams'][0]['bits']:.2f} bits, {found['ngrams'][1]['conditional_bits']:.2f} once the word "
         f"before is known; xz needs {found['compression']['bits_per_byte']:.2f} bits per byte "
         f"({found['compression']['ratio']:.2f} times smaller).",
-        f"Vocabulary grows as n^{heap['beta']['mean']:.3f} ({heap['beta']['low']:.3f} to {heap['beta']['high']:.3f}).",
+        f"Vocabulary grows as n^{spread(heap['beta'])}.",
         f"{twins['rate']['mean']:.1%} of documents ({twins['documents']:,}) are near-duplicates of another.",
         f"Vendi score: {vendis['documents']:,} documents are as varied as {spread(vendis, 1)} wholly different ones.",
     ]

@@ -67,7 +67,8 @@ def predict_files(
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One dict per document of `path`, in their order: source, record (its number in the file), truncated, and either
-    label with probability and probabilities, or the numbers by name. Raises UserError.
+    label with probability and probabilities, or the numbers by name (one called as another column is: "predicted source").
+    Raises UserError.
     """
     head = _head(model)
     for documents, outputs_MK, cut_M in _answers(model, tokenizer, path, text_field, (), normalization, progress):
@@ -77,7 +78,8 @@ def predict_files(
 
 def _facts(head: HeadConfig, outputs_K: np.ndarray) -> dict[str, Any]:
     if head.problem_type == "regression":
-        return dict(zip(head.labels, as_told(head, outputs_K[None])[0].tolist(), strict=True))
+        names = [f"predicted {name}" if name in ("source", "record", "truncated") else name for name in head.labels]
+        return dict(zip(names, as_told(head, outputs_K[None])[0].tolist(), strict=True))
     probabilities = softmax(outputs_K).tolist()
     best = int(np.argmax(probabilities))
     return {"label": head.labels[best], "probability": probabilities[best],

@@ -89,7 +89,8 @@ def _class(text: str) -> str:
 def specialisation(chosen_LNk: np.ndarray, classes_N: np.ndarray, owners_N: np.ndarray, E: int) -> list[dict]:
     """Per layer: lift [C][E] (None for a class or expert never met), and information in bits with its interval.
 
-    The plug-in information of independent counts is (E - 1)(C - 1) / (2 N ln 2) bits above 0; that is taken off.
+    Information found in a sample is too high, by the chance in it. Documents drawn from it again add as much once more (Efron
+    & Tibshirani 1993, chapter 10): that is taken off once from the information, and twice from that of the draws.
     """
     C, G = len(CLASSES), int(owners_N.max()) + 1
     weights = np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), size=DRAWS)
@@ -98,23 +99,24 @@ def specialisation(chosen_LNk: np.ndarray, classes_N: np.ndarray, owners_N: np.n
         cell = (owners_N[:, None] * C + classes_N[:, None]) * E + chosen_Nk
         counts_GCE = np.bincount(cell.ravel(), minlength=G * C * E).reshape(G, C, E).astype(float)
         table = counts_GCE.sum(0)
-        low, high = intervals.bounds(np.array([information(np.tensordot(w, counts_GCE, 1)) for w in weights]))
+        drawn = np.array([information(np.tensordot(w, counts_GCE, 1)) for w in weights])
+        bias = drawn.mean() - information(table)
+        bits = information(table) - bias
+        low, high = intervals.around(bits, drawn - 2 * bias, G)
         with np.errstate(divide="ignore", invalid="ignore"):
             lift = table * table.sum() / (table.sum(1, keepdims=True) * table.sum(0))
         found.append({"lift": [[float(v) if np.isfinite(v) else None for v in row] for row in lift],
-                      "bits": {"mean": information(table), "low": float(low), "high": float(high)},
+                      "bits": {"mean": float(bits), "low": float(low), "high": float(high)},
                       "load": (table.sum(0) / table.sum()).tolist()})
     return found
 
 
 def information(table_CE: np.ndarray) -> float:
-    """Mutual information in bits of a table of counts, without the bias of its size."""
-    total = table_CE.sum()
-    shares = table_CE / total
+    """Mutual information in bits of a table of counts."""
+    shares = table_CE / table_CE.sum()
     expected = shares.sum(1, keepdims=True) * shares.sum(0)
     met = shares > 0
-    degrees = ((table_CE.sum(1) > 0).sum() - 1) * ((table_CE.sum(0) > 0).sum() - 1)
-    return float((shares[met] * np.log2(shares[met] / expected[met])).sum() - degrees / (2 * total * np.log(2)))
+    return float((shares[met] * np.log2(shares[met] / expected[met])).sum())
 
 
 # ---------------------------------------------------------------------------------------- redundancy
@@ -184,7 +186,7 @@ def churn(snapshots: Sequence[tuple[int, np.ndarray]], owners_N: np.ndarray, E: 
     counts = per_document(np.ones(len(owners_N)))
     sets = [(step, np.sort(chosen, axis=-1)) for step, chosen in snapshots]
     changed = lambda a, b: (a != b).any(-1)  # [L, N]
-    share = lambda table: [intervals.ratio(per_document(layer)[counts > 0], counts[counts > 0], draws=DRAWS) for layer in table]
+    share = lambda table: [intervals.share(per_document(layer)[counts > 0], counts[counts > 0], draws=DRAWS) for layer in table]
     rows = [{"from": before, "to": after, "layers": share(changed(a, b)), "to_last": share(changed(a, sets[-1][1]))}
             for (before, a), (after, b) in itertools.pairwise(sets)]
     ways = np.prod([(E - i) / (i + 1) for i in range(k)])

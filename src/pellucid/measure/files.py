@@ -7,6 +7,7 @@ window see little before them, so a longer `context` gives a lower loss. Letters
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def evaluate_files(
     for file in files:
         for text in _texts(file, normalization or NormalizeConfig()):
             stream = torch.tensor([tokenizer.eos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id])
-            bytes_per_token = len(text.encode()) / (len(stream) - 1)
+            text_bytes = len(text.encode())
+            bytes_per_token = text_bytes / (len(stream) - 1)
 
             def tell(tokens: int, share: float = bytes_per_token) -> None:
                 nonlocal done
@@ -46,7 +48,8 @@ def evaluate_files(
                 if progress is not None:
                     progress("evaluating", min(round(done), total), total)
 
-            result += evaluate_batches(model, _windows(tokenizer, stream, context), tokenizer.byte_lengths, tell)
+            found = evaluate_batches(model, _windows(tokenizer, stream, context), tokenizer.byte_lengths, tell)
+            result += replace(found, text_bytes=text_bytes)  # also of what the tokenizer does not keep
     if not result.tokens:
         raise UserError(f"{path}: holds no text to evaluate")
     return result
@@ -56,7 +59,8 @@ def _texts(file: Any, normalization: NormalizeConfig) -> Iterator[str]:
     for document in read_documents(file):
         if isinstance(document, Unreadable):
             raise UserError(document.message)
-        yield normalize(document.text, normalization)
+        if (text := normalize(document.text, normalization)).strip():  # training drops blank ones too
+            yield text
 
 
 def _windows(tokenizer: Any, stream: torch.Tensor, T: int) -> Iterator[Batch]:

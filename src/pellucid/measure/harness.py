@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -152,13 +153,12 @@ def log_likelihoods(
 
 
 def _generated(model: Grok1, tokenizer: Any, prompt: str, wanted: dict[str, Any], context: int) -> str:
-    """What the model says after `prompt`, by the harness's settings."""
+    """What the model says after eos and `prompt` (their last tokens, where both are long), by the harness's settings."""
     until = wanted.get("until") or []
+    stop = [mark for mark in ([until] if isinstance(until, str) else until) if mark]  # lm-eval's own models pass over "" too
     most = min(int(wanted.get("max_gen_toks", NEW_TOKENS)), context // 2)  # the question keeps at least half of the row
-    ids = tokenizer.encode(prompt)
-    if len(ids) > context - most:
-        prompt = tokenizer.decode(ids[-(context - most) :])
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt)][-(context - most) :]
+    speaker = SimpleNamespace(eos_token_id=tokenizer.eos_token_id, encode=lambda text: ids, decode=tokenizer.decode)
     temperature = float(wanted.get("temperature", 0.0)) if wanted.get("do_sample") else 0.0
     return "".join(generate(
-        model, tokenizer, prompt, stop=[until] if isinstance(until, str) else list(until), max_new_tokens=most,
-        temperature=temperature, top_p=float(wanted.get("top_p", 1.0))))  # fmt: skip
+        model, speaker, prompt, stop=stop, max_new_tokens=most, temperature=temperature, top_p=float(wanted.get("top_p", 1.0))))

@@ -92,6 +92,8 @@ def shown(value: Any) -> str:
 
 def spread(interval: dict[str, float], digits: int = 3) -> str:
     """'2.310 (2.290 to 2.331)'."""
+    if not math.isfinite(interval["low"]):
+        return f"{interval['mean']:.{digits}f} (no interval from one document)"
     return f"{interval['mean']:.{digits}f} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
 
 

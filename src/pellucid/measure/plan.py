@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.config import UserError
+from pellucid.data.workers import processors
 from pellucid.measure.outcome import replace
 
 VERSION = 1  # of what jobs compute: another one runs them all again
@@ -117,7 +118,7 @@ def in_processes(at_once: int) -> Runner:
     """Several processes of this machine, which share its cores."""
 
     def run(jobs: Sequence[Job], scratch: Callable[[Job], str], clock: _Clock) -> Iterator[tuple[Job, Any, float]]:
-        threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+        threads = max(1, processors() // at_once)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(at_once, context, initializer=_start_worker, initargs=(threads,)) as pool:
             running = {pool.submit(_timed, job, scratch(job)): job for job in jobs}

@@ -30,7 +30,7 @@ def shape(size: str, base: Config, option: str = "--sizes") -> dict[str, Any]:
     """The [model] table of a rung: a preset's name, or a hidden size (layers and heads in proportion). option: where it was given."""
     if size in preset_names():
         return {"preset": size}
-    if not size.isdigit() or int(size) < HEAD or int(size) % HEAD:
+    if not size.isdecimal() or int(size) < HEAD or int(size) % HEAD:
         raise UserError(f"{option}: '{size}' is neither a preset ({', '.join(preset_names())}) nor a hidden size, a multiple of {HEAD}")
     hidden = int(size)
     return {"hidden_size": hidden, "num_hidden_layers": max(1, round(hidden / LAYER_WIDTH)), "num_attention_heads": hidden // HEAD,

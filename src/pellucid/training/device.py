@@ -13,9 +13,9 @@ import torch
 from pellucid.config import UserError
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, setting: str = "training.device") -> torch.device:
     """'auto' takes CUDA, then Apple's MPS, then the CPU; a GPU named by number becomes the current one. Raises UserError for a
-    device this machine lacks."""
+    device this machine lacks, and names the setting that asked for it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -25,7 +25,7 @@ def choose_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # kernels are launched on the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"training.device = '{name}': not usable on this machine ({reason})") from None
+        raise UserError(f"{setting} = '{name}': not usable on this machine ({reason})") from None
     return device
 
 
