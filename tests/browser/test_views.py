@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import pellucid
 from pellucid.observe.reader import Reader
 from pellucid.observe.trace import open_run
+from pellucid.observe.web.feed import Feed
 
 VIEWS = ["xray", "network", "river", "experts", "learning", "verdicts", "tensor", "learn"]
 
@@ -272,3 +274,10 @@ def test_experts_show_the_tokens_their_newest_checkpoint_sends_them(open_page, a
     nearest = max(cosines, key=cosines.get)
     said = page.locator(".sibling").inner_text()
     assert f"expert {nearest}, cosine {number(cosines[nearest], signed=True)}" in said
+
+
+def test_experts_of_a_run_without_a_checkpoint_say_so(open_page, runs, tmp_path, serving):
+    """A normal state of a young run, so no failed request: one would fail this test."""
+    copy = shutil.copytree(runs[0], tmp_path / "young", ignore=shutil.ignore_patterns("checkpoints"))
+    with serving([Feed(copy)]) as found:
+        open_page(f"{found}#view=experts", wait=".nothing:has-text('no checkpoint is kept yet')")

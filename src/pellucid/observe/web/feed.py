@@ -240,15 +240,18 @@ class Feed:
         return {"texts": self._texts(), "rows": [self.river.sample(row) for row in kept]}
 
     def preferences(self) -> dict[str, Any]:
-        """Tokens and nearest sibling of each expert, from the newest checkpoint; read once for each."""
+        """Tokens and nearest sibling of each expert, from the newest checkpoint, read once for each; or {problem}."""
         dataset = self.river.dataset
         if dataset is None:
-            raise UserError(self.river.problem)
+            return {"problem": self.river.problem}
         newest = max(saved_steps(self.directory / "checkpoints"), default=None)
         with self._preferring:
             if self._preferences[0] != newest or newest is None:
                 size = self.manifest.get("parameters", {}).get("total", 0)
-                self._preferences = newest, preferences(self.directory, dataset, self.river.token_text, size)
+                try:
+                    self._preferences = newest, preferences(self.directory, dataset, self.river.token_text, size)
+                except UserError as error:  # most runs have no checkpoint for a while
+                    return {"problem": str(error)}
         return self._preferences[1]
 
     def _texts(self) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ function Card({ ledger, rows, index, layer, expert, theme }) {
 /** What the newest checkpoint sends to the expert, and which sibling has the weights most like its own. */
 function Preference({ run, index, layer, expert }) {
   const { data, problem } = useAnswer(`preferences?run=${index}`, Math.floor((run.latest ?? 0) / Math.max(1, run.config?.checkpoint?.every_steps ?? 500)));
-  if (problem) return html`<${Nothing}>${problem}<//>`;
+  if (problem ?? data?.problem) return html`<${Nothing}>${problem ?? data.problem}<//>`;
   const own = data?.layers[run.streams.router.rows.findIndex((row) => row.layer === layer) < 0 ? 0 : [...new Set(run.streams.router.rows.map((row) => row.layer))].indexOf(layer)]?.[expert];
   if (!own) return html`<p class="hint">Reading the newest checkpoint …</p>`;
   return html`<h3>Tokens it prefers</h3><p class="hint">${count(data.tokens)} ${data.held_out ? "held-out" : "training"} tokens through the checkpoint of step ${count(data.step)}; × how much more often than tokens on the whole.</p>
