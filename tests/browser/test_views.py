@@ -148,6 +148,13 @@ def test_learning_shows_losses_documents_and_texts(open_page, address, reader, n
     assert number(float(losses[-1])) in page.locator(".lines table").first.inner_text()
 
 
+def test_a_space_that_was_not_expected_is_seen(open_page, address, reader, feeds):
+    worst = reader.query("SELECT step, target FROM worst_token ORDER BY step")
+    step = next(token["step"] for token in worst if feeds[0].river.token_text(token["target"]) == " ")
+    page = open_page(f"{address}#view=learning&step={step}", wait=".worst mark")
+    assert "␣" in page.locator(".worst mark").all_inner_texts()
+
+
 def test_verdicts_tell_what_the_rules_found_and_open_the_documents(open_page, address, runs):
     page = open_page(f"{address}#view=verdicts&run=1", wait=".verdict")
     with Reader(runs[1]) as wild:
@@ -222,6 +229,19 @@ def test_river_follows_a_document_from_its_file_to_the_steps_that_read_it(open_p
     assert "has the very hash that was trained on" in page.locator("#follow-title + .answer").inner_text()
 
 
+def test_two_runs_fit_a_telephone(open_page, address):
+    page = open_page(address)
+    page.set_viewport_size({"width": 420, "height": 800})
+    for view, last in (("learning", "#written-title"), ("river", ".journey"), ("tensor", ".anatomy")):
+        page.goto(f"{address}#view={view}")
+        page.wait_for_selector(last)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 420, view
+    status = page.locator(".status").bounding_box()
+    for picker in page.locator(".runs select").all():
+        box = picker.bounding_box()
+        assert status["y"] + status["height"] <= box["y"] or status["x"] >= box["x"] + box["width"]
+
+
 def test_the_chosen_theme_is_kept_and_both_follow_the_system(open_page, address):
     page = open_page(address, theme="dark")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
@@ -267,7 +287,8 @@ def test_experts_show_the_tokens_their_newest_checkpoint_sends_them(open_page, a
     for tokens, segments, experts in zip(batch.tokens_BT.tolist(), batch.segment_ids_BT.tolist(), chosen.tolist(), strict=True):
         for token, segment, taken in zip(tokens, segments, experts, strict=True):
             name = {tokenizer.eos_token_id: "<eos>"}.get(token) or tokenizer.token_bytes(token).decode("utf-8", "replace")
-            counted += segment > 0 and 2 in taken and name.replace("\n", "↵").replace("\t", "→") == text
+            shown_as = re.sub("^ | $", "␣", name.replace("\n", "⏎").replace("\t", "⇥"))
+            counted += segment > 0 and 2 in taken and shown_as == text
     assert counted == times > 0
     rows = [torch.cat([p[e].flatten() for p in (model.layers[1].moe.gate_up_proj, model.layers[1].moe.down_proj)]) for e in range(4)]
     cosines = {e: float(torch.cosine_similarity(rows[2].double(), rows[e].double(), dim=0)) for e in (0, 1, 3)}

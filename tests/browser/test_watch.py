@@ -145,6 +145,21 @@ def test_the_page_waits_for_the_first_step_and_goes_on_by_itself(open_page, tmp_
         writer.close()
 
 
+def test_the_axis_of_a_run_of_one_step_ends_at_it(open_page, tmp_path, serving, chromium):
+    make_run(tmp_path / "run", 1).close()
+    with serving([Feed(tmp_path / "run")]) as address:
+        page = open_page(address, wait=".nothing")
+        page.evaluate("""window.drawn = [];
+            const draw = CanvasRenderingContext2D.prototype.fillText;
+            CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+                window.drawn.push(text); draw.call(this, text, ...rest); };
+            null""")
+        page.locator("nav .view-link", has_text="Learning").click()
+        page.wait_for_function("window.drawn.length > 0")
+        drawn = page.evaluate("window.drawn")
+        assert "0" in drawn and "100" not in drawn, drawn
+
+
 def test_a_locked_database_is_one_sentence_and_the_page_recovers(tmp_path, monkeypatch):
     monkeypatch.setattr("pellucid.observe.store.is_network", lambda folder: True)  # a journal that locks readers out
     writer = make_run(tmp_path / "run", 3)

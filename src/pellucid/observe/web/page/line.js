@@ -94,7 +94,7 @@ function options({ width, height, series, log, unit, theory, at, data, from, to,
   return {
     width, height, bands, series: lines, legend: { show: false },
     padding: [8, 8, 0, 0],
-    scales: { x: { time: false, range: from === null ? undefined : () => [from, Math.max(to, from + 1)] },
+    scales: { x: { time: false, range: ({ data: [steps] }, low, high) => (from !== null ? stretch(from, to) : steps.length === 1 ? stretch(steps[0], steps[0]) : [low, high]) },
       y: { distr: log ? 3 : 1, range: (_, low, high) => (log ? decades(low, high, theory) : spread(low, high, theory, zero)) } },
     cursor: { y: false, points: { size: 7 } },
     axes: [
@@ -104,6 +104,9 @@ function options({ width, height, series, log, unit, theory, at, data, from, to,
     hooks: { draw: [(chart) => decorate(chart, { theory, at, marks: data.marks, log })] },
   };
 }
+
+/** The axis of some steps; a single one stands in its middle. */
+const stretch = (first, last) => (first === last ? [first - 0.5, last + 0.5] : [first, last]);
 
 /** A round number of an axis, without trailing zeros. */
 function tickText(v) {

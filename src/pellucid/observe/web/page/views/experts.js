@@ -4,7 +4,8 @@ import { select, statIndex, statOf, useAnswer, useReading, useRun, useWindow } f
 import { ROLES, colourAt, css, scaleOf } from "../colour.js";
 import { ColourBar, Heatmap } from "../heatmap.js";
 import { Lines } from "../line.js";
-import { capital, count, elsewhen, number, percent, plural, visible, withUnit } from "../format.js";
+import { capital, count, elsewhen, number, percent, plural, withUnit } from "../format.js";
+import { visible } from "../play.js";
 
 const SHOWN = [["load", "load"], ["per_token", "gradient per token"], ["ratio", "update / weight"], ["credit", "credit"], ["mean_gate", "mean gate"], ["ghost", "ghost"], ["ghost_share", "ghost share"], ["idle_steps", "idle steps"]];
 const OWN = { // statistics formed here from recorded ones

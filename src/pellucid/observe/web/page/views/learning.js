@@ -5,6 +5,7 @@ import { RUNS } from "../colour.js";
 import { Lines } from "../line.js";
 import { isReport } from "../source.js";
 import { capital, count, number, percent, plural, visible } from "../format.js";
+import { visible as token } from "../play.js";
 import { taskOf } from "../task.js";
 
 const TRAIN = "#0072B2", HELD = "#D55E00", NEAR = 10;
@@ -109,7 +110,7 @@ export function Documents({ run, index, step }) {
           ${open === i && html`<p><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "river", document: piece.document }); }}>follow this document through the river</a></p><pre class="text">${piece.excerpt ?? "(its text is shown for the twelve hardest)"}</pre>`}</td>
           <td>${count(piece.byte_start)}–${count(piece.byte_end)}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${task.labelled ? piece.label : number(piece.worst)}</td></tr>`)}</tbody></table></div>
       <div><h3>${task.labelled ? "The documents it was most wrong about, and what they are" : "The tokens it expected least"}</h3>
-        <ol class="worst">${data.tokens.map((token) => html`<li><span class="loss">${number(token.loss)}</span><span class="mono">…${visible(token.before.slice(-60))}<mark>${visible(token.label ?? token.target_text)}</mark></span></li>`)}</ol></div>
+        <ol class="worst">${data.tokens.map((worst) => html`<li><span class="loss">${number(worst.loss)}</span><span class="mono">…${visible(worst.before.slice(-60))}<mark>${token(worst.label ?? worst.target_text)}</mark></span></li>`)}</ol></div>
     </div><//>`;
 }
 
