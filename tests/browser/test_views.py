@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import pellucid
+from pellucid.config import make_config
+from pellucid.data.interchange import export_tokens, import_tokens
 from pellucid.observe.reader import Reader
 from pellucid.observe.trace import open_run
 from pellucid.observe.web.feed import Feed
+from pellucid.run import Run, train
 
 VIEWS = ["xray", "network", "river", "experts", "learning", "verdicts", "tensor", "learn"]
 
@@ -240,6 +243,21 @@ def test_two_runs_fit_a_telephone(open_page, address):
     for picker in page.locator(".runs select").all():
         box = picker.bounding_box()
         assert status["y"] + status["height"] <= box["y"] or status["x"] >= box["x"] + box["width"]
+
+
+def test_imported_tokens_are_not_tokenised_again(open_page, runs, tmp_path, serving):
+    """Tokens of another trainer's file: no station tokenises them, and no text is looked for."""
+    export_tokens(Run(runs[0]).dataset(), "megatron", tmp_path / "theirs")
+    import_tokens(str(tmp_path / "theirs"), tmp_path / "data", sequence_length=64)
+    small = {"model": {"hidden_size": 32, "num_hidden_layers": 1, "num_experts": 2, "num_attention_heads": 2},
+             "data": {"prepared": str(tmp_path / "data"), "sequence_length": 64},
+             "training": {"max_steps": 2, "batch_size": 2, "precision": "fp32"}}  # fmt: skip
+    train(make_config(small), run_dir=tmp_path / "run")
+    with serving([Feed(tmp_path / "run")]) as found:
+        page = open_page(f"{found}#view=river", wait=".journey")
+        stations = [button.get_attribute("data-stage") for button in page.locator(".station").all()]
+        assert stations == ["source", "import", "split", "pack", "batch", "loop"]
+        assert "Taken in as tokens: there is no text to read again" in page.locator(".journey").inner_text()
 
 
 def test_the_chosen_theme_is_kept_and_both_follow_the_system(open_page, address):

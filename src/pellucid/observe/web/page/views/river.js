@@ -29,7 +29,7 @@ export function stationsOf(data, run, step) {
   if (train && !data.stages.some((stage) => stage.name === "augment")) split();
   if (train) {
     const tokens = train.tokens, batch = run.config?.training?.batch_size, length = data.settings?.sequence_length;
-    if (data.tokenizer) found.push({ key: "tokenize", kind: "tokenize", name: "tokenise", into: train.text_bytes, out: train.text_bytes, said: [`${count(tokens, true)} tokens`, `${number(train.text_bytes / tokens, { digits: 3 })} bytes each`] });
+    if (data.tokenizer && data.stages[0]?.name !== "import") found.push({ key: "tokenize", kind: "tokenize", name: "tokenise", into: train.text_bytes, out: train.text_bytes, said: [`${count(tokens, true)} tokens`, `${number(train.text_bytes / tokens, { digits: 3 })} bytes each`] });
     found.push({ key: "pack", kind: "pack", name: "pack", into: train.text_bytes, out: train.text_bytes, said: [`${count(train.packing.rows)} rows`, `${percent(train.packing.utilization, 2)} full`] });
     found.push({ key: "batch", kind: "batch", name: "batch", into: 0, out: 0, said: [`${count(batch)} × ${count(length)}`, `step ${count(step)}`] });
   }
