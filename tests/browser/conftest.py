@@ -13,9 +13,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pellucid.config import make_config
+from pellucid.observe.columns import EVALUATION, INDEX, LAYER, LOSS, PARAM, ROUTER, RUN
+from pellucid.observe.store import Record, Row, Writer
 from pellucid.observe.web.feed import Feed
 from pellucid.run import train
 
@@ -68,6 +71,51 @@ def runs(tmp_path_factory):
     explain(first, STEPS - 4)
     wild = {"optimizer": {"name": "adamw", "learning_rate": 3e-1}, "training": {"max_steps": 24, "batch_size": 8}}
     return [first, train(settings(folder, **wild), run_dir=folder / "wild").directory]
+
+
+class LongRun:
+    """A run longer than the page is wide, whose numbers are plain functions of the step."""
+
+    directory: Path
+    steps = 2600
+    loss = staticmethod(lambda s: 5 + s % 97 / 100)
+    load = staticmethod(lambda s: (s % 16 / 10, 2 - s % 16 / 10))  # of the two experts: the first is idle in one step of 16
+    ratio = staticmethod(lambda s: 1e-3 * (1 + s % 16))
+    held_out = staticmethod(lambda s: 6 - s / 10000)
+    position = staticmethod(lambda s: 3 + s / 1000)
+
+
+@pytest.fixture(scope="session")
+def long_run(tmp_path_factory):
+    """A LongRun: thinned out from step 500 on, held-out loss every 100 steps; one NaN, at step 1337."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text("[model]\nnum_experts = 2\n[optimizer]\nname = 'adamw'\n[training]\nbatch_size = 4\n")
+    writer, thin = Writer(folder), {"dense_steps": 500, "keep_every": 10}
+    tensors = [Row("embedding.weight", None, None, "embedding", "[8, 8]", 64, "float32"),
+               *(Row(f"layers.0.moe.down_proj[{e}]", 0, e, "down_proj", "[8, 8]", 64, "float32") for e in range(2))]
+    writer.define("run", [Row("run")], RUN, row_is="run")
+    writer.define("param", tensors, PARAM, row_is="tensor", **thin)
+    writer.define("router", [Row(f"layers.0.experts.{e}", 0, e) for e in range(2)], ROUTER, row_is="expert", **thin)
+    writer.define("layer", [Row("layers.0", 0)], LAYER, row_is="layer", **thin)
+    writer.define("position", [Row("0"), Row("1")], LOSS, row_is="position", **thin)
+    writer.define("evaluation", [Row("held-out")], EVALUATION, row_is="run")
+    for step in range(LongRun.steps):
+        frames = {name: np.full((rows, len(stats)), 0.5, np.float32) for name, rows, stats in
+                  (("run", 1, RUN), ("param", 3, PARAM), ("router", 2, ROUTER), ("layer", 1, LAYER), ("position", 2, LOSS))}
+        frames["run"][0, INDEX["run"]["loss"]] = LongRun.loss(step)
+        frames["param"][:, INDEX["param"]["update_ratio"]] = LongRun.ratio(step) if step != 1337 else np.nan
+        frames["param"][:, INDEX["param"]["weight_norm"]] = 10
+        frames["param"][:, INDEX["param"]["update_norm"]] = 10 * LongRun.ratio(step)
+        frames["router"][:, INDEX["router"]["load"]] = LongRun.load(step)
+        frames["router"][:, [INDEX["router"]["ghost"], INDEX["router"]["frozen"]]] = 0
+        frames["position"][:, INDEX["position"]["loss"]] = LongRun.position(step)
+        if step % 100 == 99:
+            frames["evaluation"] = np.full((1, len(EVALUATION)), LongRun.held_out(step), np.float32)
+        writer.write(Record(step, frames))
+    writer.close()
+    LongRun.directory = folder
+    return LongRun
 
 
 @pytest.fixture(scope="session")

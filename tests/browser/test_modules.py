@@ -4,6 +4,9 @@ import random
 import struct
 
 import pytest
+import torch
+
+from pellucid.training.optimizers.adam import adam
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +54,22 @@ def test_colours_span_the_fixed_domain_of_a_statistic(call):
     assert at == pytest.approx([0, 1, 0.5])
     load = {"name": "load", "low": 0, "high": 3}
     assert call("colour", "m.scaleOf(x[0], 'dark').at(x[1])", [[load, 1], [load, 0.25], [load, 4]]) == pytest.approx([0.5, 0, 1])
+
+
+def test_the_derivation_of_adam_with_decay_adds_up_as_printed(call):
+    """Each moment's line, with the numbers that it names put in, gives the number beside it."""
+    weight, gradient, settings = 0.5, 0.2, {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.3}
+    state = {"step": 4, "exp_avg": 0.04, "exp_avg_sq": 0.002}
+    exact = lambda values: {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    update = adam(torch.tensor(weight).double(), torch.tensor(gradient).double(), exact(state), **settings)
+    edge = {"tensor": "w", "before": weight, "gradient": gradient, "clipped": gradient, "state": state, "terms": {},
+            "after": update.weight_after.item(), "quantities": {name: value.item() for name, value in update.quantities.items()}}
+    play = {"edges": [edge], "optimizer": {"w": {"rule": "adam", "settings": settings}}, "step_result": {"clip_factor": 1}, "shape": {}}
+    chosen = {"fan": {"fan": {"slope": 1, "kind": "router", "index": [0]}}, "term": {"edge": 0, "a": 0.1, "j": 0, "wa": 0.05}}
+    [lines] = call("play", "m.derivation(x[0], x[1])", [[play, chosen]])
+    said = {what.split(":")[0]: (what, value) for what, _, value in lines}
+    assert said["with L2 decay"] == ("with L2 decay: ĝ + 0.3·w", pytest.approx(gradient + 0.3 * weight))
+    for name in ("first moment", "second moment"):
+        text, value = said[name]
+        formula = text.split(": ")[1].replace("·", "*").replace("s²", "s**2").replace("−", "-")
+        assert eval(formula, {"s": said["with L2 decay"][1]}) == pytest.approx(value, rel=1e-3), formula

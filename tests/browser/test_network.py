@@ -92,6 +92,31 @@ def test_a_clicked_edge_opens_its_derivation_and_proofs(page, play, number):
     assert page.locator(".derivation .result td").last.inner_text() == number(edge["after"], digits=9)
 
 
+def test_all_columns_of_a_sum_are_seen_on_a_laptop(page):
+    page.set_viewport_size({"width": 1280, "height": 720})
+    for choice in panel(page, "lens-title").locator(".choice button").all():
+        choice.click()
+        page.wait_for_selector(f".lens .choice [aria-pressed=true]:text-is('{choice.inner_text()}')")
+        assert page.locator(".terms").evaluate("table => table.scrollWidth <= table.parentElement.clientWidth")
+
+
+def test_the_sum_of_one_experts_answer_does_not_lie_on_it(open_page, address, play):
+    """The same play as if each token had gone to its first expert alone."""
+    alone = json.loads(json.dumps(play))
+    for layer in alone["layers"]:
+        layer["router"] |= {key: [chosen[:1] for chosen in layer["router"][key]] for key in ("chosen", "gates")}
+        for fans in layer["fans"].values():
+            fans["experts"] = fans["experts"][:1]
+    page = open_page(address, wait=None)
+    page.set_viewport_size({"width": 1280, "height": 720})
+    page.route("**/api/play?*", lambda route: route.fulfill(json=alone))
+    page.goto(f"{address}#view=network&step={STEP}")
+    page.wait_for_selector(".theatre .scene")
+    answer, total = [rect.bounding_box() for rect in page.locator(".open-layer .sum rect").all()]
+    apart = lambda at, size: abs(answer[at] - total[at]) >= answer[size]
+    assert apart("x", "width") or apart("y", "height"), (answer, total)
+
+
 def test_token_layer_and_head_are_chosen(page, play, number):
     page.locator(".under select").select_option("2")
     page.locator(".under .choice button", has_text="layer 0").click()

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from pellucid.config import UserError
@@ -47,6 +48,22 @@ def test_a_long_run_is_told_more_coarsely_within_the_budget(runs, tmp_path, open
     assert small.stat().st_size <= assets + (whole - assets) // 3
     page = open_page(small.as_uri(), offline=True)
     assert page.locator(".field canvas").count() == 1
+
+
+def test_a_report_of_a_long_run_says_which_steps_it_sums_up(long_run, tmp_path, open_page, number):
+    """It holds the screen's columns alone, of 16 steps each; of the newest step it has the own numbers."""
+    address = write_report(long_run.directory, tmp_path / "long.html").as_uri()
+    shown = lambda rest: open_page(f"{address}#{rest}", offline=True).locator("#app").inner_text()
+    of = lambda values: number(float(np.mean([values(step) for step in range(1504, 1520)])))
+    learning = shown("view=learning&step=1505")
+    assert f"On average over steps 1,504 to 1,519 the batch's loss is {of(long_run.loss)}" in learning
+    assert f"On average over steps 1,504 to 1,519 the loss after 1 tokens of context is {of(long_run.position)}" in learning
+    assert f"steps 1,504 to 1,519\nmean loss {of(long_run.loss)}" in learning
+    assert "On average over steps 1,328 to 1,343 it moved by NaN" in shown("view=tensor&step=1337")
+    assert f"At step 2,599 it moved by {number(long_run.ratio(2599))} of its size" in shown("view=tensor")
+    learn = shown("view=learn&step=1505")
+    assert "on average over steps 1,488 to 1,519" in learn
+    assert f"After step 1,499 the held-out loss was {number(long_run.held_out(1499))}" in learn
 
 
 def test_what_was_measured_follows_the_dashboard(runs, tmp_path, open_page):

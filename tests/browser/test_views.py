@@ -3,14 +3,19 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import pellucid
+from pellucid.config import make_config
+from pellucid.data.interchange import export_tokens, import_tokens
 from pellucid.observe.reader import Reader
 from pellucid.observe.trace import open_run
+from pellucid.observe.web.feed import Feed
+from pellucid.run import Run, train
 
 VIEWS = ["xray", "network", "river", "experts", "learning", "verdicts", "tensor", "learn"]
 
@@ -146,6 +151,13 @@ def test_learning_shows_losses_documents_and_texts(open_page, address, reader, n
     assert number(float(losses[-1])) in page.locator(".lines table").first.inner_text()
 
 
+def test_a_space_that_was_not_expected_is_seen(open_page, address, reader, feeds):
+    worst = reader.query("SELECT step, target FROM worst_token ORDER BY step")
+    step = next(token["step"] for token in worst if feeds[0].river.token_text(token["target"]) == " ")
+    page = open_page(f"{address}#view=learning&step={step}", wait=".worst mark")
+    assert "␣" in page.locator(".worst mark").all_inner_texts()
+
+
 def test_verdicts_tell_what_the_rules_found_and_open_the_documents(open_page, address, runs):
     page = open_page(f"{address}#view=verdicts&run=1", wait=".verdict")
     with Reader(runs[1]) as wild:
@@ -220,6 +232,34 @@ def test_river_follows_a_document_from_its_file_to_the_steps_that_read_it(open_p
     assert "has the very hash that was trained on" in page.locator("#follow-title + .answer").inner_text()
 
 
+def test_two_runs_fit_a_telephone(open_page, address):
+    page = open_page(address)
+    page.set_viewport_size({"width": 420, "height": 800})
+    for view, last in (("learning", "#written-title"), ("river", ".journey"), ("tensor", ".anatomy")):
+        page.goto(f"{address}#view={view}")
+        page.wait_for_selector(last)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 420, view
+    status = page.locator(".status").bounding_box()
+    for picker in page.locator(".runs select").all():
+        box = picker.bounding_box()
+        assert status["y"] + status["height"] <= box["y"] or status["x"] >= box["x"] + box["width"]
+
+
+def test_imported_tokens_are_not_tokenised_again(open_page, runs, tmp_path, serving):
+    """Tokens of another trainer's file: no station tokenises them, and no text is looked for."""
+    export_tokens(Run(runs[0]).dataset(), "megatron", tmp_path / "theirs")
+    import_tokens(str(tmp_path / "theirs"), tmp_path / "data", sequence_length=64)
+    small = {"model": {"hidden_size": 32, "num_hidden_layers": 1, "num_experts": 2, "num_attention_heads": 2},
+             "data": {"prepared": str(tmp_path / "data"), "sequence_length": 64},
+             "training": {"max_steps": 2, "batch_size": 2, "precision": "fp32"}}  # fmt: skip
+    train(make_config(small), run_dir=tmp_path / "run")
+    with serving([Feed(tmp_path / "run")]) as found:
+        page = open_page(f"{found}#view=river", wait=".journey")
+        stations = [button.get_attribute("data-stage") for button in page.locator(".station").all()]
+        assert stations == ["source", "import", "split", "pack", "batch", "loop"]
+        assert "Taken in as tokens: there is no text to read again" in page.locator(".journey").inner_text()
+
+
 def test_the_chosen_theme_is_kept_and_both_follow_the_system(open_page, address):
     page = open_page(address, theme="dark")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
@@ -265,10 +305,105 @@ def test_experts_show_the_tokens_their_newest_checkpoint_sends_them(open_page, a
     for tokens, segments, experts in zip(batch.tokens_BT.tolist(), batch.segment_ids_BT.tolist(), chosen.tolist(), strict=True):
         for token, segment, taken in zip(tokens, segments, experts, strict=True):
             name = {tokenizer.eos_token_id: "<eos>"}.get(token) or tokenizer.token_bytes(token).decode("utf-8", "replace")
-            counted += segment > 0 and 2 in taken and name.replace("\n", "↵").replace("\t", "→") == text
+            shown_as = re.sub("^ | $", "␣", name.replace("\n", "⏎").replace("\t", "⇥"))
+            counted += segment > 0 and 2 in taken and shown_as == text
     assert counted == times > 0
     rows = [torch.cat([p[e].flatten() for p in (model.layers[1].moe.gate_up_proj, model.layers[1].moe.down_proj)]) for e in range(4)]
     cosines = {e: float(torch.cosine_similarity(rows[2].double(), rows[e].double(), dim=0)) for e in (0, 1, 3)}
     nearest = max(cosines, key=cosines.get)
     said = page.locator(".sibling").inner_text()
     assert f"expert {nearest}, cosine {number(cosines[nearest], signed=True)}" in said
+
+
+def test_experts_of_a_run_without_a_checkpoint_say_so(open_page, runs, tmp_path, serving):
+    """A normal state of a young run, so no failed request: one would fail this test."""
+    copy = shutil.copytree(runs[0], tmp_path / "young", ignore=shutil.ignore_patterns("checkpoints"))
+    with serving([Feed(copy)]) as found:
+        open_page(f"{found}#view=experts", wait=".nothing:has-text('no checkpoint is kept yet')")
+
+
+# ------------------------------------------------------------------ a run that is longer than the page is wide
+
+STEP = 1505  # its frames of tensors and experts were thinned out: the newest before it are those of step 1500
+
+
+@pytest.fixture(scope="module")
+def long_address(long_run, serving):
+    with serving([Feed(long_run.directory)]) as found:
+        yield found
+
+
+@pytest.fixture
+def long_page(open_page, long_address):
+    return lambda rest: open_page(f"{long_address}#step={STEP}&{rest}")
+
+
+def says(page, title: str, text: str):
+    """The answer of a panel holds this text, once its numbers are here."""
+    page.locator(f"#{title} + .answer", has_text=text).wait_for()
+
+
+def test_the_loss_said_at_a_step_is_that_steps_own(long_page, long_run, number):
+    loss = number(long_run.loss(STEP))
+    page = long_page("view=learning")
+    says(page, "loss-title", f"At step 1,505 the batch's loss is {loss} nats")
+    says(page, "loss-title", f"Held-out: {number(long_run.held_out(2599))} after step 2,599.")
+    page.locator(".where", has_text=f"loss {loss}").wait_for()
+    assert page.locator(".where b").inner_text() == "step 1,505"
+    page = long_page("view=learning&from=2&to=5")  # zoomed in elsewhere
+    says(page, "loss-title", f"At step 1,505 the batch's loss is {loss} nats")
+
+
+def test_what_was_thinned_out_is_told_of_the_step_that_was_kept(long_page, long_run, number):
+    page = long_page("view=experts")
+    says(page, "ledger-title", "At step 1,500 expert 0 of layer 0 does 1.20 times its fair share")
+    shown = [float(cell.get_attribute("data-value")) for cell in page.locator(".expert-cell").all()]
+    assert shown == pytest.approx(long_run.load(1500))
+    mean = np.mean([long_run.load(step)[0] for step in range(long_run.steps)])
+    says(page, "expert-title", f"Over the run its load is {number(mean, digits=3)} on average, 0 at least and 1.50 at most.")
+    ratio = number(long_run.ratio(1500))
+    says(long_page("view=tensor"), "tensor-title", f"At step 1,500 it moved by {ratio} of its size")
+    says(long_page("view=xray"), "xray-title", f"At step 1,500 the middle tensor has {ratio}")
+    text = f"At step 1,500 expert 0 of layer 0 carries most, 1.20 times its fair share; its weights moved by {ratio} of their size."
+    says(long_page("view=network"), "live-title", text)
+
+
+def test_means_are_of_the_steps_that_they_name(long_page, long_run, number):
+    page = long_page("view=learning")
+    near = np.mean([long_run.position(step) for step in range(1410, 1501, 10)])
+    says(page, "position-title", f"On average over steps 1,410 to 1,500 the loss after 1 tokens of context is {number(near)}")
+    hint = page.locator("section[aria-labelledby='position-title'] .hint").inner_text()
+    assert hint == "Bar: on average over steps 1,410 to 1,500. Mark: on average over steps 0 to 9."
+    page = long_page("view=learn")
+    page.locator("section[aria-labelledby='idea-generalise']", has_text="on average over steps 1,474 to 1,505").wait_for()
+    page.locator("section[aria-labelledby='idea-loss']", has_text="at step 1,505").wait_for()
+    shown = lambda idea: [float(b.get_attribute("data-value")) for b in
+                          page.locator(f"section[aria-labelledby='{idea}'] p b[data-value]").all()]  # fmt: skip
+    assert shown("idea-loss")[1:3] == pytest.approx([long_run.loss(0), long_run.loss(STEP)])
+    train = np.mean([long_run.loss(step) for step in range(STEP - 31, STEP + 1)])
+    assert shown("idea-generalise") == pytest.approx([long_run.held_out(1499), long_run.held_out(99), train])
+
+
+def test_a_cell_and_a_line_of_many_steps_say_which(long_page, long_run, number):
+    page = long_page("view=xray&tensor=embedding.weight")
+    page.wait_for_selector(".inspector .value")
+    cell = page.locator(".inspector .cell").inner_text()
+    assert "steps 1,504 to 1,519" in cell and f"largest\n{number(long_run.ratio(1519))}" in cell
+    chart = long_page("view=learning").locator("figure[aria-label^='loss:']")
+    chart.locator("button", has_text="table").click()
+    row = chart.locator("tbody tr").first.locator("th, td").all_inner_texts()
+    assert row[0] == "step 2,599" and row[2] == number(long_run.held_out(2599))
+    mean = np.mean([long_run.loss(step) for step in range(2592, 2600)])
+    assert f"training {number(mean)} nats on average over steps 2,592 to 2,599" in chart.get_attribute("aria-label")
+
+
+def test_a_run_is_not_compared_with_a_step_that_the_other_never_did(open_page, long_run, runs, serving):
+    """The other run has 48 steps: its last one stands for none after it, in words and in pixels."""
+    with serving([Feed(long_run.directory), Feed(runs[0])]) as found:
+        page = open_page(f"{found}#compare=1&step=300&to=99&from=0&tensor=embedding.weight", wait=".field canvas[data-painted]")
+        says(page, "xray-title", "calm has no step 300: its newest is step 47.")
+        colours = page.evaluate("""() => { const c = document.querySelector('.field canvas'), w = c.width;
+            const d = c.getContext('2d').getImageData(0, 3, w, 1).data;
+            return Array.from({length: w}, (_, x) => d[4*x+3]); }""")
+        drawn = [colours[int((step + 0.5) / 100 * len(colours))] > 0 for step in range(100)]
+        assert drawn[:48] == [True] * 48 and sum(drawn[48:]) < 10, "nothing but the sparse dots of what was not measured"

@@ -1,6 +1,7 @@
 """`pellucid watch` on runs that live, were killed, are broken or not there: a sentence each, and no training disturbed."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -144,6 +145,21 @@ def test_the_page_waits_for_the_first_step_and_goes_on_by_itself(open_page, tmp_
         writer.close()
 
 
+def test_the_axis_of_a_run_of_one_step_ends_at_it(open_page, tmp_path, serving, chromium):
+    make_run(tmp_path / "run", 1).close()
+    with serving([Feed(tmp_path / "run")]) as address:
+        page = open_page(address, wait=".nothing")
+        page.evaluate("""window.drawn = [];
+            const draw = CanvasRenderingContext2D.prototype.fillText;
+            CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+                window.drawn.push(text); draw.call(this, text, ...rest); };
+            null""")
+        page.locator("nav .view-link", has_text="Learning").click()
+        page.wait_for_function("window.drawn.length > 0")
+        drawn = page.evaluate("window.drawn")
+        assert "0" in drawn and "100" not in drawn, drawn
+
+
 def test_a_locked_database_is_one_sentence_and_the_page_recovers(tmp_path, monkeypatch):
     monkeypatch.setattr("pellucid.observe.store.is_network", lambda folder: True)  # a journal that locks readers out
     writer = make_run(tmp_path / "run", 3)
@@ -271,6 +287,26 @@ def test_a_killed_run_opens_with_every_step_it_wrote(tmp_path, runs):
     assert newest >= 199
     window, _ = answer([Feed(folder)], "window", {"run": "0", "stream": "run", "stat": "*"})
     assert json.loads(window[4 : 4 + int.from_bytes(window[:4], "little")])["shape"][1] == newest + 1
+
+
+def test_a_step_whose_frames_were_all_thinned_out_is_told_by_the_sixteen_around_it(tmp_path):
+    """Measured at every eighth step from the first on, none of which is a tenth: of the old ones no frame is kept."""
+    writer = make_run(tmp_path, 1)
+    writer.define("param", [Row("a")], [Stat("size")], row_is="tensor", dense_steps=100, keep_every=10)
+    for step in range(1, 2000, 8):
+        writer.write(Record(step, {"param": np.array([[step]], np.float32)}))
+    writer.close()
+
+    def told(until: int):
+        body = Feed(tmp_path).window("param", "size", until=until, newest=1)
+        size = int.from_bytes(body[:4], "little")
+        header = json.loads(body[4 : 4 + size])
+        values = np.frombuffer(body[-4 * math.prod(header["shape"]) :], "<f4")
+        return np.frombuffer(body, "<i4", 1, 4 + size)[0], dict(zip(header["parts"], values.tolist(), strict=True))
+
+    first, parts = told(1006)
+    assert (first, parts["mean"], parts["min"], parts["max"], parts["measured"]) == (992, 997, 993, 1001, 2)
+    assert told(1995) == (1993, {"value": 1993}), "a frame that is kept is told as it is"
 
 
 def test_many_readers_never_disturb_the_writer(tmp_path, serving):

@@ -119,12 +119,12 @@ class Reader:
     # ----------------------------------------------------------------------------------------- numbers
 
     def frames(
-        self, stream: str, since: int = BEFORE - 1, until: int | None = None, limit: int | None = None
+        self, stream: str, since: int = BEFORE - 1, until: int | None = None, newest: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Steps int64 [n] and frames float32 [n, rows, columns] with since < step <= until, oldest first."""
-        query = "SELECT step, data FROM frame WHERE stream = ? AND step > ? AND step <= ? ORDER BY step LIMIT ?"
+        """Steps int64 [n] and frames float32 [n, rows, columns] with since < step <= until, or the `newest` of them, oldest first."""
+        query = "SELECT step, data FROM frame WHERE stream = ? AND step > ? AND step <= ? ORDER BY step DESC LIMIT ?"
         shape = self._shape(stream)
-        found = self._all(query, (stream, since, 2**62 if until is None else until, -1 if limit is None else limit))
+        found = self._all(query, (stream, since, 2**62 if until is None else until, -1 if newest is None else newest))[::-1]
         return np.array([f["step"] for f in found], dtype=np.int64), stack([f["data"] for f in found], shape)
 
     def series(self, row: str | int, stat: str, stream: str = "param", since: int = BEFORE - 1) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 from pellucid.config import UserError
 from pellucid.observe.reader import Reader
 from pellucid.observe.rules import RULES
-from pellucid.observe.store import BEFORE, FAN, FILE_NAME, LEVELS, RECORDER, SCHEMA_VERSION, is_network
+from pellucid.observe.store import BEFORE, FAN, FILE_NAME, LEVELS, RECORDER, ROLLUP_PARTS, SCHEMA_VERSION, is_network
 from pellucid.observe.web.capsule import Plays, read_capsule
 from pellucid.observe.web.preferences import preferences
 from pellucid.observe.web.river import River
@@ -167,13 +167,15 @@ class Feed:
 
     # ------------------------------------------------------------------------------------------ numbers
 
-    def window(self, stream: str, stat: str, since: int = BEFORE, until: int | None = None, span: int | None = None) -> bytes:
+    def window(
+        self, stream: str, stat: str, since: int = BEFORE, until: int | None = None, span: int | None = None, newest: int | None = None
+    ) -> bytes:
         """Steps since..until of one statistic (or '*': all) of a stream, as few columns as the screen needs.
 
-        span: steps per column (1, 16, 256, 4096), to continue a window; by default chosen.
+        span: steps per column (1, 16, 256, 4096), to continue a window; by default chosen. newest: only so many recorded
+        steps up to `until`; the 16 steps around `until`, where those near it were thinned out.
         Bytes: uint32 length of a JSON header, the header padded to a multiple of 8, int32 first step of each column,
-        float32 [parts, columns, rows(, stats)]. parts: ["value"], or ["min", "max", "last", "nonfinite", "measured"]
-        where a column holds `span` steps.
+        float32 [parts, columns, rows(, stats)]. parts: ["value"], or those of a rollup where a column holds `span` steps.
         """
         reader = self.reader
         about = reader.streams().get(stream)
@@ -181,37 +183,42 @@ class Feed:
             raise UserError(f"{self.directory}: this run recorded no stream '{stream}'")
         latest = reader.latest_step(stream)
         column = slice(None) if stat == "*" else reader._index("stat", stream, stat)
-        level = 0 if latest is None else self._level(about, since, min(latest, 2**62 if until is None else until), latest)
+        last = -1 if latest is None else min(latest, 2**62 if until is None else until)
         if span in [FAN**known for known in (0, *LEVELS)]:
             level = [FAN**known for known in (0, *LEVELS)].index(span)
-        if level == 0:
-            steps, frames = reader.frames(stream, since - 1, until)
-            parts = frames[..., column][None]
-            names = ["value"]
+        elif newest is not None:
+            before = reader.query("SELECT max(step) AS step FROM frame WHERE stream = ? AND step <= ?", (stream, last))[0]["step"]
+            level = int(self._thinned(about, last, last, latest) and (before is None or before < last - FAN))
+            since = last // FAN * FAN if level else since
         else:
-            steps, parts = self._rollup(stream, level, since, until, column)
-            names = ["min", "max", "last", "nonfinite", "measured"]
+            level = self._level(about, since, last, latest)
+        if level == 0:
+            steps, frames = reader.frames(stream, since - 1, until, newest)
+            parts, names = frames[None], ["value"]
+        else:
+            buckets, rolled = reader.rollup(stream, level, since // FAN**level - 1, None if until is None else until // FAN**level)
+            steps, parts, names = buckets * FAN**level, rolled.swapaxes(0, 1), list(ROLLUP_PARTS)
+        parts = parts[..., column]
         header = {"stream": stream, "stat": stat, "parts": names, "shape": list(parts.shape), "span": FAN**level,
                   "latest": latest}  # fmt: skip
         return pack(header, steps, parts)
 
-    def _level(self, about: dict[str, Any], since: int, until: int, latest: int) -> int:
+    def _level(self, about: dict[str, Any], since: int, until: int, latest: int | None) -> int:
         """The finest level that fits the screen and the clock, and that saw every step of the window."""
-        cells = about["rows"] * about["columns"]
-        thinned = about["keep_every"] > 1 and until > about["dense_steps"] and since < latest - RECORDER
+        recorded = "SELECT count(*) AS n FROM frame WHERE stream = ? AND step >= ? AND step <= ?"
+        frames = self.reader.query(recorded, (about["name"], since, until))[0]["n"]
+        cells, thinned = about["rows"] * about["columns"], self._thinned(about, since, until, latest)
         for level in (0, *LEVELS):
-            columns = (until - since + 1) / FAN**level
-            size = columns * cells * 4 * (6 if level else 1)
+            columns = (until - since + 1) / FAN**level if thinned else min(frames, (until - since + 1) / FAN**level)
+            size = columns * cells * 4 * (len(ROLLUP_PARTS) if level else 1)
             if columns <= COLUMNS and (size <= READ_BYTES or columns <= 64) and not (thinned and level == 0):
                 return level
         return LEVELS[-1]
 
-    def _rollup(self, stream: str, level: int, since: int, until: int | None, column: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Only what is asked of each bucket is kept in memory: rollups of a big model are wide."""
-        last_bucket = None if until is None else until // FAN**level
-        buckets, parts = self.reader.rollup(stream, level, since // FAN**level - 1, last_bucket)
-        low, high, _, last, measured, nonfinite = (parts[:, i][..., column] for i in range(6))
-        return buckets * FAN**level, np.stack([low, high, last, nonfinite, measured])
+    @staticmethod
+    def _thinned(about: dict[str, Any], since: int, until: int, latest: int | None) -> bool:
+        """Whether frames of these steps may have been left out of the file since they were recorded."""
+        return latest is not None and about["keep_every"] > 1 and until > about["dense_steps"] and since < latest - RECORDER
 
     def histograms(self, row: int, kind: str) -> dict[str, Any]:
         """All exponent histograms of one tensor: what the weights' sizes were, step by step."""
@@ -240,15 +247,18 @@ class Feed:
         return {"texts": self._texts(), "rows": [self.river.sample(row) for row in kept]}
 
     def preferences(self) -> dict[str, Any]:
-        """Tokens and nearest sibling of each expert, from the newest checkpoint; read once for each."""
+        """Tokens and nearest sibling of each expert, from the newest checkpoint, read once for each; or {problem}."""
         dataset = self.river.dataset
         if dataset is None:
-            raise UserError(self.river.problem)
+            return {"problem": self.river.problem}
         newest = max(saved_steps(self.directory / "checkpoints"), default=None)
         with self._preferring:
             if self._preferences[0] != newest or newest is None:
                 size = self.manifest.get("parameters", {}).get("total", 0)
-                self._preferences = newest, preferences(self.directory, dataset, self.river.token_text, size)
+                try:
+                    self._preferences = newest, preferences(self.directory, dataset, self.river.token_text, size)
+                except UserError as error:  # most runs have no checkpoint for a while
+                    return {"problem": str(error)}
         return self._preferences[1]
 
     def _texts(self) -> list[dict[str, Any]]:
@@ -271,9 +281,8 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
         if path == "runs":
             return _json([feed.describe() for feed in feeds])
         if path == "window":
-            until = int(query["until"]) if "until" in query else None
-            span = int(query["span"]) if "span" in query else None
-            return feed.window(query["stream"], query["stat"], int(query.get("since", BEFORE)), until, span), BINARY_TYPE
+            bounds = {name: int(query[name]) for name in ("since", "until", "span", "newest") if name in query}
+            return feed.window(query["stream"], query["stat"], **bounds), BINARY_TYPE
         if path == "events":
             return _json(feed.events())
         if path == "rules":

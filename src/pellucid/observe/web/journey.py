@@ -41,6 +41,8 @@ def journey(dataset: Dataset, split: str, origin: dict[str, Any]) -> dict[str, A
 def _replay(dataset: Dataset, split: str, origin: dict[str, Any]) -> list[tuple[str, str | None]]:
     """(stage, text after it); None where the stage drops it. Raises UserError where it cannot be replayed."""
     config = dataset.config
+    if dataset.manifest["stages"][0]["name"] == "import":
+        raise UserError("Taken in as tokens: there is no text to read again")
     document = _read_again(dataset, split, origin)
     texts: list[tuple[str, str | None]] = [("read", document.text)]
     for stage in stages(config):

@@ -26,7 +26,7 @@ function layout(rows, rowHeight) {
   return { tops, height: Math.max(1, y) };
 }
 
-function paint(context, { window, other, rows, stat, part, scale, log, from, to, width, rowHeight, tops, height, ratio }) {
+function paint(context, { window, other, otherEnd, rows, stat, part, scale, log, from, to, width, rowHeight, tops, height, ratio }) {
   const w = Math.max(1, Math.round(width * ratio)), hpx = Math.round(height * ratio);
   const image = context.createImageData(w, hpx), pixels = new Uint32Array(image.data.buffer);
   const first = new Int32Array(w), last = new Int32Array(w), otherAt = new Int32Array(w);
@@ -35,7 +35,7 @@ function paint(context, { window, other, rows, stat, part, scale, log, from, to,
     first[x] = window.columnOf(Math.floor(a));
     last[x] = Math.max(first[x], window.columnOf(Math.ceil(b) - 1));
     if (first[x] >= 0 && window.steps[first[x]] + window.span - 1 < Math.floor(a) && last[x] > first[x]) first[x]++;
-    otherAt[x] = other ? other.columnOf(Math.floor(a)) : -1;
+    otherAt[x] = other && Math.floor(a) <= otherEnd ? other.columnOf(Math.floor(a)) : -1; // it may have ended before
   }
   const dots = Math.round(5 * ratio), line = new Uint32Array(w);
   const magnitude = scale.kind === "signed" || scale.kind === "ratio", low = part === "min";
@@ -74,7 +74,7 @@ function paint(context, { window, other, rows, stat, part, scale, log, from, to,
 }
 
 /** rows: [{index, other?, label, group, hue}]; onPick(row, step); onHover(row, step | null). */
-export function Heatmap({ window, other = null, rows, stat = 0, part = "max", scale, log, from, to, rowHeight = 9, label,
+export function Heatmap({ window, other = null, otherEnd, rows, stat = 0, part = "max", scale, log, from, to, rowHeight = 9, label,
   gutter = 190, selected, step, onPick, onHover, onOpen, onZoom, ticks = [], describe }) {
   const [box, full] = useWidth();
   const canvas = useRef(null);
@@ -90,9 +90,9 @@ export function Heatmap({ window, other = null, rows, stat = 0, part = "max", sc
     element.width = Math.round(width * ratio);
     element.height = Math.round(height * ratio);
     const context = element.getContext("2d", { willReadFrequently: true });
-    paint(context, { window, other, rows, stat, part, scale, log, from, to, width, rowHeight, tops, height, ratio });
+    paint(context, { window, other, otherEnd, rows, stat, part, scale, log, from, to, width, rowHeight, tops, height, ratio });
     element.dataset.painted = `${window.columns}:${window.header.latest}`;
-  }, [window, other, rows, stat, part, scale, log, from, to, width, rowHeight]);
+  }, [window, other, otherEnd, rows, stat, part, scale, log, from, to, width, rowHeight]);
 
   const stepAt = (x) => Math.max(from, Math.min(to, Math.floor(from + (x / width) * (to - from + 1))));
   const xOf = (s) => ((s - from) / (to - from + 1)) * width;

@@ -3,12 +3,12 @@
 import "./locale.js";
 import uPlot from "../vendor/uplot.mjs";
 import { html, useEffect, useLayoutEffect, useMemo, useRef, useState, useWidth } from "./ui.js";
-import { count, number, power, when } from "./format.js";
+import { count, number, power, stepsOf, whenOf } from "./format.js";
 
 const finite = (v) => (v !== null && Number.isFinite(v) ? v : null);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-/** series: [{label, steps, values, hue, dash?, low?, high?, points?}]; theory: [{value, label}] horizontal lines. */
+/** series: [{label, hue, dash?, points?, quiet?, ...Window.line()}]; theory: [{value, label}] horizontal lines. */
 export function Lines({ label, series, log = false, unit = "", height = 200, step = null, onPick, theory = [], theme, from = null, to = null, zero = false }) {
   const [box, width] = useWidth();
   const holder = useRef(null), chart = useRef(null), at = useRef(step);
@@ -30,9 +30,9 @@ export function Lines({ label, series, log = false, unit = "", height = 200, ste
 
   const last = series.map((s) => {
     const i = s.values.length - 1;
-    return i < 0 ? null : `${s.label} ${number(s.values[i])}${unit ? ` ${unit}` : ""} ${s.steps[i] < 0 ? when(s.steps[i]) : `at step ${count(s.steps[i])}`}`;
+    return i < 0 ? null : `${s.label} ${number(s.values[i])}${unit ? ` ${unit}` : ""} ${whenOf(s.steps[i], s.lasts?.[i] ?? s.steps[i])}`;
   }).filter(Boolean).join("; ");
-  const bad = series.reduce((sum, s) => sum + s.values.filter((v) => v !== null && !Number.isFinite(v)).length, 0);
+  const bad = series.reduce((sum, s) => sum + s.nonfinite, 0);
   return html`<figure class="lines" ref=${box} aria-label=${`${label}: ${last || "nothing recorded"}; ${bad} non-finite values`}>
     <div ref=${holder} style=${{ minHeight: `${height}px` }} aria-hidden="true"></div>
     <figcaption>
@@ -47,12 +47,15 @@ export function Lines({ label, series, log = false, unit = "", height = 200, ste
 }
 
 function Table({ series }) {
-  const steps = [...new Set(series.flatMap((s) => [...s.steps]))].sort((a, b) => b - a).slice(0, 25);
-  return html`<div class="scroll" tabindex="0" role="region" aria-label="newest values"><table><thead><tr><th scope="col">step</th>${series.map((s) => html`<th scope="col">${s.label}</th>`)}</tr></thead>
-    <tbody>${steps.map((step) => html`<tr><th scope="row">${step < 0 ? when(step) : step}</th>${series.map((s) => {
-      const i = s.steps.indexOf(step);
-      return html`<td>${i < 0 ? "–" : number(s.values[i])}</td>`;
-    })}</tr>`)}</tbody></table></div>`;
+  const rows = new Map(); // by the steps that they tell of
+  series.forEach((s, column) => s.steps.forEach((step, i) => {
+    const name = stepsOf(step, s.lasts?.[i] ?? step);
+    if (!rows.has(name)) rows.set(name, { name, step, values: [] });
+    rows.get(name).values[column] = s.values[i];
+  }));
+  const newest = [...rows.values()].sort((a, b) => b.step - a.step).slice(0, 25);
+  return html`<div class="scroll" tabindex="0" role="region" aria-label="newest values"><table><thead><tr><th scope="col">when</th>${series.map((s) => html`<th scope="col">${s.lasts ? "mean " : ""}${s.label}</th>`)}</tr></thead>
+    <tbody>${newest.map(({ name, values }) => html`<tr><th scope="row">${name}</th>${series.map((_, column) => html`<td>${number(values[column])}</td>`)}</tr>`)}</tbody></table></div>`;
 }
 
 /** Series on their own steps become columns on common ones; what cannot be drawn as a height is kept as marks. */
@@ -67,11 +70,10 @@ function join(series, log) {
       const column = new Array(x.length).fill(part === s.values && s.steps.length === x.length ? null : undefined);
       for (let i = 0; i < s.steps.length; i++) {
         column[place.get(s.steps[i])] = drawable(part[i]);
-        if (part === s.values && part[i] !== null && !Number.isFinite(part[i])) marks.push(s.steps[i]);
       }
       columns.push(column);
     }
-    for (const step of s.bad ?? []) marks.push(step);
+    marks.push(...s.bad);
   }
   return { x, columns, marks };
 }
@@ -92,7 +94,7 @@ function options({ width, height, series, log, unit, theory, at, data, from, to,
   return {
     width, height, bands, series: lines, legend: { show: false },
     padding: [8, 8, 0, 0],
-    scales: { x: { time: false, range: from === null ? undefined : () => [from, Math.max(to, from + 1)] },
+    scales: { x: { time: false, range: ({ data: [steps] }, low, high) => (from !== null ? stretch(from, to) : steps.length === 1 ? stretch(steps[0], steps[0]) : [low, high]) },
       y: { distr: log ? 3 : 1, range: (_, low, high) => (log ? decades(low, high, theory) : spread(low, high, theory, zero)) } },
     cursor: { y: false, points: { size: 7 } },
     axes: [
@@ -102,6 +104,9 @@ function options({ width, height, series, log, unit, theory, at, data, from, to,
     hooks: { draw: [(chart) => decorate(chart, { theory, at, marks: data.marks, log })] },
   };
 }
+
+/** The axis of some steps; a single one stands in its middle. */
+const stretch = (first, last) => (first === last ? [first - 0.5, last + 0.5] : [first, last]);
 
 /** A round number of an axis, without trailing zeros. */
 function tickText(v) {

@@ -1,10 +1,10 @@
 // The network of a run as it trains: tokens, layers, experts, predictions. Thickness is load, colour is the size of the
 // update relative to the weights; both from the newest frames, redrawn at most four times a second.
 import { Nothing, Panel, html, useEffect, useMemo, useRef, useState, useWidth } from "./ui.js";
-import { select, statIndex, statOf, useAnswer, useRun, useWindow } from "./state.js";
+import { select, statIndex, statOf, useAnswer, useReading, useRun } from "./state.js";
 import { colourAt, css, scaleOf } from "./colour.js";
 import { ColourBar } from "./heatmap.js";
-import { count, number, percent } from "./format.js";
+import { capital, count, elsewhen, number, percent } from "./format.js";
 import { visible } from "./play.js";
 import { taskOf } from "./task.js";
 
@@ -25,23 +25,23 @@ export function LiveNetwork({ theme }) {
   const { run, index, step: newest, live } = useRun();
   const step = useCalm(newest);
   const [table, setTable] = useState(false);
-  const router = useWindow(index, "router", "*").window, weights = useWindow(index, "param", "weight_norm").window, updates = useWindow(index, "param", "update_norm").window;
+  const router = useReading(index, "router", "*", step), weights = useReading(index, "param", "weight_norm", step), updates = useReading(index, "param", "update_norm", step);
   const kept = useRef(null);
   const { data } = useAnswer(`samples?run=${index}`, Math.floor((step ?? 0) / 50));
   if (data) kept.current = data;
   const scale = useMemo(() => scaleOf({ ...statOf(run, "param", "update_ratio") ?? { scale: "log", low: 1e-6, high: 1e-1 }, name: "ratio" }, theme), [run.streams, theme]);
   const parts = useMemo(() => partsOf(run), [run.streams]);
-  if (!router?.columns || !weights?.columns || !updates?.columns) return html`<${Panel} id="live-title" wide question="How does text flow through the network?">${run.streams.router ? html`<p class="boot">Reading the network …</p>` : html`<${Nothing}>This run recorded no routers.<//>`}<//>`;
-  const at = router.columnOf(step), ratio = (rows) => relative(rows, weights, updates, step), load = statIndex(run, "router", "load");
+  if (!router || weights === undefined || updates === undefined) return html`<${Panel} id="live-title" wide question="How does text flow through the network?">${run.streams.router ? html`<p class="boot">Reading the network …</p>` : html`<${Nothing}>This run recorded no routers.<//>`}<//>`;
+  const ratio = (rows) => relative(rows, weights, updates), load = statIndex(run, "router", "load");
   const layers = parts.layers.map((layer) => ({ ...layer, attention: ratio(layer.attentionRows), routed: ratio(layer.routerRows),
-    experts: layer.expertRows.map((rows, e) => ({ load: at < 0 ? null : router.value(at, layer.routerAt[e], load), ratio: ratio(rows) })) }));
+    experts: layer.expertRows.map((rows, e) => ({ load: router.value(layer.routerAt[e], load), ratio: ratio(rows) })) }));
   const sample = pickSample(kept.current?.rows ?? [], step, taskOf(run)), ends = { embedding: ratio(parts.embedding) };
   const all = layers.flatMap((l) => l.experts.map((x, e) => ({ ...x, e, layer: l.layer }))).filter((x) => x.load !== null);
   const busiest = all.reduce((a, b) => (b.load > (a?.load ?? -1) ? b : a), null);
-  const sentence = busiest ? `At step ${count(step)} expert ${busiest.e} of layer ${busiest.layer} carries most, ${number(busiest.load, { digits: 3 })} times its fair share; its weights moved by ${number(busiest.ratio)} of their size.` : "No router was observed at this step.";
+  const sentence = busiest ? `${capital(router.when)} expert ${busiest.e} of layer ${busiest.layer} carries most, ${number(busiest.load, { digits: 3 })} times its fair share; its weights moved by ${number(busiest.ratio)} of their size${elsewhen(updates, router)}.` : "No router was observed at this step.";
   return html`<${Panel} id="live-title" wide question="How does text flow through the network?" answer=${sentence}
     aside=${html`<button type="button" class="quiet" aria-expanded=${table} onClick=${() => setTable(!table)}>${table ? "hide table" : "table"}</button>`}>
-    <${Picture} layers=${layers} ends=${ends} sample=${sample} scale=${scale} live=${live} label=${`The network at step ${count(step)}. ${sentence}`} />
+    <${Picture} layers=${layers} ends=${ends} sample=${sample} scale=${scale} live=${live} label=${`The network ${router.when}. ${sentence}`} />
     <div class="live-key"><span>thickness: load, tokens served against the fair share</span><span class="bar-holder">colour: size of the update, ‖Δw‖ / ‖w‖<${ColourBar} scale=${scale} unit="" /></span></div>
     ${table && html`<div class="scroll" tabindex="0" role="region" aria-label="load and update of every expert"><table><thead><tr><th scope="col" class="left">layer</th><th scope="col">attention ‖Δw‖/‖w‖</th>${layers[0].experts.map((_, e) => html`<th scope="col">expert ${e}: load</th><th scope="col">‖Δw‖/‖w‖</th>`)}</tr></thead>
       <tbody>${layers.map((l) => html`<tr><th scope="row" class="left">${l.layer}</th><td>${number(l.attention)}</td>${l.experts.map((x) => html`<td data-value=${x.load}>${number(x.load)}</td><td>${number(x.ratio)}</td>`)}</tr>`)}</tbody></table></div>`}
@@ -59,9 +59,8 @@ function partsOf(run) {
   }) };
 }
 
-function relative(rows, weights, updates, step) {
-  const norm = (window) => { const c = window.columnOf(step); if (c < 0) return null; const values = rows.map((r) => window.value(c, r)); return values.some((v) => v === null) ? null : Math.sqrt(values.reduce((s, v) => s + v * v, 0)); };
-  const w = norm(weights), dw = norm(updates);
+function relative(rows, weights, updates) {
+  const w = weights?.norm(rows), dw = updates?.norm(rows) ?? null;
   return rows.length && w && dw !== null ? dw / w : null;
 }
 

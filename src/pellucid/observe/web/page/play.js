@@ -127,10 +127,11 @@ export function derivation(play, chosen) {
     [`clipped: × ${number(play.step_result.clip_factor)}`, "ĝ = c·g", edge.clipped],
   ];
   if (rule === "adamw" || rule === "adam") {
-    const t = (s.step ?? 0) + 1;
+    const t = (s.step ?? 0) + 1, decayed = rule === "adam" && settings.weight_decay > 0, slope = decayed ? "s" : "ĝ"; // what the moments take up
+    if (decayed) lines.push([`with L2 decay: ĝ + ${settings.weight_decay}·w`, "s = ĝ + λ·w", q.slope]);
     lines.push(
-      [`first moment: ${settings.beta1}·${number(s.exp_avg ?? 0)} + ${number(1 - settings.beta1)}·ĝ`, "m", q.m],
-      [`second moment: ${settings.beta2}·${number(s.exp_avg_sq ?? 0)} + ${number(1 - settings.beta2)}·ĝ²`, "v", q.v],
+      [`first moment: ${settings.beta1}·${number(s.exp_avg ?? 0)} + ${number(1 - settings.beta1)}·${slope}`, "m", q.m],
+      [`second moment: ${settings.beta2}·${number(s.exp_avg_sq ?? 0)} + ${number(1 - settings.beta2)}·${slope}²`, "v", q.v],
       [`bias corrections of step ${count(t)}: 1−β₁ᵗ = ${number(1 - settings.beta1 ** t)}, 1−β₂ᵗ = ${number(1 - settings.beta2 ** t)}`, "m̂/(√v̂+ε)", q.direction]);
   } else {
     for (const [name, value] of Object.entries(s)) if (name !== "step") lines.push([`${name.replaceAll("_", " ")}, before`, "", value]);

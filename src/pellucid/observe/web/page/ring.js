@@ -7,10 +7,9 @@ export const PHASES = [["data_seconds", "wait for data", "#CC79A7"], ["forward_s
   ["backward_seconds", "backward", "#E69F00"], ["clip_seconds", "clip", "#999999"], ["update_seconds", "update", "#009E73"],
   ["observe_seconds", "observe", "#F0E442"], ["between_seconds", "between steps", "#8a7f9c"]];
 
-/** [{key, name, hue, seconds}] of the selected step. */
-export function phasesOf(run, window, step) {
-  const column = window.columnOf(step);
-  return PHASES.map(([key, name, hue]) => ({ key, name, hue, seconds: column < 0 ? null : window.value(column, 0, statIndex(run, "run", key)) }))
+/** [{key, name, hue, seconds}] of a reading of the stream "run". */
+export function phasesOf(run, reading) {
+  return PHASES.map(([key, name, hue]) => ({ key, name, hue, seconds: reading?.value(0, statIndex(run, "run", key)) ?? null }))
     .filter((phase) => phase.seconds !== null && Number.isFinite(phase.seconds));
 }
 

@@ -59,6 +59,8 @@ function OpenLayer({ play, n, x, w, token, head, phase, y, middle, H, chosen, on
   const span = H - TOP - 56, ye = (e) => TOP + (span * (e + 0.5)) / E, picked = router.chosen[token];
   const labels = data.attention.weights[0][token].map((_, s) => (head === null ? mean(data.attention.weights, token, s) : data.attention.weights[head][token][s]));
   const order = picked.map((e, i) => ({ e, i })).sort((a, b) => a.e - b.e); // drawn in the order in which the experts stand, so that nothing crosses
+  const beside = picked.length % 2 ? Math.min(56, span / picked.length / 2) : 0; // an odd number of answers has one in the middle, where their sum would be
+  const yo = middle + (y(token) > middle ? -beside : beside);
   return html`<g class="open-layer"><rect class="block" x=${x + 2} y="32" width=${w - 4} height=${H - 44} rx="12"/>
     <text class="zone strong" x=${x + 16} y="22">layer ${n}</text><text class="zone" x=${x + 16} y="52">attention${head === null ? ` of ${data.attention.weights.length} heads` : `, head ${head}`}</text><text class="zone" x=${xe} y="52" text-anchor="middle">router → experts</text><text class="zone" x=${xu - 8} y="52">hidden units</text>
     <${Strands} play=${play} n=${n} token=${token} head=${head} x0=${x + 14} x1=${xa} y=${y} thick=${22} phase=${phase} />
@@ -71,8 +73,8 @@ function OpenLayer({ play, n, x, w, token, head, phase, y, middle, H, chosen, on
       ${E > 12 && !lit ? html`<circle class="expert-dot" cx=${xe} cy=${ye(e)} r="3"/>` : html`<g class=${`expert${lit ? " lit" : ""}`}><rect x=${xe - 24} y=${ye(e) - 17} width="48" height="34" rx="9"/><text x=${xe} y=${ye(e) - 2} text-anchor="middle">E${e}</text>
       <text class="fine" x=${xe} y=${ye(e) + 11} text-anchor="middle">${phase === "backward" ? number(router.slopes[token][e], { digits: 2 }) : percent(p)}</text></g>`}`; })}
     <circle class="router" cx=${xr} cy=${middle} r="11"/><text class="on-node" x=${xr} y=${middle + 4} text-anchor="middle">R</text>
-    ${fans && order.map(({ e, i }, part) => html`<${Units} fan=${fans.experts[i]} gate=${router.gates[token][i]} xe=${xe + 24} ye=${ye(e)} xu=${xu} xs=${xs} top=${TOP + 4 + (span / picked.length) * part} height=${span / picked.length} phase=${phase} play=${play} chosen=${chosen} onEdge=${onEdge} xo=${xo} yo=${middle} channel=${fans.channel} />`)}
-    ${fans ? html`<path class="flow" d=${`M${xo - 36} ${middle}C${xo} ${middle + 40} ${xo} ${(middle + y(token)) / 2} ${xo} ${y(token) - 8}`}/><g class="sum"><rect x=${xo - 72} y=${middle - 14} width="72" height="28" rx="14"/><text x=${xo - 36} y=${middle + 4} text-anchor="middle">${number(phase === "backward" ? fans.mixed_slope : fans.mixed, { digits: 3 })}</text></g>
+    ${fans && order.map(({ e, i }, part) => html`<${Units} fan=${fans.experts[i]} gate=${router.gates[token][i]} xe=${xe + 24} ye=${ye(e)} xu=${xu} xs=${xs} top=${TOP + 4 + (span / picked.length) * part} height=${span / picked.length} phase=${phase} play=${play} chosen=${chosen} onEdge=${onEdge} xo=${xo} yo=${yo} channel=${fans.channel} />`)}
+    ${fans ? html`<path class="flow" d=${`M${xo - 36} ${yo}C${xo} ${yo + 40} ${xo} ${(yo + y(token)) / 2} ${xo} ${y(token) - 8}`}/><g class="sum"><rect x=${xo - 72} y=${yo - 14} width="72" height="28" rx="14"/><text x=${xo - 36} y=${yo + 4} text-anchor="middle">${number(phase === "backward" ? fans.mixed_slope : fans.mixed, { digits: 3 })}</text></g>
       <${Plus} x=${xo} y=${y(token)} />` : html`<text class="zone" x=${xu} y=${middle}>the weights of this token were not kept</text>`}
   </g>`;
 }

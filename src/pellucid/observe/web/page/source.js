@@ -1,4 +1,5 @@
 // Where numbers come from: the server of `pellucid watch`, or, in a report, the answers packed into the file itself.
+import { stepsOf, whenOf } from "./format.js";
 
 const packed = window.__report__ ?? null; // {path: base64 of gzip}
 export const isReport = packed !== null;
@@ -34,14 +35,14 @@ export class Window {
     this.bits = new Uint32Array(buffer, start);
   }
 
-  /** Offset of a cell; part "min", "max", "last", "nonfinite" or "measured" (all the value itself where a column is one step). */
+  /** Offset of a cell; part "min", "max", "mean", "last", "measured" or "nonfinite" (all the value itself where a column is one step). */
   at(part, column, row, stat = 0) {
     const index = this.parts === 1 ? 0 : Math.max(0, this.header.parts.indexOf(part));
     return ((index * this.columns + column) * this.rows + row) * this.stats + stat;
   }
 
   /** The value of a cell: a number (NaN and infinities included), or null where nothing was measured. */
-  value(column, row, stat = 0, part = "last") {
+  value(column, row, stat = 0, part = "mean") {
     const i = this.at(part, column, row, stat);
     return this.bits[i] === 0x7fc0ffee ? null : this.values[i];
   }
@@ -77,9 +78,28 @@ export class Window {
     return found;
   }
 
+  /** Last step that a column holds. */
+  lastOf(column) { return Math.min(this.steps[column] + this.span - 1, this.header.latest); }
+
+  /** In words, which steps a column holds: "step 5", "steps 0 to 15". */
+  stepsOf(column) { return stepsOf(this.steps[column], this.lastOf(column)); }
+
+  /** What it says of a step, from the newest `recorded` ones up to it; null if all are later. */
+  reading(step, recorded = 1) {
+    const column = this.columnOf(step);
+    return column < 0 ? null : new Reading(this, column, step, recorded);
+  }
+
   /** One row over time. */
-  series(row, stat = 0, part = "last") {
+  series(row, stat = 0, part = "mean") {
     return Array.from({ length: this.columns }, (_, column) => this.value(column, row, stat, part));
+  }
+
+  /** One row over time as line.js draws it: means, their band, and where how much is not finite. */
+  line(row, stat = 0) {
+    const steps = Array.from(this.steps), counts = steps.map((_, column) => this.nonfinite(column, row, stat));
+    return { steps, values: this.series(row, stat), bad: steps.filter((_, column) => counts[column] > 0), nonfinite: counts.reduce((a, b) => a + b, 0),
+      ...(this.parts > 1 ? { lasts: steps.map((_, column) => this.lastOf(column)), low: this.series(row, stat, "min"), high: this.series(row, stat, "max") } : {}) };
   }
 
   /** This window continued by a newer one of the same grain, or null if they do not fit together. */
@@ -98,6 +118,38 @@ export class Window {
     const made = Object.create(Window.prototype);
     return Object.assign(made, { header: newer.header, parts: this.parts, columns, rows: this.rows, stats: this.stats,
       span: this.span, steps, values, bits });
+  }
+}
+
+/** The numbers of a step: its own, or those of the last step measured before it. Where a column holds many steps, or many
+ * were asked for, their mean. `when` says in words which steps these are. */
+export class Reading {
+  constructor(window, column, step, recorded) {
+    const newest = recorded === 1 && step >= window.header.latest; // of many steps of a column the last has its own values
+    this.window = window;
+    this.part = newest ? "last" : "mean";
+    this.first = Math.max(0, column - Math.ceil(recorded / window.span) + 1);
+    this.column = column;
+    const [from, to] = [newest ? window.lastOf(column) : window.steps[this.first], window.lastOf(column)];
+    Object.assign(this, { from, to, when: whenOf(from, to), steps: stepsOf(from, to) });
+  }
+
+  /** A number, NaN where one of several is not finite, or null where nothing was measured. */
+  value(row, stat = 0) {
+    if (this.first === this.column && (this.window.parts === 1 || this.part === "last")) return this.window.value(this.column, row, stat, this.part);
+    let sum = 0, measured = 0;
+    for (let column = this.first; column <= this.column; column++) {
+      const value = this.window.value(column, row, stat), weight = this.window.parts === 1 ? 1 : this.window.value(column, row, stat, "measured");
+      if (this.window.nonfinite(column, row, stat)) return NaN;
+      if (value !== null) { sum += value * weight; measured += weight; }
+    }
+    return measured ? sum / measured : null;
+  }
+
+  /** Norm of some rows together, of their norms; null where one was not measured. */
+  norm(rows) {
+    const norms = rows.map((row) => this.value(row));
+    return norms.some((v) => v === null) ? null : Math.sqrt(norms.reduce((sum, v) => sum + v * v, 0));
   }
 }
 

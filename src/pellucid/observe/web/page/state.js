@@ -1,6 +1,6 @@
 // One selection for all views (run, step, layer, expert, tensor, statistic), kept in the URL so that it can be shared;
 // and the runs as they grow. Views read both through hooks and never keep a copy.
-import { useEffect, useState } from "./ui.js";
+import { useEffect, useRef, useState } from "./ui.js";
 import { ask, askWindow, isReport } from "./source.js";
 
 const listeners = new Set();
@@ -115,7 +115,37 @@ export function useWindow(run, stream, stat, { from = null, to = null } = {}) {
     return () => { alive = false; };
   }, [path, latest]);
   const entry = path === null ? null : windows.get(path);
-  return { window: entry?.window ?? null, problem: entry?.problem ?? null, there };
+  return { window: entry?.window ?? null, problem: entry?.problem ?? null, there, path };
+}
+
+/** What a stream says of a step, from its newest `recorded` ones up to it: a Reading, from the window of all steps where
+ * that holds them, else asked for. null: nothing was recorded up to that step; undefined: it is still being read. */
+export function useReading(run, stream, stat, step, recorded = 1) {
+  const { runs: known } = useRuns();
+  const { window, path } = useWindow(run, stream, stat);
+  const at = step >= known[run]?.latest ? Infinity : step; // the window may be a step ahead of the newest, or behind
+  const held = !window || isReport || window.span === 1 || (recorded === 1 && at >= window.header.latest);
+  const question = held ? null : `${path}&until=${step}&newest=${recorded}`;
+  const [, again] = useState(0);
+  const line = useRef({ asking: false, path, reading: undefined }).current; // a reading is kept until the next is here: it names its step
+  line.wanted = held ? null : { question, path, step, recorded };
+  if (held && window) Object.assign(line, { path, reading: window.reading(at, recorded) });
+  useEffect(() => { if (!line.asking) follow(line, () => again((n) => n + 1)); }, [question]);
+  useEffect(() => () => { line.wanted = null; }, []);
+  if (path === null) return null;
+  return line.path === path ? line.reading : undefined;
+}
+
+/** Ask for what is wanted, one question at a time: of the steps that a drag runs over, those that there is time for and the last. */
+async function follow(line, changed) {
+  line.asking = true;
+  for (let asked = null; line.wanted !== null && line.wanted.question !== asked;) {
+    const { question, path, step, recorded } = line.wanted;
+    asked = question;
+    const found = await askWindow(question).catch(() => null); // a server that is gone is said above the view
+    if (found && line.wanted !== null) { Object.assign(line, { path, reading: found.reading(step, recorded) }); changed(); }
+  }
+  line.asking = false;
 }
 
 async function grow(path, latest, from, to) {

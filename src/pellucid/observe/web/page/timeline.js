@@ -1,6 +1,6 @@
 // The time line under every view: the loss of all steps, alarms as ticks, and the selected step to drag.
 import { html, useMemo, useWidth } from "./ui.js";
-import { select, statIndex, useRun, useWindow } from "./state.js";
+import { select, statIndex, useReading, useRun, useWindow } from "./state.js";
 import { count, number } from "./format.js";
 
 export function Timeline({ alarms }) {
@@ -11,15 +11,16 @@ export function Timeline({ alarms }) {
   const last = run.latest ?? 0;
   const x = (s) => ((s + 0.5) / (last + 1)) * width;
   const path = useMemo(() => (window && width > 0 ? curve(window, stat, x) : null), [window, stat, width, last]);
-  const loss = window ? window.value(window.columnOf(step), 0, stat) : null;
+  const reading = useReading(index, "run", "*", step), here = reading && (live || (reading.from <= step && step <= reading.to));
+  const [where, loss] = here ? [reading.steps, `${reading.from < reading.to ? "mean loss" : "loss"} ${number(reading.value(0, stat))}`] : [`step ${count(step)}`, "…"];
   return html`<footer class="timeline">
-    <p class="where"><b>step ${count(step)}</b><span>loss ${number(loss)}</span></p>
+    <p class="where"><b>${where}</b><span>${loss}</span></p>
     <div class="track" ref=${box}>
       ${path !== null && html`<svg width=${width} height="40" aria-hidden="true"><path d=${path} /></svg>`}
       ${alarms.map((event) => html`<i class=${"alarm-tick " + event.severity} style=${{ left: `${x(event.step)}px` }}></i>`)}
       <i class="handle" style=${{ left: `${x(step)}px` }}></i>
       <input type="range" min="0" max=${last} step="1" value=${step} aria-label="selected step"
-        aria-valuetext=${`step ${count(step)} of ${count(last)}, loss ${number(loss)}`} onInput=${(e) => select({ step: Number(e.target.value) })} />
+        aria-valuetext=${`${where} of ${count(last)}, ${loss}`} onInput=${(e) => select({ step: Number(e.target.value) })} />
     </div>
     <button type="button" class=${"follow" + (live ? " on" : "")} aria-pressed=${live} onClick=${() => select({ step: live ? step : null })}>
       ${live ? "newest step" : step < last ? `${count(last - step)} newer` : "follow"}</button>

@@ -1,10 +1,11 @@
 // View 4, the expert ledger: who gets the tokens, who learns from them, who moves without any. Layers by experts.
 import { Choice, Nothing, Panel, html, useMemo, useState } from "../ui.js";
-import { select, statIndex, statOf, useAnswer, useRun, useWindow } from "../state.js";
+import { select, statIndex, statOf, useAnswer, useReading, useRun, useWindow } from "../state.js";
 import { ROLES, colourAt, css, scaleOf } from "../colour.js";
 import { ColourBar, Heatmap } from "../heatmap.js";
 import { Lines } from "../line.js";
-import { count, number, percent, plural, visible, withUnit } from "../format.js";
+import { capital, count, elsewhen, number, percent, plural, withUnit } from "../format.js";
+import { visible } from "../play.js";
 
 const SHOWN = [["load", "load"], ["per_token", "gradient per token"], ["ratio", "update / weight"], ["credit", "credit"], ["mean_gate", "mean gate"], ["ghost", "ghost"], ["ghost_share", "ghost share"], ["idle_steps", "idle steps"]];
 const OWN = { // statistics formed here from recorded ones
@@ -19,36 +20,37 @@ export function Experts({ theme }) {
   const streams = run.streams, rows = streams.router?.rows ?? [];
   const layers = [...new Set(rows.map((row) => row.layer))], experts = Math.max(0, ...rows.map((row) => row.expert)) + 1;
   const router = useWindow(index, "router", "*").window;
-  const layerWindow = useWindow(index, "layer", "*").window;
-  const weights = useWindow(index, "param", "weight_norm").window, updates = useWindow(index, "param", "update_norm").window, credits = useWindow(index, "param", "credit").window;
+  const now = useReading(index, "router", "*", step), layersNow = useReading(index, "layer", "*", step);
+  const weights = useReading(index, "param", "weight_norm", step), updates = useReading(index, "param", "update_norm", step), credits = useReading(index, "param", "credit", step);
   const slices = useMemo(() => slicesOf(run), [streams]);
   const stat = OWN[shown] ?? statOf(run, "router", shown);
   const scale = useMemo(() => stat && scaleOf(stat, theme), [stat, theme]);
   if (!rows.length) return html`<${Nothing}>This run recorded no experts: its model has none, or it was trained before they were observed.<//>`;
-  if (!router?.columns) return html`<p class="boot">Reading the routers …</p>`;
-  const ledger = { run, router, weights, updates, credits, slices, step };
+  if (!router || now === undefined) return html`<p class="boot">Reading the routers …</p>`;
+  if (now === null) return html`<${Nothing}>No router was observed up to step ${count(step)}.<//>`;
+  const ledger = { run, now, weights, updates, credits, slices };
   const layer = chosen.layer ?? layers[0], expert = chosen.expert ?? 0;
   const pick = (l, e) => select({ layer: l, expert: e });
-  const values = rows.map((_, i) => read(ledger, shown, i));
+  const values = rows.map((_, i) => read(ledger, shown, i)), when = ({ ratio: updates, credit: credits }[shown] ?? now).when;
   return html`
     <${Panel} id="ledger-title" wide question="Who does the work, and who learns from it?" answer=${sentence(ledger, rows, layers)}>
       <div class="controls"><${Choice} label="what a cell shows" value=${shown} onChange=${show} options=${SHOWN.filter(([key]) => OWN[key] || statOf(run, "router", key))} /></div>
       <div class="ledger-grid">
-        <div class="scroll flat"><table class="ledger" aria-label=${`${stat.name} of every expert at step ${count(step)}`}>
+        <div class="scroll flat"><table class="ledger" aria-label=${`${stat.name} of every expert ${when}`}>
           <thead><tr><th scope="col" class="left">layer</th>${Array.from({ length: experts }, (_, e) => html`<th scope="col">expert ${e}</th>`)}<th scope="col">busiest</th><th scope="col">in use</th></tr></thead>
           <tbody>${layers.map((l) => html`<tr><th scope="row" class="left">layer ${l}</th>
             ${rows.map((row, i) => row.layer === l && html`<td><${Cell} value=${values[i]} scale=${scale} stat=${stat} row=${row} ledger=${ledger} index=${i}
               chosen=${l === layer && row.expert === expert} pick=${() => pick(l, row.expert)} compact=${layers.length > 12} /></td>`)}
-            ${layerCells(run, layerWindow, layers.indexOf(l), step, experts)}</tr>`)}</tbody></table></div>
+            ${layerCells(run, layersNow, layers.indexOf(l), experts)}</tr>`)}</tbody></table></div>
         <aside class="inspector"><${ColourBar} scale=${scale} unit=${stat.unit} />
-          <h3>${SHOWN.find(([key]) => key === shown)[1]} ${stat.formula && html`<code>${stat.formula}</code>`}</h3><p>${stat.meaning}</p>
+          <h3>${SHOWN.find(([key]) => key === shown)[1]} ${stat.formula && html`<code>${stat.formula}</code>`}</h3><p>${stat.meaning} Shown ${when}.</p>
           ${stat.healthy && html`<p><b>Healthy:</b> ${stat.healthy}</p>`}
           <p class="bar-key"><span><i class="swatch is-frozen"></i>served tokens, did not move</span><span><i class="swatch is-ghost"></i>moved without tokens</span></p>
         </aside>
       </div>
     <//>
     <${Movie} run=${run} index=${index} shown=${shown} rows=${rows} router=${router} theme=${theme} step=${step} pick=${pick} layer=${layer} expert=${expert} />
-    <${Card} ledger=${ledger} rows=${rows} index=${index} layer=${layer} expert=${expert} theme=${theme} />`;
+    <${Card} ledger=${ledger} router=${router} rows=${rows} index=${index} step=${step} layer=${layer} expert=${expert} theme=${theme} />`;
 }
 
 /** Rows of "param" that belong to an expert, by "layer.expert". */
@@ -62,34 +64,27 @@ function slicesOf(run) {
   return found;
 }
 
-const whole = (window, rows, column) => {
-  const values = rows.map((row) => window.value(column, row));
-  return values.some((v) => v === null) ? null : Math.sqrt(values.reduce((sum, v) => sum + v * v, 0));
-};
-
 /** A cell of the ledger at the selected step: null where it was not measured. */
-function read({ run, router, weights, updates, credits, slices, step }, name, i) {
-  const column = router.columnOf(step), value = (stat) => (column < 0 ? null : router.value(column, i, statIndex(run, "router", stat)));
+function read({ run, now, weights, updates, credits, slices }, name, i) {
+  const value = (stat) => now.value(i, statIndex(run, "router", stat));
   if (name === "per_token") {
     const gradient = value("gradient_norm"), tokens = value("tokens");
     return gradient === null || !tokens ? null : gradient / tokens;
   }
   const row = run.streams.router.rows[i], own = slices.get(`${row.layer}.${row.expert}`) ?? [];
-  if (name === "ratio" || name === "credit") {
-    const window = name === "ratio" ? updates : credits, at = window?.columns ? window.columnOf(step) : -1;
-    if (at < 0 || !own.length) return null;
-    if (name === "credit") {
-      const parts = own.map((r) => credits.value(at, r));
-      return parts.some((v) => v === null) ? null : parts.reduce((sum, v) => sum + v, 0);
-    }
-    const weight = weights?.columns ? whole(weights, own, at) : null, update = whole(updates, own, at);
-    return weight === null || update === null ? null : update / weight;
+  if (name === "credit") {
+    const parts = own.map((r) => credits?.value(r) ?? null);
+    return !parts.length || parts.some((v) => v === null) ? null : parts.reduce((sum, v) => sum + v, 0);
+  }
+  if (name === "ratio") {
+    const weight = weights?.norm(own) ?? null, update = updates?.norm(own) ?? null;
+    return !own.length || weight === null || update === null ? null : update / weight;
   }
   return value(name);
 }
 
 function Cell({ value, scale, stat, row, ledger, index, chosen, pick, compact }) {
-  const column = ledger.router.columnOf(ledger.step), flag = (name) => column >= 0 && ledger.router.value(column, index, statIndex(ledger.run, "router", name)) === 1;
+  const flag = (name) => ledger.now.value(index, statIndex(ledger.run, "router", name)) > 0;
   const word = value === null || !Number.isFinite(value) ? null : colourAt(scale, value);
   const light = word !== null && 0.299 * (word & 255) + 0.587 * ((word >> 8) & 255) + 0.114 * ((word >> 16) & 255) > 140;
   const text = number(value, { digits: 3 });
@@ -99,8 +94,8 @@ function Cell({ value, scale, stat, row, ledger, index, chosen, pick, compact })
     aria-label=${`${text}: ${stat.name} of layer ${row.layer}, expert ${row.expert}${states ? `, ${states}` : ""}`}>${text}</button>`;
 }
 
-function layerCells(run, window, row, step, experts) {
-  const value = (name) => (window?.columns ? window.value(window.columnOf(step), row, statIndex(run, "layer", name)) : null);
+function layerCells(run, reading, row, experts) {
+  const value = (name) => reading?.value(row, statIndex(run, "layer", name)) ?? null;
   const busiest = value("max_violation"), used = value("load_entropy");
   return html`<td>${busiest === null ? "–" : `${number(busiest + 1, { digits: 3 })} ×`}</td><td>${used === null ? "–" : `${number(used * experts, { digits: 3 })} of ${experts}`}</td>`;
 }
@@ -110,7 +105,7 @@ function sentence(ledger, rows, layers) {
   if (!loads.length) return "No router was observed at this step.";
   loads.sort((a, b) => b[0] - a[0]);
   const idle = loads.filter(([v]) => v === 0).length, [most, busy] = loads[0], [least, slack] = loads[loads.length - 1];
-  return `At step ${count(ledger.step)} expert ${busy.expert} of layer ${busy.layer} does ${number(most, { digits: 3 })} times its fair share, expert ${slack.expert} of layer ${slack.layer} ${number(least, { digits: 3 })} times; `
+  return `${capital(ledger.now.when)} expert ${busy.expert} of layer ${busy.layer} does ${number(most, { digits: 3 })} times its fair share, expert ${slack.expert} of layer ${slack.layer} ${number(least, { digits: 3 })} times; `
     + (idle ? `${plural(idle, "expert")} of ${rows.length} served no token.` : `all ${rows.length} in ${plural(layers.length, "layer")} served tokens.`);
 }
 
@@ -120,36 +115,44 @@ function Movie({ run, index, shown, rows, router, theme, step, pick, layer, expe
   const scale = useMemo(() => scaleOf(stat, theme), [stat, theme]);
   const shownRows = useMemo(() => rows.map((row, i) => ({ index: i, row, label: row.name, short: `expert ${row.expert}`, group: `layer ${row.layer}`, hue: ROLES.experts.hue })), [rows]);
   const height = Math.max(3, Math.min(12, Math.floor(420 / rows.length)));
-  const describe = (row, s) => { const c = router.columnOf(s); return `layer ${row.row.layer}, expert ${row.row.expert} · step ${count(c < 0 ? s : router.steps[c])} · ${withUnit(c < 0 ? null : router.value(c, row.index, at, "max"), stat.unit)}`; };
+  const describe = (row, s) => { const c = router.columnOf(s); return `layer ${row.row.layer}, expert ${row.row.expert} · ${c < 0 ? `step ${count(s)}` : router.stepsOf(c)} · ${router.span > 1 ? "at most " : ""}${withUnit(c < 0 ? null : router.value(c, row.index, at, "max"), stat.unit)}`; };
   return html`<${Panel} id="movie-title" wide question=${`How did the ${name.replaceAll("_", " ")} of each expert come about?`} answer=${OWN[shown] ? "This cell is formed from several streams; its history is shown for the load." : ""}>
     <${Heatmap} window=${router} rows=${shownRows} stat=${at} part="max" scale=${scale} log=${stat.scale === "log"} from=${router.steps[0]} to=${run.latest} rowHeight=${height}
       label=${`${name} of ${rows.length} experts over steps`} selected=${`layers.${layer}.experts.${expert}`} step=${step} describe=${describe}
       onPick=${(row, s) => { pick(row.row.layer, row.row.expert); select({ step: s }); }} gutter=${150} /><//>`;
 }
 
-function Card({ ledger, rows, index, layer, expert, theme }) {
-  const { run, router, step } = ledger, i = rows.findIndex((row) => row.layer === layer && row.expert === expert);
+function Card({ ledger, router, rows, index, step, layer, expert, theme }) {
+  const { run, now, updates, credits } = ledger, i = rows.findIndex((row) => row.layer === layer && row.expert === expert);
   const at = statIndex(run, "router", "load"), siblings = rows.map((row, j) => [row, j]).filter(([row]) => row.layer === layer);
-  const series = useMemo(() => [...siblings.filter(([row]) => row.expert !== expert).map(([row, j]) => ({ label: `expert ${row.expert}`, quiet: true, hue: "#99999980", steps: Array.from(router.steps), values: router.series(j, at) })),
-    { label: `expert ${expert}`, hue: ROLES.experts.hue, steps: Array.from(router.steps), values: router.series(i, at) }], [router, layer, expert]);
+  const series = useMemo(() => [...siblings.filter(([row]) => row.expert !== expert).map(([row, j]) => ({ label: `expert ${row.expert}`, quiet: true, hue: "#99999980", ...router.line(j, at), low: null })),
+    { label: `expert ${expert}`, hue: ROLES.experts.hue, ...router.line(i, at) }], [router, layer, expert]);
   if (i < 0) return null;
-  const facts = run.streams.router.stats.map((stat) => [stat, router.value(router.columnOf(step), i, statIndex(run, "router", stat.name))]);
-  const mean = Array.from({ length: router.columns }, (_, c) => router.value(c, i, at)).filter((v) => v !== null && Number.isFinite(v));
+  const facts = run.streams.router.stats.map((stat) => [stat, now.value(i, statIndex(run, "router", stat.name))]);
   return html`<${Panel} id="expert-title" wide question=${`What about expert ${expert} of layer ${layer}?`}
-    answer=${mean.length ? `Its mean load over the run is ${number(mean.reduce((a, b) => a + b, 0) / mean.length, { digits: 3 })}; it was idle in ${percent(mean.filter((v) => v === 0).length / mean.length)} of the recorded steps.` : ""}>
+    answer=${overTheRun(router, i, at)}>
     <div class="columns"><div><h3>Load, among its siblings of the layer</h3>
       <${Lines} label=${`load of expert ${expert} of layer ${layer}`} series=${series} height=${220} step=${step} theme=${theme} theory=${[{ value: 1, label: "fair share" }]} onPick=${(s) => select({ step: s })} zero /></div>
-    <div><h3>At step ${count(step)}</h3><dl>${facts.map(([stat, value]) => html`<dt title=${stat.meaning}>${stat.name.replaceAll("_", " ")}</dt><dd>${stat.unit === "tokens" ? count(value) : withUnit(value, stat.unit)}</dd>`)}
-      <dt title=${OWN.ratio.meaning}>update / weight</dt><dd>${number(read(ledger, "ratio", i))}</dd><dt title=${OWN.credit.meaning}>credit</dt><dd>${number(read(ledger, "credit", i), { signed: true })}</dd></dl>
+    <div><h3>${capital(now.when)}</h3><dl>${facts.map(([stat, value]) => html`<dt title=${stat.meaning}>${stat.name.replaceAll("_", " ")}</dt><dd>${stat.unit === "tokens" ? count(value) : withUnit(value, stat.unit)}</dd>`)}
+      <dt title=${OWN.ratio.meaning}>update / weight${elsewhen(updates, now)}</dt><dd>${number(read(ledger, "ratio", i))}</dd><dt title=${OWN.credit.meaning}>credit${elsewhen(credits, now)}</dt><dd>${number(read(ledger, "credit", i), { signed: true })}</dd></dl>
       <p class="links">${(ledger.slices.get(`${layer}.${expert}`) ?? []).map((r) => html`<a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "tensor", tensor: run.streams.param.rows[r].name }); }}>${run.streams.param.rows[r].name}</a>`)}</p></div></div>
     <${Preference} run=${run} index=${index} layer=${layer} expert=${expert} />
   <//>`;
 }
 
+/** The load of an expert over all steps; how often it was idle is known where every step is. */
+function overTheRun(router, row, stat) {
+  const known = (part) => router.series(row, stat, part).filter(Number.isFinite), loads = known("mean");
+  const mean = router.reading(Infinity, router.columns * router.span).value(row, stat);
+  if (!loads.length) return "";
+  return `Over the run its load is ${number(mean, { digits: 3 })} on average, ${number(Math.min(...known("min")), { digits: 3 })} at least and ${number(Math.max(...known("max")), { digits: 3 })} at most`
+    + (router.span === 1 ? `; it was idle in ${percent(loads.filter((v) => v === 0).length / loads.length)} of the recorded steps.` : ".");
+}
+
 /** What the newest checkpoint sends to the expert, and which sibling has the weights most like its own. */
 function Preference({ run, index, layer, expert }) {
   const { data, problem } = useAnswer(`preferences?run=${index}`, Math.floor((run.latest ?? 0) / Math.max(1, run.config?.checkpoint?.every_steps ?? 500)));
-  if (problem) return html`<${Nothing}>${problem}<//>`;
+  if (problem ?? data?.problem) return html`<${Nothing}>${problem ?? data.problem}<//>`;
   const own = data?.layers[run.streams.router.rows.findIndex((row) => row.layer === layer) < 0 ? 0 : [...new Set(run.streams.router.rows.map((row) => row.layer))].indexOf(layer)]?.[expert];
   if (!own) return html`<p class="hint">Reading the newest checkpoint …</p>`;
   return html`<h3>Tokens it prefers</h3><p class="hint">${count(data.tokens)} ${data.held_out ? "held-out" : "training"} tokens through the checkpoint of step ${count(data.step)}; × how much more often than tokens on the whole.</p>

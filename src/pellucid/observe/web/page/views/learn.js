@@ -1,10 +1,10 @@
 // View 8, the ideas of both pictures, told with this run's own numbers. The long form is docs/learn; the formulas and the
 // sources here are the same. What a run has not recorded is said in general words, never with made-up numbers.
 import { Panel, html } from "../ui.js";
-import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
+import { select, statIndex, useAnswer, useReading, useRun, useWindow } from "../state.js";
 import { holds } from "../source.js";
 import { Spark } from "../line.js";
-import { bytes, count, number, percent, when } from "../format.js";
+import { bytes, capital, count, number, percent, when } from "../format.js";
 import { Mark, answerOf, derivation, fansOf, pair, percents, place, proofsOf, quoted, updateFormula, visible } from "../play.js";
 import { taskOf } from "../task.js";
 
@@ -34,12 +34,13 @@ export function Learn() {
   const nearest = plays.length ? plays.reduce((a, b) => (Math.abs(b - step) <= Math.abs(a - step) ? b : a)) : null;
   const play = useAnswer(nearest === null ? null : `play?run=${index}&step=${nearest}`).data;
   const river = useAnswer(`river?run=${index}`, 0).data;
-  const main = useWindow(index, "run", "*").window, held = useWindow(index, "evaluation", "*").window, router = useWindow(index, "router", "*").window;
+  const main = useWindow(index, "run", "*").window, held = useWindow(index, "evaluation", "*").window;
   const series = (window, stream, stat) => (window?.columns ? window.series(0, statIndex(run, stream, stat)) : []);
-  const losses = series(main, "run", "loss"), heldLosses = series(held, "evaluation", "loss"), now = main?.columns ? main.columnOf(step) : -1;
-  const value = (stat) => (now < 0 ? null : main.value(now, 0, statIndex(run, "run", stat)));
+  const router = useReading(index, "router", "*", step), recent = useReading(index, "run", "*", step, 32);
+  const began = useReading(index, "run", "*", 0), now = useReading(index, "run", "*", step), loss = statIndex(run, "run", "loss");
+  const losses = series(main, "run", "loss").slice(0, main ? main.columnOf(step) + 1 : 0), heldLosses = series(held, "evaluation", "loss");
   const labelled = taskOf(run).labelled;
-  const facts = { run, index, step, play, river, losses, heldLosses, held, router, now, value };
+  const facts = { run, index, step, play, river, losses, heldLosses, held, router, recent, began, now, loss };
   return html`
     <${Panel} id="learn-title" wide question="What is happening here, and why does it work?"
       answer=${`Two pictures: a network that predicts ${labelled ? "what a document is" : "the next token"} and is adjusted by its errors, and the river of text that teaches it. Each idea with this run's own numbers.`}>
@@ -71,31 +72,32 @@ function Attention({ play }) {
     ${best ? html`<p>In step ${count(play.step)}, ${quoted(play.tokens.at(-1).text)} read ${quoted(play.tokens[best.s].text)} most: head ${best.h} of layer ${best.l} gave it ${p(best.weight)} of its attention. ${see("network", "Look at all heads", { layer: best.l, step: play.step })}.</p>` : unplayed}<//>`;
 }
 
-function Experts({ run, play, router, step }) {
-  const rows = run.streams.router?.rows ?? [], at = router?.columns ? router.columnOf(step) : -1, load = statIndex(run, "router", "load");
-  const loads = at < 0 ? [] : rows.map((row, i) => ({ row, load: router.value(at, i, load) })).filter((x) => x.load !== null);
+function Experts({ run, play, router }) {
+  const rows = run.streams.router?.rows ?? [], load = statIndex(run, "router", "load");
+  const loads = router ? rows.map((row, i) => ({ row, load: router.value(i, load) })).filter((x) => x.load !== null) : [];
   const most = loads.reduce((a, b) => (b.load > (a?.load ?? -1) ? b : a), null), least = loads.reduce((a, b) => (b.load < (a?.load ?? Infinity) ? b : a), null);
   const own = play?.layers.at(-1).router, chosen = own?.chosen.at(-1), probs = own?.probs.at(-1);
   const model = run.config?.model ?? {};
   return html`<${Idea} id="idea-experts" title="Experts: many specialists, few at work" sources=${[6]}
     formula=${html`p = softmax(x Wᵀ) over ${count(model.num_experts)} experts, the best ${count(model.num_experts_per_tok)} serve<br/>y = Σ p · down(gelu(gate(x)) · up(x))`}>
     <p>Each layer holds ${count(model.num_experts)} small networks, and a router that sends every token to ${count(model.num_experts_per_tok)} of them. So the model can know more without every token paying for all of it. A balance loss keeps all of them in use.</p>
-    ${most && html`<p>At step ${count(step)}, expert ${most.row.expert} of layer ${most.row.layer} carried ${n(most.load, { digits: 3 })} times its fair share, expert ${least.row.expert} of layer ${least.row.layer} ${n(least.load, { digits: 3 })} times. ${see("experts", "See the ledger")}.</p>`}
+    ${most && html`<p>${capital(router.when)}, expert ${most.row.expert} of layer ${most.row.layer} carried ${n(most.load, { digits: 3 })} times its fair share, expert ${least.row.expert} of layer ${least.row.layer} ${n(least.load, { digits: 3 })} times. ${see("experts", "See the ledger")}.</p>`}
     ${play ? html`<p>For ${quoted(play.tokens.at(-1).text)} the last layer's router chose ${chosen.map((e, i) => html`${i ? " and " : ""}expert ${e} (${p(probs[e])})`)}.</p>` : ""}<//>`;
 }
 
-function Loss({ run, play, losses, now, step, value }) {
-  const vocabulary = run.config?.model?.vocab_size, output = play?.outputs.at(-1), loss = value("loss"), task = taskOf(run);
+function Loss({ run, play, losses, began, now, loss: at }) {
+  const vocabulary = run.config?.model?.vocab_size, output = play?.outputs.at(-1), loss = now?.value(0, at) ?? null, task = taskOf(run);
+  const first = html`This run began at ${n(began?.value(0, at) ?? null)}${began && began.from < began.to ? ` ${began.when}` : ""}`;
   if (task.labelled) {
     return html`<${Idea} id="idea-loss" title="Loss: how wrong was it?" sources=${[5]}
       formula=${task.head.problem_type === "regression" ? (task.guess ? "loss = mean of ((said − truth) / σ)²" : "loss = mean of Huber((said − truth) / σ)") : task.guess ? "loss = −ln p(the right class)" : "loss = −Σ target · ln p, smoothed or weighted"}>
-      <p>A document has one answer, read by the head from the state of its last token. ${task.guess?.words ?? ""} This run began at ${n(losses[0] ?? null)}${loss !== null ? html` and stands at ${n(loss)} ${task.unit} at step ${count(step)}: ${task.meaning(loss)}` : ""}.</p>
-      <p class="spark-line"><${Spark} values=${losses.slice(0, now + 1)} hue="#0072B2" width=${220} height=${36} label="loss of every step so far" /> ${see("learning", "the whole curve")}</p><//>`;
+      <p>A document has one answer, read by the head from the state of its last token. ${task.guess?.words ?? ""} ${first}${loss !== null ? html` and stands at ${n(loss)} ${task.unit} ${now.when}: ${task.meaning(loss)}` : ""}.</p>
+      <p class="spark-line"><${Spark} values=${losses} hue="#0072B2" width=${220} height=${36} label="loss of every step so far" /> ${see("learning", "the whole curve")}</p><//>`;
   }
   return html`<${Idea} id="idea-loss" title="Loss: how wrong was it?" sources=${[5]}
     formula=${html`loss = −ln p(the token that came)${output ? html`<br/>−ln ${n(output.p)} = ${n(output.loss)}` : ""}`}>
-    <p>The loss is the surprise. A model that knows nothing spreads its bets evenly over ${count(vocabulary)} tokens: ln ${count(vocabulary)} = ${n(Math.log(vocabulary))}. This run began at ${n(losses[0] ?? null)}${loss !== null ? html` and stands at ${n(loss)} at step ${count(step)}: as if it hesitated between ${n(Math.exp(loss), { digits: 3 })} tokens` : ""}.</p>
-    <p class="spark-line"><${Spark} values=${losses.slice(0, now + 1)} hue="#0072B2" width=${220} height=${36} label="loss of every step so far" /> ${see("learning", "the whole curve")}</p><//>`;
+    <p>The loss is the surprise. A model that knows nothing spreads its bets evenly over ${count(vocabulary)} tokens: ln ${count(vocabulary)} = ${n(Math.log(vocabulary))}. ${first}${loss !== null ? html` and stands at ${n(loss)} ${now.when}: as if it hesitated between ${n(Math.exp(loss), { digits: 3 })} tokens` : ""}.</p>
+    <p class="spark-line"><${Spark} values=${losses} hue="#0072B2" width=${220} height=${36} label="loss of every step so far" /> ${see("learning", "the whole curve")}</p><//>`;
 }
 
 const example = (play) => {
@@ -137,11 +139,10 @@ function Data({ run, river, value, step }) {
     ${train ? html`<p>${bytes(train.text_bytes)} of text became ${count(train.tokens)} tokens in ${count(train.documents)} documents${rows ? html`, packed into ${count(rows)} rows with ${p(train.packing.utilization, 2)} of their places filled; ${batch} rows a step make ${n((batch * (step + 1)) / rows, { digits: 3 })} epochs so far` : ""}. ${see("river", "Follow a document")}.</p>` : ""}<//>`;
 }
 
-function Generalise({ losses, heldLosses, held, now, step }) {
-  const at = held?.columns ? held.columnOf(step) : -1, recent = losses.slice(Math.max(0, now - 31), now + 1).filter((v) => Number.isFinite(v));
-  const train = recent.length ? recent.reduce((a, b) => a + b, 0) / recent.length : null, out = at < 0 ? null : heldLosses[at];
+function Generalise({ heldLosses, held, recent, loss, step }) {
+  const at = held?.columns ? held.columnOf(step) : -1, train = recent?.value(0, loss) ?? null, out = at < 0 ? null : heldLosses[at];
   return html`<${Idea} id="idea-generalise" title="Learning or memorising?" sources=${[5]}
     formula=${html`gap = held-out loss − training loss${out !== null && train !== null ? html` = ${n(out)} − ${n(train)} = ${n(out - train, { signed: true })}` : ""}`}>
     <p>A model can find what holds for the language, or remember these very sentences. On text it never saw, only the first helps. So a part of the documents is held out and measured again and again.</p>
-    ${out !== null ? html`<p>The held-out loss was ${n(out)} ${when(held.steps[at])}; at the first measure it was ${n(heldLosses[0])}. The mean training loss of the last ${count(recent.length)} steps is ${n(train)}. ${out - train > 0.5 ? "The gap is wide: it remembers more than it understands." : "The two go together: what it learns holds for new text."}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
+    ${out !== null ? html`<p>The held-out loss was ${n(out)} ${when(held.steps[at])}; at the first measure it was ${n(heldLosses[0])}. The training loss is ${n(train)} ${recent?.when ?? ""}. ${!Number.isFinite(out - train) ? "" : out - train > 0.5 ? "The gap is wide: it remembers more than it understands." : "The two go together: what it learns holds for new text."}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
 }

@@ -1,24 +1,19 @@
 // View 5, what was learned: loss of training and held-out text, where in the text it falls, and the text itself.
 import { Nothing, Panel, html, useMemo, useState } from "../ui.js";
-import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
+import { select, statIndex, useAnswer, useReading, useRun, useWindow } from "../state.js";
 import { RUNS } from "../colour.js";
 import { Lines } from "../line.js";
 import { isReport } from "../source.js";
-import { count, number, percent, plural, visible, when } from "../format.js";
+import { capital, count, number, percent, plural, visible, when } from "../format.js";
+import { visible as token } from "../play.js";
 import { taskOf } from "../task.js";
 
-const TRAIN = "#0072B2", HELD = "#D55E00";
-
-export function runLine(window, stat, label, hue, more = {}) {
-  const steps = Array.from(window.steps);
-  return { label, hue, steps, values: window.series(0, stat, "last"), ...more,
-    ...(window.parts > 1 ? { low: window.series(0, stat, "min"), high: window.series(0, stat, "max"), bad: steps.filter((_, c) => window.nonfinite(c, 0, stat) > 0) } : {}) };
-}
+const TRAIN = "#0072B2", HELD = "#D55E00", NEAR = 10;
 
 export function Learning({ theme }) {
   const { chosen, run, index, step, runs } = useRun();
   const range = { from: chosen.from, to: chosen.to };
-  const { window } = useWindow(index, "run", "*", range);
+  const { window } = useWindow(index, "run", "*", range), reading = useReading(index, "run", "*", step);
   const held = useWindow(index, "evaluation", "*", range).window;
   const other = chosen.compare !== null && chosen.compare !== index ? runs[chosen.compare] : null;
   const otherRun = useWindow(chosen.compare ?? 0, "run", other ? "*" : null, range).window;
@@ -26,17 +21,17 @@ export function Learning({ theme }) {
   const loss = statIndex(run, "run", "loss"), heldLoss = statIndex(run, "evaluation", "loss");
   const series = useMemo(() => {
     if (!window) return [];
-    const dots = (w, label, hue) => ({ label, hue, steps: Array.from(w.steps), values: w.series(0, heldLoss), points: true });
-    return [runLine(window, loss, "training", TRAIN), held?.columns ? dots(held, "held-out", HELD) : null,
-      other && otherRun ? runLine(otherRun, loss, `${other.name}, training`, "#56B4E9", { dash: [5, 3] }) : null,
+    const dots = (w, label, hue) => ({ label, hue, ...w.line(0, heldLoss), points: true });
+    return [{ label: "training", hue: TRAIN, ...window.line(0, loss) }, held?.columns ? dots(held, "held-out", HELD) : null,
+      other && otherRun ? { label: `${other.name}, training`, hue: "#56B4E9", dash: [5, 3], ...otherRun.line(0, loss) } : null,
       other && otherHeld?.columns ? dots(otherHeld, `${other.name}, held-out`, "#CC79A7") : null].filter(Boolean);
   }, [window, held, otherRun, otherHeld]);
-  if (!window) return html`<p class="boot">Reading the losses …</p>`;
-  const column = window.columnOf(step), now = window.value(column, 0, loss), task = taskOf(run);
+  if (!window || !reading) return html`<p class="boot">Reading the losses …</p>`;
+  const now = reading.value(0, loss), task = taskOf(run);
   const lr = statIndex(run, "run", "learning_rate"), norm = statIndex(run, "run", "gradient_norm");
   const evaluated = held?.columns ? held.columns - 1 : -1;
   const measures = task.head?.problem_type === "regression" ? [["r2", "held-out R²", "#009E73"], ["spearman", "held-out rank correlation", "#CC79A7"]] : [["accuracy", "held-out accuracy", "#009E73"], ["macro_f1", "held-out macro-F1", "#CC79A7"]];
-  const answer = `At step ${count(step)} the batch's loss is ${number(now)} ${task.unit} per ${task.each}: ${task.meaning(now)}.`
+  const answer = `${capital(reading.when)} the batch's loss is ${number(now)} ${task.unit} per ${task.each}: ${task.meaning(now)}.`
     + (task.guess ? ` ${task.guess.words}` : "")
     + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} ${when(held.steps[evaluated])}${task.labelled ? ` (${measures.map(([stat, label]) => `${label.replace("held-out ", "")} ${number(held.value(evaluated, 0, statIndex(run, "evaluation", stat)))}`).join(", ")})` : ""}.` : "");
   return html`
@@ -45,14 +40,14 @@ export function Learning({ theme }) {
       <${Lines} label="loss" series=${series} unit=${task.unit} height=${260} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
         theory=${task.guess ? [task.guess] : []} />
       <${Epochs} run=${run} index=${index} step=${step} />
-      ${task.labelled && held?.columns && html`<${Lines} label="held-out measures" series=${measures.map(([stat, label, hue]) => ({ label, hue, steps: Array.from(held.steps), values: held.series(0, statIndex(run, "evaluation", stat)), points: true }))}
+      ${task.labelled && held?.columns && html`<${Lines} label="held-out measures" series=${measures.map(([stat, label, hue]) => ({ label, hue, ...held.line(0, statIndex(run, "evaluation", stat)), points: true }))}
         height=${140} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} />`}
     <//>
     <div class="columns">
       <${ByPosition} run=${run} index=${index} step=${step} />
-      <${Panel} id="rate-title" question="How was it driven?" answer=${`Learning rate ${number(window.value(column, 0, lr))}, gradient norm ${number(window.value(column, 0, norm))} before clipping.`}>
-        <${Lines} label="learning rate" series=${[runLine(window, lr, "learning rate", "#009E73")]} height=${110} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} zero />
-        <${Lines} label="gradient norm" series=${[runLine(window, norm, "gradient norm", "#CC79A7")]} log height=${130} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
+      <${Panel} id="rate-title" question="How was it driven?" answer=${`${capital(reading.when)} the learning rate is ${number(reading.value(0, lr))}, the gradient norm ${number(reading.value(0, norm))} before clipping.`}>
+        <${Lines} label="learning rate" series=${[{ label: "learning rate", hue: "#009E73", ...window.line(0, lr) }]} height=${110} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} zero />
+        <${Lines} label="gradient norm" series=${[{ label: "gradient norm", hue: "#CC79A7", ...window.line(0, norm) }]} log height=${130} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
           theory=${run.config?.training?.gradient_clip ? [{ value: run.config.training.gradient_clip, label: "clipped above" }] : []} />
       <//>
     </div>
@@ -71,37 +66,29 @@ function Epochs({ run, index, step }) {
     <progress max=${Math.max(1, total)} value=${Math.min(seen, Math.max(1, total))} aria-label="epochs read"></progress></p>`;
 }
 
-/** Mean of a few columns around a step, per row: one step's position buckets hold few tokens. */
-function nearMean(window, step, stat, row, width = 10) {
-  let sum = 0, n = 0;
-  for (let c = Math.max(0, window.columnOf(step) - width + 1); c <= window.columnOf(step); c++) {
-    const value = window.value(c, row, stat);
-    if (value !== null && Number.isFinite(value)) { sum += value; n++; }
-  }
-  return n ? sum / n : null;
-}
-
+/** Means of some recorded steps: one step's position buckets hold few tokens. */
 function ByPosition({ run, index, step }) {
-  const { window, there } = useWindow(index, "position", "*");
-  if (!there) return html`<${Panel} id="position-title" question="Does it use the text before?"><${Nothing}>This run did not record loss by position.<//><//>`;
-  if (!window?.columns) return null;
-  const rows = run.streams.position.rows.map((row, i) => ({ name: row.name, now: nearMean(window, step, 0, i), then: nearMean(window, window.steps[0] + 9, 0, i) })).filter((row) => row.now !== null);
-  const top = Math.max(...rows.flatMap((row) => [row.now, row.then ?? 0]), 0.1);
+  const near = useReading(index, "position", "*", step, NEAR), start = useReading(index, "position", "*", NEAR - 1, NEAR);
+  if (!run.streams.position) return html`<${Panel} id="position-title" question="Does it use the text before?"><${Nothing}>This run did not record loss by position.<//><//>`;
+  if (!near || !start) return null;
+  const rows = run.streams.position.rows.map((row, i) => ({ name: row.name, now: near.value(i), then: start.value(i) })).filter((row) => row.now !== null);
+  const top = Math.max(...rows.flatMap((row) => [row.now, row.then]).filter(Number.isFinite), 0.1);
   const first = rows[0], last = rows[rows.length - 1], task = taskOf(run);
-  const answer = !first || !last ? "" : task.labelled ? `The loss is ${number(first.now)} where ${first.name} tokens stand before a document's last, and ${number(last.now)} where ${last.name} do.`
-    : `After ${last.name} tokens of context the loss is ${number(last.now)}, against ${number(first.now)} without any: context is worth ${number(first.now - last.now)} nats.`;
+  const answer = !first || !last ? "" : task.labelled ? `${capital(near.when)} the loss is ${number(first.now)} where ${first.name} tokens stand before a document's last, and ${number(last.now)} where ${last.name} do.`
+    : `${capital(near.when)} the loss after ${last.name} tokens of context is ${number(last.now)}, against ${number(first.now)} without any: context is worth ${number(first.now - last.now)} nats.`;
   return html`<${Panel} id="position-title" question=${task.labelled ? "Does the length of a document matter?" : "Does it use the text before?"} answer=${answer}>
-    <table class="bars"><caption class="sr">loss by position in the document, mean of the last 10 recorded steps</caption>
-      <thead><tr><th scope="col">tokens before</th><th scope="col" class="left">loss now (bar), in the first 10 steps (mark)</th><th scope="col">${task.unit}</th></tr></thead>
-      <tbody>${rows.map((row) => html`<tr><th scope="row">${row.name}</th><td class="left"><div class="bar-cell"><i style=${{ width: `${(100 * row.now) / top}%`, background: TRAIN }}></i>
-        ${row.then !== null && html`<b style=${{ left: `${(100 * row.then) / top}%` }}></b>`}</div></td><td>${number(row.now)}</td></tr>`)}</tbody></table>
+    <table class="bars"><caption class="sr">loss by position in the document</caption>
+      <thead><tr><th scope="col">tokens before</th><th scope="col" class="left">loss</th><th scope="col">${task.unit}</th></tr></thead>
+      <tbody>${rows.map((row) => html`<tr><th scope="row">${row.name}</th><td class="left"><div class="bar-cell"><i class=${Number.isFinite(row.now) ? "" : "hatched"} style=${Number.isFinite(row.now) ? { width: `${(100 * row.now) / top}%`, background: TRAIN } : { width: "100%" }}></i>
+        ${Number.isFinite(row.then) && html`<b style=${{ left: `${(100 * row.then) / top}%` }}></b>`}</div></td><td>${number(row.now)}</td></tr>`)}</tbody></table>
+    <p class="hint">Bar: ${near.when}. Mark: ${start.when}.</p>
   <//>`;
 }
 
 function BySource({ run, index, step, theme }) {
   const { window, there } = useWindow(index, "source", "*");
   const rows = run.streams.source?.rows ?? [];
-  const series = useMemo(() => (window ? rows.map((row, i) => ({ label: row.name, hue: RUNS[i % RUNS.length], dash: i >= 8 ? [4, 3] : undefined, steps: Array.from(window.steps), values: window.series(i, 0) })) : []), [window]);
+  const series = useMemo(() => (window ? rows.map((row, i) => ({ label: row.name, hue: RUNS[i % RUNS.length], dash: i >= 8 ? [4, 3] : undefined, ...window.line(i) })) : []), [window]);
   if (!there || !window?.columns || rows.length < 2) return null;
   return html`<${Panel} id="source-title" wide question="Which sources are learned, and which are not?" answer=${`${rows.length} sources; the mean hides what one of them does.`}>
     <${Lines} label="loss by source" series=${series} unit=${taskOf(run).unit} height=${200} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} /><//>`;
@@ -123,7 +110,7 @@ export function Documents({ run, index, step }) {
           ${open === i && html`<p><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "river", document: piece.document }); }}>follow this document through the river</a></p><pre class="text">${piece.excerpt ?? "(its text is shown for the twelve hardest)"}</pre>`}</td>
           <td>${count(piece.byte_start)}–${count(piece.byte_end)}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${task.labelled ? piece.label : number(piece.worst)}</td></tr>`)}</tbody></table></div>
       <div><h3>${task.labelled ? "The documents it was most wrong about, and what they are" : "The tokens it expected least"}</h3>
-        <ol class="worst">${data.tokens.map((token) => html`<li><span class="loss">${number(token.loss)}</span><span class="mono">…${visible(token.before.slice(-60))}<mark>${visible(token.label ?? token.target_text)}</mark></span></li>`)}</ol></div>
+        <ol class="worst">${data.tokens.map((worst) => html`<li><span class="loss">${number(worst.loss)}</span><span class="mono">…${visible(worst.before.slice(-60))}<mark>${token(worst.label ?? worst.target_text)}</mark></span></li>`)}</ol></div>
     </div><//>`;
 }
 

@@ -1,7 +1,7 @@
 // View 3, the data river (picture 2): from source to batch, drawn as wide as its text, and the loop that drinks from it.
 import { Nothing, Panel, html, useWidth } from "../ui.js";
-import { select, statIndex, useAnswer, useRun, useWindow } from "../state.js";
-import { bytes, count, number, percent, plural } from "../format.js";
+import { select, statIndex, useAnswer, useReading, useRun, useWindow } from "../state.js";
+import { bytes, capital, count, number, percent, plural } from "../format.js";
 import { RADIUS, Ring, phasesOf } from "../ring.js";
 import { Follow } from "./follow.js";
 import { Station } from "./station.js";
@@ -29,7 +29,7 @@ export function stationsOf(data, run, step) {
   if (train && !data.stages.some((stage) => stage.name === "augment")) split();
   if (train) {
     const tokens = train.tokens, batch = run.config?.training?.batch_size, length = data.settings?.sequence_length;
-    if (data.tokenizer) found.push({ key: "tokenize", kind: "tokenize", name: "tokenise", into: train.text_bytes, out: train.text_bytes, said: [`${count(tokens, true)} tokens`, `${number(train.text_bytes / tokens, { digits: 3 })} bytes each`] });
+    if (data.tokenizer && data.stages[0]?.name !== "import") found.push({ key: "tokenize", kind: "tokenize", name: "tokenise", into: train.text_bytes, out: train.text_bytes, said: [`${count(tokens, true)} tokens`, `${number(train.text_bytes / tokens, { digits: 3 })} bytes each`] });
     found.push({ key: "pack", kind: "pack", name: "pack", into: train.text_bytes, out: train.text_bytes, said: [`${count(train.packing.rows)} rows`, `${percent(train.packing.utilization, 2)} full`] });
     found.push({ key: "batch", kind: "batch", name: "batch", into: 0, out: 0, said: [`${count(batch)} × ${count(length)}`, `step ${count(step)}`] });
   }
@@ -39,35 +39,35 @@ export function stationsOf(data, run, step) {
 export function River({ theme }) {
   const { chosen, run, index, step, live } = useRun();
   const { data, problem } = useAnswer(`river?run=${index}`);
-  const { window } = useWindow(index, "run", "*");
+  const { window } = useWindow(index, "run", "*"), reading = useReading(index, "run", "*", step);
   if (problem) return html`<${Nothing}>${problem}<//>`;
-  if (!data) return html`<p class="boot">Reading the stages …</p>`;
-  const stations = stationsOf(data, run, step), phases = window?.columns ? phasesOf(run, window, step) : [];
+  if (!data || reading === undefined) return html`<p class="boot">Reading the stages …</p>`;
+  const stations = stationsOf(data, run, step), phases = phasesOf(run, reading);
   const stage = chosen.stage ?? stations.find((s) => s.kind === "filter" || s.stage?.samples?.length)?.key ?? stations[0]?.key ?? "loop";
   return html`
-    <${Panel} id="river-title" wide question="What becomes of the text on its way into the model?" answer=${sentence(data, stations, phases)}>
+    <${Panel} id="river-title" wide question="What becomes of the text on its way into the model?" answer=${sentence(data, stations, phases, reading)}>
       ${data.problem && html`<${Nothing}>${data.problem}<//>`}
-      <${Diagram} stations=${stations} phases=${phases} chosen=${stage} data=${data} run=${run} step=${step} window=${window} live=${live && run.heard && performance.now() - run.heard < 10000} />
+      <${Diagram} stations=${stations} phases=${phases} chosen=${stage} data=${data} run=${run} step=${step} reading=${reading} live=${live && run.heard && performance.now() - run.heard < 10000} />
     <//>
-    <${Station} key=${stage} station=${stations.find((s) => s.key === stage)} loop=${stage === "loop"} phases=${phases} window=${window} data=${data} run=${run} index=${index} step=${step} theme=${theme} />
+    <${Station} key=${stage} station=${stations.find((s) => s.key === stage)} loop=${stage === "loop"} phases=${phases} reading=${reading} window=${window} data=${data} run=${run} index=${index} step=${step} theme=${theme} />
     ${data.splits?.train && !data.problem && html`<${Follow} run=${run} index=${index} step=${step} theme=${theme} />`}`;
 }
 
-function sentence(data, stations, phases) {
+function sentence(data, stations, phases, reading) {
   const train = data.splits?.train, first = data.stages[0];
   const from = first ? `Of ${plural(first.documents_in, "document")} (${bytes(first.bytes_in)}) ` : "";
   const to = train ? `${plural(train.documents, "training document")} remain or were made, ${count(train.tokens, true)} tokens in ${count(train.packing.rows)} rows. ` : "";
   const wait = phases.find((phase) => phase.key === "data_seconds"), whole = phases.reduce((sum, phase) => sum + phase.seconds, 0);
-  return from + to + (whole ? `The loop waits ${percent(wait?.seconds / whole)} of its time for data.` : "");
+  return from + to + (whole ? `${capital(reading.when)} the loop waits ${percent(wait?.seconds / whole)} of its time for data.` : "");
 }
 
-function Diagram({ stations, phases, chosen, data, run, step, window, live }) {
+function Diagram({ stations, phases, chosen, data, run, step, reading, live }) {
   const [box, width] = useWidth();
   const field = Math.max(width - RING, stations.length * 84), gap = field / Math.max(1, stations.length);
   const most = Math.max(1, ...stations.flatMap((s) => [s.into, s.out])), thick = (size) => (size > 0 ? Math.max(3, (size / most) * WIDEST) : 5);
   const flood = (s) => Math.max(3, Math.min(40, (s.lost / most) * WIDEST)), x = (i) => (i + 0.5) * gap, drawn = stations.map((s, i) => ({ ...s, x: x(i), a: thick(s.into), b: thick(s.out) }));
   const rows = data.splits?.train?.packing?.rows, batch = run.config?.training?.batch_size, epochs = rows && batch ? ((step + 1) * batch) / rows : null;
-  const speed = statIndex(run, "run", "tokens_per_second"), tokens = window?.columns ? window.value(window.columnOf(step), 0, speed) : null;
+  const tokens = reading?.value(0, statIndex(run, "run", "tokens_per_second")) ?? null;
   return html`<div class="river-scroll" ref=${box}><div class="river" style=${{ width: `${field + RING}px` }}>
     <svg width=${field + RING} height="216" role="img" aria-label=${`${stations.length} stations from source to batch, then the loop`}>
       <defs><linearGradient id="fade" x1="0" x2="0" y1="0" y2="1"><stop offset="0" class="fade-from" /><stop offset="1" class="fade-to" /></linearGradient>

@@ -1,16 +1,15 @@
 // One station of the data river: what it was set to, what it let through, and how texts looked before and after it.
 import { Nothing, Panel, html, useMemo } from "../ui.js";
 import { select, statIndex, useAnswer } from "../state.js";
-import { bytes, count, number, percent, plural } from "../format.js";
+import { bytes, capital, count, number, percent, plural } from "../format.js";
 import { colourAt, css, scaleOf } from "../colour.js";
 import { Difference } from "../diff.js";
 import { Lines } from "../line.js";
 import { isReport } from "../source.js";
-import { runLine } from "./learning.js";
 import { PHASES } from "../ring.js";
 
-export function Station({ station, loop, phases, window, data, run, index, step, theme }) {
-  if (loop) return html`<${Loop} phases=${phases} window=${window} run=${run} step=${step} theme=${theme} />`;
+export function Station({ station, loop, phases, reading, window, data, run, index, step, theme }) {
+  if (loop) return html`<${Loop} phases=${phases} reading=${reading} window=${window} run=${run} step=${step} theme=${theme} />`;
   if (!station) return null;
   const { kind, stage } = station;
   if (kind === "source") return html`<${Sources} data=${data} />`;
@@ -80,11 +79,11 @@ function Rows({ data, run, index, step, theme }) {
     <p class="hint">Loss from 0 to ${scale.high} nats; hatched pieces have no recorded loss.</p><//>`;
 }
 
-function Loop({ phases, window, run, step, theme }) {
+function Loop({ phases, reading, window, run, step, theme }) {
   const whole = phases.reduce((sum, phase) => sum + phase.seconds, 0), longest = [...phases].sort((a, b) => b.seconds - a.seconds)[0];
-  const series = useMemo(() => (window?.columns ? PHASES.filter(([key]) => statIndex(run, "run", key) >= 0).map(([key, name, hue]) => runLine(window, statIndex(run, "run", key), name, hue)) : []), [window]);
+  const series = useMemo(() => (window?.columns ? PHASES.filter(([key]) => statIndex(run, "run", key) >= 0).map(([key, name, hue]) => ({ label: name, hue, ...window.line(0, statIndex(run, "run", key)) })) : []), [window]);
   if (!longest) return html`<${Panel} id="station-title" wide question="Where does a step's time go?"><${Nothing}>No step has been timed yet.<//><//>`;
-  return html`<${Panel} id="station-title" wide question="Where does a step's time go?" answer=${`Step ${count(step)} took ${number(whole * 1000)} ms; ${longest.name} is the longest part with ${percent(longest.seconds / whole)}.`}>
+  return html`<${Panel} id="station-title" wide question="Where does a step's time go?" answer=${`${capital(reading.when)} the loop took ${number(whole * 1000)} ms; ${longest.name} is the longest part with ${percent(longest.seconds / whole)}.`}>
     <div class="columns"><table class="bars"><tbody>${phases.map((phase) => html`<tr data-phase=${phase.key}><th scope="row"><i class="swatch" style=${{ background: phase.hue }}></i> ${phase.name}</th><td class="left"><div class="bar-cell"><i style=${{ width: `${(100 * phase.seconds) / longest.seconds}%`, background: phase.hue }}></i></div></td><td>${number(phase.seconds * 1000)} ms</td><td>${percent(phase.seconds / whole)}</td></tr>`)}</tbody></table>
     <${Lines} label="seconds of each phase" log unit="s" series=${series} height=${220} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} /></div><//>`;
 }

@@ -1,11 +1,11 @@
 // View 1, the X-ray: every tensor by every step in one picture of the chosen statistic; two runs give their difference.
 import { Choice, Nothing, Panel, html, useMemo, useState } from "../ui.js";
-import { select, statOf, useRun, useWindow } from "../state.js";
+import { select, statOf, useReading, useRun, useWindow } from "../state.js";
 import { ROLES, scaleOf } from "../colour.js";
 import { ColourBar, Heatmap, differ } from "../heatmap.js";
 import { Lines } from "../line.js";
 import { describeRow, tensorRows } from "../rows.js";
-import { count, float32, number, plural, withUnit } from "../format.js";
+import { capital, count, elsewhen, float32, number, plural, withUnit } from "../format.js";
 
 export function XRay({ theme, alarms }) {
   const { chosen, run, index, step, runs } = useRun();
@@ -18,6 +18,7 @@ export function XRay({ theme, alarms }) {
   const { window, problem } = useWindow(index, "param", stat?.name, range);
   const other = chosen.compare !== null && chosen.compare !== index ? runs[chosen.compare] : null;
   const compared = useWindow(chosen.compare ?? 0, "param", other ? stat?.name : null, range).window;
+  const reading = useReading(index, "param", stat?.name, step), against = useReading(chosen.compare ?? 0, "param", other ? stat?.name : null, step);
   const roles = useMemo(() => new Set(Object.keys(ROLES).filter((role) => !hidden.has(role))), [hidden]);
   const rows = useMemo(() => tensorRows(run, { roles, experts, other }), [run.streams, roles, experts, other?.streams]);
   const scale = useMemo(() => stat && scaleOf(stat, theme, Boolean(other)), [stat, theme, other !== null]);
@@ -29,16 +30,16 @@ export function XRay({ theme, alarms }) {
   const describe = (row, at) => {
     const column = window.columnOf(at), value = column < 0 ? null : window.value(column, row.index, 0, part);
     const bad = column < 0 ? 0 : window.nonfinite(column, row.index);
-    const there = window.span > 1 && column >= 0 ? `steps ${count(window.steps[column])} to ${count(Math.min(window.steps[column] + window.span - 1, run.latest))}` : `step ${count(column < 0 ? at : window.steps[column])}`;
+    const there = column < 0 ? `step ${count(at)}` : window.stepsOf(column);
     const said = bad ? plural(bad, "non-finite value") : value === null ? "not measured" : withUnit(value, stat.unit);
     return `${describeRow(row.row)} · ${there} · ${said}`;
   };
   const rowHeight = Math.max(3, Math.min(12, Math.floor(Math.max(420, innerHeight - 330) / Math.max(1, rows.length))));
   return html`<${Panel} id="xray-title" wide question=${other ? `Where does ${run.name} differ from ${other.name}?` : "What is happening in every tensor, at every step?"}
-    answer=${summary({ window, compared, rows, stat, step, part, other, log })}>
+    answer=${summary({ reading, against, rows, stat, step, other, log })}>
     <div class="controls">
       <${StatPicker} run=${run} value=${stat.name} />
-      ${window.parts > 1 && html`<${Choice} label="what a cell shows" value=${part} onChange=${setPart} options=${[["max", "largest"], ["min", "smallest"], ["last", "last"]]} />`}
+      ${window.parts > 1 && html`<${Choice} label="what a cell shows" value=${part} onChange=${setPart} options=${PARTS} />`}
       <label class="tick"><input type="checkbox" checked=${experts} onChange=${(e) => showExperts(e.target.checked)} />each expert</label>
       <div class="chips" role="group" aria-label="roles shown">${Object.entries(ROLES).map(([role, { hue, label }]) => html`<button type="button"
         class="chip" aria-pressed=${!hidden.has(role)} onClick=${() => hide(new Set(hidden.has(role) ? [...hidden].filter((r) => r !== role) : [...hidden, role]))}>
@@ -47,7 +48,7 @@ export function XRay({ theme, alarms }) {
     </div>
     <div class="xray-grid">
       <div>
-        ${rows.length ? html`<${Heatmap} window=${window} other=${other ? compared : null} rows=${rows} part=${part} scale=${scale} log=${log} from=${from} to=${to}
+        ${rows.length ? html`<${Heatmap} window=${window} other=${other ? compared : null} otherEnd=${other?.latest} rows=${rows} part=${part} scale=${scale} log=${log} from=${from} to=${to}
           rowHeight=${rowHeight} label=${`${stat.name} of ${plural(rows.length, "tensor")} over steps ${count(from)} to ${count(to)}`} selected=${selected} step=${step}
           ticks=${alarms} describe=${describe}
           onHover=${(row, at) => setHover(row ? { row, step: at } : null)} onPick=${(row, at) => select({ tensor: row.label, step: at, layer: row.row.layer, expert: row.row.expert })}
@@ -61,6 +62,7 @@ export function XRay({ theme, alarms }) {
   <//>`;
 }
 
+const PARTS = [["max", "largest"], ["min", "smallest"], ["mean", "mean"]];
 const GROUPS = [
   ["size of the change", ["update_ratio", "update_norm", "adam_rms", "credit"]], ["gradient", ["gradient_norm", "clipped_norm", "staleness", "gradient_zero"]],
   ["direction", ["cos_descent", "cos_previous", "cos_gradient"]], ["weight", ["weight_norm", "swallowed", "unmoved", "epsilon"]],
@@ -77,27 +79,29 @@ export function StatPicker({ run, value }) {
 }
 
 /** One sentence with the numbers of the selected step. */
-function summary({ window, compared, rows, stat, step, part, other, log }) {
-  const column = window.columnOf(step);
-  if (column < 0) return "Nothing was recorded at this step.";
+function summary({ reading, against, rows, stat, step, other, log }) {
+  if (reading === null) return "Nothing was recorded at this step.";
+  if (other && step > other.latest) return `${other.name} has no step ${count(step)}: its newest is step ${count(other.latest)}.`;
+  if (reading === undefined || (other && against === undefined)) return `Reading step ${count(step)} …`;
   let bad = 0;
   const values = [];
   for (const row of rows) {
     if (row.label === "all") continue;
-    let value = window.cells(row.index, 0, part)(column);
-    if (other) value = compared && row.other !== undefined ? differ(value, compared.cells(row.other, 0, part)(compared.columnOf(step)), log) : null;
+    let value = reading.value(row.index);
+    if (other) value = against && row.other !== undefined ? differ(value, against.value(row.other), log) : null;
     if (value === null) continue;
     if (!Number.isFinite(value)) bad++; else values.push([value, row]);
   }
-  if (!values.length) return bad ? `At step ${count(step)}, all of ${plural(bad, "tensor")} are NaN or infinite.` : `“${title(stat.name)}” was not measured at step ${count(step)}.`;
+  const when = capital(reading.when) + (other && against ? elsewhen(against, reading) : "");
+  if (!values.length) return bad ? `${when}, all of ${plural(bad, "tensor")} are NaN or infinite.` : `“${title(stat.name)}” was not measured ${reading.when}.`;
   values.sort((a, b) => a[0] - b[0]);
   const middle = values[values.length >> 1][0], top = values[values.length - 1];
   const warn = bad ? ` ${plural(bad, "tensor")} NaN or infinite.` : "";
   if (other) {
     const way = log ? `${number(10 ** middle)} times` : number(middle, { signed: true });
-    return `At step ${count(step)} the middle tensor is ${way}${log ? "" : " apart"}; largest difference: ${describeRow(top[1].row)}.${warn}`;
+    return `${when} the middle tensor is ${way}${log ? "" : " apart"}; largest difference: ${describeRow(top[1].row)}.${warn}`;
   }
-  return `At step ${count(window.steps[column])} the middle tensor has ${withUnit(middle, stat.unit)}; the largest is ${withUnit(top[0], stat.unit)}, in ${describeRow(top[1].row)}.${warn}`;
+  return `${when} the middle tensor has ${withUnit(middle, stat.unit)}; the largest is ${withUnit(top[0], stat.unit)}, in ${describeRow(top[1].row)}.${warn}`;
 }
 
 /** What the cell under the pointer, or the selected one, says; and the meaning of the statistic, from the run's own file. */
@@ -116,8 +120,8 @@ function Inspector({ run, window, stat, scale, row, pinned, step, theme, from, t
     ${row ? html`<dl class="cell">
       <dt>tensor</dt><dd class="name">${row.label}</dd>
       <dt>shape</dt><dd>${row.row.shape || "–"} ${row.row.dtype}</dd>
-      <dt>step</dt><dd>${column < 0 ? "–" : count(window.steps[column])}</dd>
-      <dt>value</dt><dd class="value" data-value=${value === null ? "" : String(value)}>${withUnit(value, stat.unit)}</dd>
+      <dt>when</dt><dd>${column < 0 ? "–" : window.stepsOf(column)}</dd>
+      <dt>${window.parts > 1 ? PARTS.find(([key]) => key === part)[1] : "value"}</dt><dd class="value" data-value=${value === null ? "" : String(value)}>${withUnit(value, stat.unit)}</dd>
       <dt>exactly</dt><dd>${value === null ? "not measured" : float32(value)}</dd>
       ${window.parts > 1 && column >= 0 && html`<dt>from … to</dt><dd>${number(window.value(column, row.index, 0, "min"))} … ${number(window.value(column, row.index, 0, "max"))}</dd>
         <dt>non-finite</dt><dd>${window.nonfinite(column, row.index)} of ${window.value(column, row.index, 0, "measured")}</dd>`}
@@ -131,11 +135,8 @@ function Inspector({ run, window, stat, scale, row, pinned, step, theme, from, t
 
 /** A row as a line; what is not finite is counted and marked. */
 function line(window, row, compared, other) {
-  const one = (w, r, label, hue, dash) => ({ label, hue, dash, steps: Array.from(w.steps), values: w.series(r, 0, "last"),
-    ...(w.parts > 1 ? { low: w.series(r, 0, "min"), high: w.series(r, 0, "max"),
-      bad: Array.from(w.steps).filter((_, c) => w.nonfinite(c, r) > 0) } : {}) });
-  const found = [one(window, row.index, row.short, row.hue)];
-  if (other && compared && row.other !== undefined) found.push(one(compared, row.other, other.name, "#CC79A7", [5, 3]));
+  const found = [{ label: row.short, hue: row.hue, ...window.line(row.index) }];
+  if (other && compared && row.other !== undefined) found.push({ label: other.name, hue: "#CC79A7", dash: [5, 3], ...compared.line(row.other) });
   return found;
 }
 
