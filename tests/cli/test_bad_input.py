@@ -241,6 +241,7 @@ def test_other_arguments_that_cannot_be(tiny_run, here, refused, command):
     assert "float8" in refused("generate", tiny_run.directory, "--dtype", "float8")
     assert "smal" in refused("plan", "smal")
     assert "for language models only" in refused("plan", "tiny", "training.task=classification", "data.label_field=label")
+    assert "set model.vocab_size" in refused("plan", "tiny", "data.tokenizer.kind=characters")
     assert "none" in refused("data", "inspect", "none")
     assert "--stop" in refused("generate", tiny_run.directory, "--stop", "")
     assert "not valid UTF-8" in refused("generate", tiny_run.directory, "--prompt", "caf\udce9")
