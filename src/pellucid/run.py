@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pellucid import summary
-from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, is_file_path, load_config, make_config, nearest
+from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, is_file_path, is_of_a_run, load_config, make_config, nearest
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
 from pellucid.exchange.huggingface import save_huggingface
@@ -282,7 +282,7 @@ def run_name(config: str | Path | None) -> str:
     if config is None:
         return "demo"
     path = Path(config).resolve()
-    return path.parent.name if (path.parent / "manifest.json").is_file() and path.name == "config.toml" else path.stem
+    return path.parent.name if is_of_a_run(path) else path.stem
 
 
 def next_run_dir(name: str) -> Path:
