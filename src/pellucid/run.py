@@ -268,6 +268,8 @@ def _fit_labels(config: Config, dataset: Dataset) -> None:
     unknown = set(settings.class_weights or {}) - set(labels["names"])
     if unknown:
         raise UserError(f"training.class_weights: there is no class '{min(unknown)}'{nearest(min(unknown), labels['names'])}")
+    if settings.class_weights and not any(settings.class_weights.get(name, 1.0) for name in labels["names"]):
+        raise UserError("training.class_weights: all are 0, so there is nothing to learn; leave one out, or make it larger")
 
 
 def installed_version(package: str) -> str:

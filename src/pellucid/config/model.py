@@ -110,7 +110,7 @@ def preset_names() -> list[str]:
 def preset(name: str) -> dict[str, Any]:
     """The tables of one preset file: `model`, and what suits a model of that size."""
     if name not in preset_names():
-        raise UserError(f"model.preset: there is no preset '{name}'{nearest(name, preset_names())}")
+        raise UserError(f"model.preset: there is no preset '{name}'{nearest(str(name), preset_names())}")
     return tomllib.loads((resources.files("pellucid.presets") / f"{name}.toml").read_text())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from pellucid.config.section import UserError
 from pellucid.config.sources import SourceConfig
 from pellucid.config.training import BUDGETS
 from pellucid.config.tree import Config
+
+BRANCH = re.compile(r"(function-|literal\[|list\[|dict\[|str$)")  # what pydantic calls the branches of a union
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -95,8 +98,11 @@ def make_config(tables: dict[str, Any], where: str = "configuration") -> Config:
 
 def explain_validation_error(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake as `key: what is wrong`, with the nearest known key where one was misspelt."""
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if isinstance(part, int) or not str(part).startswith("function-")]
+    errors = error.errors()
+    start = next((n for n, part in enumerate(errors[0]["loc"]) if BRANCH.match(str(part))), None)
+    alike = errors[:1] if start is None else [e for e in errors if e["loc"][:start] == errors[0]["loc"][:start]]
+    first = max(alike, key=lambda e: len(e["loc"]))  # of a union's branches the one that the value fitted furthest
+    location = [part for part in first["loc"] if isinstance(part, int) or not BRANCH.match(part)]
     chosen = next((AUGMENTERS[p] for p in location if p in AUGMENTERS and "augment" in location), None)
     location = [p for p in location if chosen is None or p not in AUGMENTERS]
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
