@@ -271,6 +271,14 @@ def test_full_disk_while_data_is_prepared(here, write):
     one_sentence(ended.stderr, before, here)
 
 
+def test_a_terminal_without_a_letter_shows_its_code(tiny_run, here):
+    words = ["generate", str(tiny_run.directory), "--prompt", "naïve 日", "--max-new-tokens", "1"]
+    ended = subprocess.run([sys.executable, "-c", "from pellucid.cli import main; main()", *words], cwd=here, capture_output=True,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(b"na\\xefve \\u65e5")
+
+
 def test_full_disk_while_a_checkpoint_is_written_costs_nothing_but_that_checkpoint(tiny_tables, here, command):
     tables = tiny_tables()
     tables["model"] |= {"hidden_size": 64}

@@ -122,6 +122,6 @@ def test_balanced_class_weights_are_scikit_learns(tables, tmp_path):
 def test_class_weights_that_leave_nothing_to_learn_are_refused(tables, tmp_path):
     from pellucid.run import train
 
-    with pytest.raises(UserError, match="training.class_weights: all are 0"):
+    with pytest.raises(UserError, match=r"training\.class_weights: all are 0"):
         train(tables(max_steps=1, class_weights={"animal": 0, "metal": 0, "colour": 0}), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
