@@ -95,6 +95,8 @@ def evaluate_labels(
     head = _head(model)
     numbers = head.problem_type == "regression"
     fields = tuple(label_fields) or (tuple(head.labels) if numbers and "[" not in head.labels[0] else ("label",))
+    if sorted(fields) == sorted(head.labels):
+        fields = tuple(head.labels)  # in whatever order they are named
     result, cut = LabelEvaluation(head), 0
     for documents, outputs_MK, cut_M in _answers(model, tokenizer, path, text_field, fields, normalization, progress):
         labels_MK = _true(head, documents)
