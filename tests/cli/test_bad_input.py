@@ -122,6 +122,14 @@ def test_context_longer_than_the_data(here, write, refused):
     assert "data.sequence_length = 4096" in refused("train", "tiny.toml")
 
 
+def test_epochs_too_few_for_one_step(here, write, command):
+    (here / "short.txt").write_text("A few words.\n" * 60)
+    write({"sources": [{"path": "short.txt", "epochs": 0.001}], "validation_fraction": 0.0})
+    code, _, errors = command("train", "tiny.toml")
+    assert code == 2 and errors.count("\n") == 1 and "not enough for one step" in errors and "= 0" not in errors
+    assert not (here / "runs").exists()
+
+
 # ------------------------------------------------------------------------------------- the settings
 
 
