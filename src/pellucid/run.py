@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import shutil
 from datetime import UTC, datetime
 from importlib import metadata
@@ -159,7 +160,7 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
             run.stopped_by = loop.run()
         if run.stopped_by is not None:
             progress.say(f"stopped by {run.stopped_by} after step {loop.counters.step}; everything is saved. To go on:\n"
-                         f"  pellucid train --run-dir {folder} --resume")  # fmt: skip
+                         f"  pellucid train --run-dir {shlex.quote(str(folder))} --resume")  # fmt: skip
             return run
         save_huggingface(model, dataset.tokenizer, folder / "model", replace=True)
         summary.show_sample(progress, "after training", loop)
