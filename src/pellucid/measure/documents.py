@@ -136,7 +136,7 @@ def _answers(model, tokenizer, path: str, text_field: str, label_fields: Sequenc
     while chunk := list(islice(stream, DOCUMENTS)):
         for document in chunk:
             if isinstance(document, Unreadable):
-                raise UserError(document.message.replace("data.label_field", "--label-field"))
+                raise UserError(document.message_for_options)
         texts = [normalize(document.text, normalization) for document in chunk]
         yield chunk, *answer(model, tokenizer, texts)
         documents += len(chunk)
