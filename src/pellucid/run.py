@@ -210,8 +210,8 @@ def _stage_plays(progress: Quiet, run: Run) -> None:
     progress.stage("playing a step in detail", 0, None)
     try:
         stage_last(run.directory, settings.plays)
-    except Exception as error:
-        progress.say(f"no step could be played in detail: {error}")
+    except (Exception, KeyboardInterrupt) as error:
+        progress.say(f"no step could be played in detail: {str(error) or 'interrupted'}")
     progress.close()
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import tomli_w
 
-from pellucid import cli
+from pellucid import cli, run
 from pellucid.data.tokenizer import load_tokenizer
 
 
@@ -271,6 +271,14 @@ def limited(limit, *arguments, cwd):
     )  # fmt: skip
 
 
+def test_a_terminal_without_a_letter_shows_its_code(tiny_run, here):
+    words = ["generate", str(tiny_run.directory), "--prompt", "naïve 日", "--max-new-tokens", "1"]
+    ended = subprocess.run([sys.executable, "-c", "from pellucid.cli import main; main()", *words], cwd=here, capture_output=True,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(b"na\\xefve \\u65e5")
+
+
 def test_full_disk_while_data_is_prepared(here, write):
     write()
     before = tree(here)
@@ -279,12 +287,25 @@ def test_full_disk_while_data_is_prepared(here, write):
     one_sentence(ended.stderr, before, here)
 
 
-def test_a_terminal_without_a_letter_shows_its_code(tiny_run, here):
-    words = ["generate", str(tiny_run.directory), "--prompt", "naïve 日", "--max-new-tokens", "1"]
-    ended = subprocess.run([sys.executable, "-c", "from pellucid.cli import main; main()", *words], cwd=here, capture_output=True,
-                           env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith(b"na\\xefve \\u65e5")
+def test_an_interrupt_before_the_loop_is_said(here, write, monkeypatch, command):
+    write()
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "prepare", interrupt)
+    assert command("train", "tiny.toml") == (130, "", "pellucid: interrupted\n")
+
+
+def test_an_interrupt_while_a_step_is_played_leaves_a_finished_run(tiny_tables, here, monkeypatch, command):
+    (here / "tiny.toml").write_text(tomli_w.dumps(tiny_tables(max_steps=1) | {"observe": {"plays": 1}}))
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "stage_last", interrupt)
+    code, output, _ = command("train", "tiny.toml", "--run-dir", "my run")
+    assert code == 0 and "pellucid watch 'my run'" in output
 
 
 def test_full_disk_while_a_checkpoint_is_written_costs_nothing_but_that_checkpoint(tiny_tables, here, command):

@@ -27,6 +27,7 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         print(f"pellucid: {place}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("pellucid: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # typer's answer to Ctrl-C, without a word
+            print("pellucid: interrupted", file=sys.stderr)
+        raise
