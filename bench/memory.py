@@ -67,7 +67,7 @@ def case(overrides: list[str]) -> dict:
 
     from pellucid.config import load_config
     from pellucid.measure import memory
-    from pellucid.model.size import with_vocabulary
+    from pellucid.measure.memory import with_vocabulary
     from pellucid.training.device import keeping_freed_memory
 
     torch.set_num_threads(1)
@@ -131,7 +131,7 @@ def main() -> None:
 def predict_anew() -> None:
     from pellucid.config import load_config
     from pellucid.measure import memory
-    from pellucid.model.size import with_vocabulary
+    from pellucid.measure.memory import with_vocabulary
 
     results = json.loads(RESULTS.read_text())
     for key in {"cases", "cases_as_is"} & results.keys():
@@ -146,8 +146,7 @@ def predict_anew() -> None:
 def ask_what_fits(memory: str) -> None:
     """Of each preset, by the way to recompute: tokens of the longest sequence that trains in `memory`, the program included."""
     from pellucid.config import load_config, preset_names
-    from pellucid.measure.memory import largest_context, parse_bytes, program_bytes
-    from pellucid.model.size import with_vocabulary
+    from pellucid.measure.memory import largest_context, parse_bytes, program_bytes, with_vocabulary
 
     there, found = parse_bytes(memory) - program_bytes("cpu"), {}
     for preset in preset_names():

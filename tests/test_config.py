@@ -73,6 +73,16 @@ def test_unknown_key_is_an_error_that_names_the_nearest_known_one(tables, key, n
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate: "),
         ({"schedule": {"name": "cosin"}}, "schedule.name: "),
         ({"model": 3}, "model: "),
+        ({"model": {"preset": 5}}, "there is no preset '5'; known: tiny, "),
+        ({"training": {"seed": 2**63}}, "training.seed: "),
+        ({"training": {"max_steps": True}}, "training: max_steps must be a number, not true"),
+        ({"optimizer": {"weight_decay": False}}, "optimizer: weight_decay must be a number, not false"),
+        ({"training": {"task": "regression"}, "data": {"label_field": []}}, "data: label_field: give at least one field"),
+        ({"training": {"task": "regression"}, "data": {"label_field": ["a", "b", "a"]}}, "data: label_field: 'a' is there twice"),
+        ({"data": {"label_field": [3]}}, "data.label_field[0]: "),
+        ({"training": {"class_weights": {"spam": -5.0}}}, "training.class_weights.spam: Input should be greater than or equal to 0"),
+        ({"training": {"class_weights": {"spam": "x"}}}, "training.class_weights.spam: Input should be a valid number"),
+        ({"training": {"class_weights": "balance"}}, "training.class_weights: Input should be 'balanced'"),
         ({"training": "long"}, "training: "),
     ],
 )
@@ -144,6 +154,40 @@ def test_overrides_of_a_file_without_a_model_change_its_default_model(tmp_path):
     plain, changed = load_config(tmp_path / "a.toml"), load_config(tmp_path / "a.toml", ["model.num_experts=4"])
     assert changed.model.num_experts == 4
     assert changed == plain.model_copy(update={"model": plain.model.model_copy(update={"num_experts": 4})})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["model.preset=tiny"], ["model.preset=tiny", "model.num_experts=4", "optimizer.learning_rate=0.5", "data.tokenizer.kind=bytes"],
+     ["model.hidden_size=64", "model.num_attention_heads=4", "optimizer.name=lion",
+      "optimizer.weight_decay=0.3", "training.max_tokens=5000"]],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "changed",
+    [["model.hidden_size=32"], ["model.num_attention_heads=2"], ["optimizer.name=adam"], ["training.batch_size=6"],
+     ["schedule.name=constant", "data.sequence_length=16"]],
+)  # fmt: skip
+def test_overrides_of_a_runs_own_configuration_are_those_of_what_it_was_made_from(given, changed, tmp_path):
+    """It spells out what follows from what was given: that follows anew."""
+    own = tmp_path / "config.toml"
+    own.write_text(load_config(None, given).to_toml())
+    (tmp_path / "manifest.json").write_text("{}")
+    assert load_config(own) == load_config(None, given)
+    assert load_config(own, changed) == load_config(None, [*given, *changed])
+
+
+def test_a_preset_takes_the_place_of_a_runs_whole_shape(tmp_path):
+    own = tmp_path / "config.toml"
+    own.write_text(load_config(None, ["model.preset=tiny", "model.num_experts=4", "training.seed=3"]).to_toml())
+    (tmp_path / "manifest.json").write_text("{}")
+    overrides = ["model.num_key_value_heads=2", "model.preset=base"]
+    assert load_config(own, overrides) == load_config(None, [*overrides, "training.seed=3"])
+
+
+def test_a_shape_is_a_preset_or_that_of_other_weights(tmp_path):
+    assert "model.init_from brings its own shape: leave model.preset out" in refusal({"model": {"preset": "tiny", "init_from": "x"}})
+    assert load_config(None, ["model.init_from=x"]) == make_config({"model": {"init_from": "x"}})
+    assert "leave model.preset out" in refusal(None, ["model.init_from=x", "model.preset=tiny"])
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -1,6 +1,7 @@
 """A run on disk: what lies in it, what it is called, and that its config.toml repeats it from anywhere."""
 
 import json
+import shlex
 import shutil
 import tomllib
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 import pellucid
 from pellucid.config import UserError, load_config
 from pellucid.run import Run, next_run_dir, run_name, train
+from pellucid.summary import what_next
 from pellucid.training.checkpoint import saved_steps
 from pellucid.training.device import choose_device, choose_precision, resolve_precision
 
@@ -117,6 +119,12 @@ def test_default_names_are_free_ones(tmp_path, monkeypatch, tiny_tables, tiny_ru
     assert run_name(None) == "demo" and run_name("my/corpus.toml") == "corpus" and run_name("config.toml") == "config"
     assert run_name(tiny_run.directory / "config.toml") == tiny_run.directory.name, "a repeated run keeps its name"
     assert str(train(tiny_tables(max_steps=1)).directory) == "runs/run"
+
+
+def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(tiny_run, tmp_path):
+    run = Run(shutil.copytree(tiny_run.directory, tmp_path / "it's mine", ignore=shutil.ignore_patterns("checkpoints")))
+    commands = [shlex.split(line) for line in what_next(run).splitlines()[1:]]
+    assert [words[:3] for words in commands] == [["pellucid", verb, str(run.directory)] for verb in ("generate", "evaluate", "watch")]
 
 
 def test_an_empty_folder_may_be_the_run_directory(tiny_tables, tmp_path):

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import shutil
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from pellucid import summary
-from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, is_file_path, load_config, make_config, nearest
+from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, is_file_path, is_of_a_run, load_config, make_config, nearest
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
 from pellucid.exchange.huggingface import save_huggingface
@@ -160,7 +161,7 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
             run.stopped_by = loop.run()
         if run.stopped_by is not None:
             progress.say(f"stopped by {run.stopped_by} after step {loop.counters.step}; everything is saved. To go on:\n"
-                         f"  pellucid train --run-dir {folder} --resume")  # fmt: skip
+                         f"  pellucid train --run-dir {shlex.quote(str(folder))} --resume")  # fmt: skip
             return run
         save_huggingface(model, dataset.tokenizer, folder / "model", replace=True)
         summary.show_sample(progress, "after training", loop)
@@ -210,8 +211,8 @@ def _stage_plays(progress: Quiet, run: Run) -> None:
     progress.stage("playing a step in detail", 0, None)
     try:
         stage_last(run.directory, settings.plays)
-    except Exception as error:
-        progress.say(f"no step could be played in detail: {error}")
+    except (Exception, KeyboardInterrupt) as error:
+        progress.say(f"no step could be played in detail: {str(error) or 'interrupted'}")
     progress.close()
 
 
@@ -269,6 +270,8 @@ def _fit_labels(config: Config, dataset: Dataset) -> None:
     unknown = set(settings.class_weights or {}) - set(labels["names"])
     if unknown:
         raise UserError(f"training.class_weights: there is no class '{min(unknown)}'{nearest(min(unknown), labels['names'])}")
+    if settings.class_weights and not any(settings.class_weights.get(name, 1.0) for name in labels["names"]):
+        raise UserError("training.class_weights: all are 0, so there is nothing to learn; leave one out, or make it larger")
 
 
 def installed_version(package: str) -> str:
@@ -283,7 +286,7 @@ def run_name(config: str | Path | None) -> str:
     if config is None:
         return "demo"
     path = Path(config).resolve()
-    return path.parent.name if (path.parent / "manifest.json").is_file() and path.name == "config.toml" else path.stem
+    return path.parent.name if is_of_a_run(path) else path.stem
 
 
 def next_run_dir(name: str) -> Path:

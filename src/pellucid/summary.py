@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,10 +85,10 @@ def show_result(progress: Quiet, loop: Loop) -> None:
 
 
 def what_next(run: Run) -> str:
-    folder, text = run.directory, run.config.training.task == "language_modeling"
+    folder, text = shlex.quote(str(run.directory)), run.config.training.task == "language_modeling"
     use = f"pellucid generate {folder} --prompt 'def '" if text else f"pellucid predict {folder} --data FILE"
     example = "README.md" if text else "FILE"
-    return f"the run is in {folder}. Next:\n  {use}\n  pellucid evaluate {folder} --data {example}\n  pellucid watch {folder}"
+    return f"the run is in {run.directory}. Next:\n  {use}\n  pellucid evaluate {folder} --data {example}\n  pellucid watch {folder}"
 
 
 def _text_result(loop: Loop) -> str:

@@ -10,7 +10,7 @@ import sys
 import pytest
 import tomli_w
 
-from pellucid import cli
+from pellucid import cli, run
 from pellucid.data.tokenizer import load_tokenizer
 
 
@@ -120,6 +120,14 @@ def test_context_longer_than_the_data(here, write, refused):
     (here / "short.txt").write_text("A few words.\n")
     write({"sources": ["short.txt"], "sequence_length": 4096, "validation_fraction": 0.0})
     assert "data.sequence_length = 4096" in refused("train", "tiny.toml")
+
+
+def test_epochs_too_few_for_one_step(here, write, command):
+    (here / "short.txt").write_text("A few words.\n" * 60)
+    write({"sources": [{"path": "short.txt", "epochs": 0.001}], "validation_fraction": 0.0})
+    code, _, errors = command("train", "tiny.toml")
+    assert code == 2 and errors.count("\n") == 1 and "not enough for one step" in errors and "= 0" not in errors
+    assert not (here / "runs").exists()
 
 
 # ------------------------------------------------------------------------------------- the settings
@@ -241,6 +249,7 @@ def test_other_arguments_that_cannot_be(tiny_run, here, refused, command):
     assert "float8" in refused("generate", tiny_run.directory, "--dtype", "float8")
     assert "smal" in refused("plan", "smal")
     assert "for language models only" in refused("plan", "tiny", "training.task=classification", "data.label_field=label")
+    assert "set model.vocab_size" in refused("plan", "tiny", "data.tokenizer.kind=characters")
     assert "none" in refused("data", "inspect", "none")
     assert "--stop" in refused("generate", tiny_run.directory, "--stop", "")
     assert "not valid UTF-8" in refused("generate", tiny_run.directory, "--prompt", "caf\udce9")
@@ -262,12 +271,41 @@ def limited(limit, *arguments, cwd):
     )  # fmt: skip
 
 
+def test_a_terminal_without_a_letter_shows_its_code(tiny_run, here):
+    words = ["generate", str(tiny_run.directory), "--prompt", "naïve 日", "--max-new-tokens", "1"]
+    ended = subprocess.run([sys.executable, "-c", "from pellucid.cli import main; main()", *words], cwd=here, capture_output=True,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(b"na\\xefve \\u65e5")
+
+
 def test_full_disk_while_data_is_prepared(here, write):
     write()
     before = tree(here)
     ended = limited(2000, "data", "build", "tiny.toml", "--out", "built", cwd=here)
     assert ended.returncode == 2, ended.stderr
     one_sentence(ended.stderr, before, here)
+
+
+def test_an_interrupt_before_the_loop_is_said(here, write, monkeypatch, command):
+    write()
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "prepare", interrupt)
+    assert command("train", "tiny.toml") == (130, "", "pellucid: interrupted\n")
+
+
+def test_an_interrupt_while_a_step_is_played_leaves_a_finished_run(tiny_tables, here, monkeypatch, command):
+    (here / "tiny.toml").write_text(tomli_w.dumps(tiny_tables(max_steps=1) | {"observe": {"plays": 1}}))
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "stage_last", interrupt)
+    code, output, _ = command("train", "tiny.toml", "--run-dir", "my run")
+    assert code == 0 and "pellucid watch 'my run'" in output
 
 
 def test_full_disk_while_a_checkpoint_is_written_costs_nothing_but_that_checkpoint(tiny_tables, here, command):

@@ -96,6 +96,18 @@ def test_plan_tells_peak_and_longest_contexts_of_what_is_named(command):
     assert "with 2 x 128 tokens at once" in text and "bf16 moments" in text
 
 
+def test_plan_counts_the_model_that_train_would_make(command, tiny_run, tmp_path):
+    """Its vocabulary is that of the tokenizer, its shape that of model.init_from."""
+    (tmp_path / "further.toml").write_text(tomli_w.dumps({"model": {"init_from": str(tiny_run.directory)}}))
+    row = json.loads(command("plan", "further.toml", "data.sequence_length=32", "--json"))["further.toml"]
+    assert row["parameters"] == sum(parameter.numel() for parameter in tiny_run.load()[0].parameters())
+    rows = json.loads(command("plan", f"model.init_from={tiny_run.directory}", "data.sequence_length=32", "--json"))
+    assert list(rows) == [str(tiny_run.directory)] and rows[str(tiny_run.directory)]["parameters"] == row["parameters"]
+    for words in (["data.tokenizer.kind=bytes"], [f"data.prepared={tiny_run.manifest['data']['directory']}"],
+                  [f"data.tokenizer={{kind='file', path='{tiny_run.directory / 'model'}'}}"]):  # fmt: skip
+        assert json.loads(command("plan", "tiny", *words, "--json"))["tiny"]["vocabulary"] == 260, words
+
+
 def test_doctor_examines_this_machine(command):
     facts = json.loads(command("doctor", "--json"))
     assert facts.keys() >= {"pellucid", "torch", "processors", "memory", "gpu", "device", "precision", "experts"}

@@ -125,6 +125,12 @@ def test_the_capsule_holds_the_tensors_of_the_explanation(run_dir):
     assert tensors["tokens"].shape == (8, 64)
 
 
+def test_a_run_that_cannot_be_written_to_is_explained_all_the_same(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("capsules"))
+    (tmp_path / "run" / "capsules").touch()  # where the folder would stand: root may write anywhere else
+    assert explain(tmp_path / "run", 31).as_dict() == explain(run_dir, 31).as_dict()
+
+
 def test_a_sentence_is_better_predicted_after_one_step_on_it(run_dir):
     e = explain_text(run_dir, "the cat sees a dog.")
     assert all(proof.holds is not False for proof in e.proofs), e.proofs

@@ -223,6 +223,8 @@ def test_evaluate_is_what_scikit_learn_says_of_the_predictions(command, class_ru
         true, found = [r[name] for r in records(folder)], [line[name] for line in lines]
         assert facts["numbers"][name]["rmse"] == pytest.approx(peer.root_mean_squared_error(true, found), rel=1e-6)
         assert facts["numbers"][name]["r2"] == pytest.approx(peer.r2_score(true, found), rel=1e-6)
+    named = ["--label-field", "letters", "--label-field", "words"]  # trained on words and letters
+    assert json.loads(command("evaluate", number_run.directory, "--data", folder / "a.jsonl", *named, "--json")[1]) == facts
     text = command("evaluate", class_run.directory, "--data", folder / "a.jsonl")[1]
     assert "macro-F1" in text and "true \\ predicted" in text
 
@@ -247,6 +249,9 @@ def test_the_held_out_measures_of_a_run_are_those_of_the_files(class_run, comman
     (["evaluate", "CLASSES", "--data", "a.jsonl", "--label-field", "kind"], "no field 'kind'"),
     (["evaluate", "NUMBERS", "--data", "a.jsonl", "--label-field", "words"], "a label of 1 numbers where there should be 2"),
     (["predict", "CLASSES", "--data", "a.jsonl", "--out", "o.txt"], "ends in .csv or .jsonl"),
+    (["predict", "CLASSES", "--data", "a.jsonl", "--out", "none/o.csv"], "--out none/o.csv: there is no folder none"),
+    (["predict", "CLASSES", "--data", "a.jsonl", "--text-field", "body"], "(set --text-field)"),
+    (["evaluate", "LANGUAGE", "--data", "a.jsonl", "--text-field", "body"], "(set --text-field)"),
     (["measure", "context", "CLASSES"], "its loss is not one of next tokens"),
     (["predict", "CLASSES", "--data", "empty.jsonl"], "the file is empty"),
     (["explain", "NUMBERS", "--text", "cat", "--label", "nan,2"], "a label of [NaN, 2.0]: not finite numbers"),

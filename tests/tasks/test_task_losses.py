@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
-from pellucid.config import HeadConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from pellucid.config import HeadConfig, ModelConfig, OptimizerConfig, TrainingConfig, UserError
 from pellucid.data.dataset import Batch
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
@@ -117,3 +117,11 @@ def test_balanced_class_weights_are_scikit_learns(tables, tmp_path):
     expected = compute_class_weight("balanced", classes=np.array(names), y=labels)
     assert [run.config.training.class_weights[name] for name in names] == pytest.approx(expected.tolist())
     assert Run(tmp_path / "run").config == run.config
+
+
+def test_class_weights_that_leave_nothing_to_learn_are_refused(tables, tmp_path):
+    from pellucid.run import train
+
+    with pytest.raises(UserError, match=r"training\.class_weights: all are 0"):
+        train(tables(max_steps=1, class_weights={"animal": 0, "metal": 0, "colour": 0}), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

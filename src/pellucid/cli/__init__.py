@@ -5,6 +5,7 @@ A user's mistake is one sentence on stderr and exit code 2, without a traceback.
 
 from __future__ import annotations
 
+import io
 import sys
 
 from pellucid.cli import data, machine, measure, see, train, use, watch  # noqa: F401  each adds its commands to the app
@@ -14,6 +15,9 @@ from pellucid.config import UserError
 
 def main() -> None:
     """Entry point: runs a command; a UserError becomes one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal does not know is shown by its code
     try:
         app()
     except UserError as error:
@@ -23,6 +27,7 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         print(f"pellucid: {place}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("pellucid: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # typer's answer to Ctrl-C, without a word
+            print("pellucid: interrupted", file=sys.stderr)
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,7 +128,7 @@ def data_import(
             source, out, tokenizer=tokenizer, kind=format, validation=validation, validation_fraction=validation_fraction,
             sequence_length=sequence_length, field=field, dtype=dtype, progress=shown.stage)
     _say_splits(shown, dataset)
-    shown.say(f"written: {out}; train on it with data.prepared={out} data.sequence_length={sequence_length}")
+    shown.say(f"written: {out}; train on it with {shlex.quote(f'data.prepared={out}')} data.sequence_length={sequence_length}")
 
 
 @data_app.command("search")

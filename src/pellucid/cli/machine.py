@@ -58,20 +58,24 @@ def plan(
     Example: pellucid plan base training.recompute=all optimizer.state_dtype=bf16 --memory 24GiB
     """  # fmt: skip
     from pellucid.measure import memory as peaks
-    from pellucid.model.size import sizes, with_vocabulary
+    from pellucid.model.size import sizes
     from pellucid.training.device import choose_device
 
     if device != "cuda":
         choose_device(device)
     names = [word for word in settings or [] if "=" not in word]
     overrides = [word for word in settings or [] if "=" in word]
-    named = names or (["small"] if overrides or memory else [])
-    configs = {name: _planned(name, overrides) for name in named or preset_names()}
+    if names or not (overrides or memory):
+        configs = {name: _planned(name, overrides) for name in names or preset_names()}
+    else:
+        config = _fitted(load_config(None, overrides))
+        configs = {config.model.preset or config.model.init_from: config}
+    named = list(configs) if names or overrides or memory else []
     rows = sizes(configs)
     budget = peaks.parse_bytes(memory) if memory is not None else None
     with progress() as shown:
         for name in named:
-            config = with_vocabulary(configs[name])
+            config = configs[name]
             shown.stage(f"{name}: a dry step", 0, None)
             rows[name] |= {"peak": peaks.predict_peak(config, device).as_dict(), "program": peaks.program_bytes(device)}
             if budget is not None:
@@ -92,8 +96,18 @@ def plan(
 
 def _planned(name: str, overrides: list[str]) -> Any:
     if name.endswith(".toml"):
-        return load_config(name, overrides)
-    return load_config(None, [f"model.preset={name}", *overrides])
+        return _fitted(load_config(name, overrides))
+    return _fitted(load_config(None, [f"model.preset={name}", *overrides]))
+
+
+def _fitted(config: Any) -> Any:
+    """With the shape of model.init_from, and the vocabulary."""
+    from pellucid.measure.memory import with_vocabulary
+    from pellucid.run import start_from
+
+    if config.model.init_from is not None:
+        start_from(config)
+    return with_vocabulary(config)
 
 
 def _print_memory(name: str, config: Any, row: dict[str, Any], memory: str | None) -> None:

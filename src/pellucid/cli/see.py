@@ -42,7 +42,7 @@ def explain(
 ) -> None:
     """One parameter update, number by number: gradient, clipping, moments, decay, learning rate, change; and its proofs.
 
-    The step is done again from the nearest checkpoint, bit for bit. The run itself is not changed.
+    The step is done again from the nearest checkpoint, bit for bit. In the run only capsules/ is added to, for `watch`.
 
     Example: pellucid explain runs/demo --step 120 --parameter layers.0.moe.router.weight --index 3,7
 

@@ -66,6 +66,8 @@ def predict(
 
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise UserError(f"--out {out}: give a name that ends in .csv or .jsonl")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     network, tokens = load_with_tokenizer(model, None, dtype)
     settings = trained_with(model)
     with progress() as shown:

@@ -56,6 +56,15 @@ class DataConfig(Section):
     mixture: list[MixtureSegment] = Field(default_factory=list, description="shares of the sources by step, instead of weights")
 
     @model_validator(mode="after")
+    def _fields_differ(self) -> DataConfig:
+        fields = self.label_fields
+        if self.label_field is not None and not fields:
+            raise ValueError("label_field: give at least one field")
+        if twice := next((field for field in fields if fields.count(field) > 1), None):
+            raise ValueError(f"label_field: '{twice}' is there twice")
+        return self
+
+    @model_validator(mode="after")
     def _documents_stay_whole(self) -> DataConfig:
         """A labelled document is read by itself and from its start to its end, or the label would be of something else."""
         if self.label_field is not None and self.packing == "concatenate":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
@@ -62,7 +63,9 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") and not values.get("init_from"):
+        if isinstance(values, dict) and values.get("preset"):
+            if values.get("init_from"):
+                raise ValueError("model.init_from brings its own shape: leave model.preset out")
             shape = preset(values["preset"])["model"]
             return {**shape, **{key: value for key, value in values.items() if value is not None}}
         return values
@@ -96,6 +99,7 @@ class ModelConfig(Section):
         return self
 
 
+@cache
 def preset_names() -> list[str]:
     """Presets, smallest first."""
     files = resources.files("pellucid.presets").iterdir()
@@ -106,7 +110,7 @@ def preset_names() -> list[str]:
 def preset(name: str) -> dict[str, Any]:
     """The tables of one preset file: `model`, and what suits a model of that size."""
     if name not in preset_names():
-        raise UserError(f"model.preset: there is no preset '{name}'{nearest(name, preset_names())}")
+        raise UserError(f"model.preset: there is no preset '{name}'{nearest(str(name), preset_names())}")
     return tomllib.loads((resources.files("pellucid.presets") / f"{name}.toml").read_text())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,14 +17,19 @@ from pellucid.config.sources import SourceConfig
 from pellucid.config.training import BUDGETS
 from pellucid.config.tree import Config
 
+BRANCH = re.compile(r"(function-|literal\[|list\[|dict\[|str$)")  # what pydantic calls the branches of a union
+
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML file (or none) and apply `key=value` overrides with TOML values (bare words are strings).
 
     Relative paths in the file mean: beside it (sources, tokenizer, lexicons, prepared data, model.init_from); those of
-    overrides, and output folders, mean: here. Raises UserError.
+    overrides, and output folders, mean: here. A run's own config.toml spells everything out; with overrides, what follows
+    from other values there follows anew. Raises UserError.
     """
     tables: dict[str, Any] = {}
+    overrides = list(overrides)
+    names = {override.partition("=")[0].strip() for override in overrides}
     if path is not None:
         try:
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -32,7 +38,12 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
         _resolve_paths(tables, Path(path).resolve().parent)
-    tables.setdefault("model", {"preset": "small"})  # so that an override changes the default model, not replaces it
+        if overrides and is_of_a_run(path):
+            tables = _in_fewest_words(tables, str(path))
+            if "model.preset" in names:
+                tables["model"] = {}
+    if "model.init_from" not in names:
+        tables.setdefault("model", {"preset": "small"})  # so that an override changes the default model, not replaces it
     budgets = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -56,6 +67,27 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     return make_config(tables, where=str(path) if path else "configuration")
 
 
+def is_of_a_run(path: str | Path) -> bool:
+    """Whether this is a run's own config.toml."""
+    return Path(path).name == "config.toml" and (Path(path).resolve().parent / "manifest.json").is_file()
+
+
+def _in_fewest_words(tables: dict[str, Any], where: str) -> dict[str, Any]:
+    """Tables of the same configuration, without the values that follow from the others (a preset's, head_dim, weight_decay)."""
+    whole = make_config(tables, where)
+    for section in list(tables.values()):
+        for table in [section, *(value for value in section.values() if isinstance(value, dict))]:
+            for key, value in list(table.items()):
+                del table[key]
+                try:
+                    same = Config.model_validate(tables) == whole
+                except (ValidationError, UserError):
+                    same = False
+                if not same:
+                    table[key] = value
+    return tables
+
+
 def make_config(tables: dict[str, Any], where: str = "configuration") -> Config:
     """Validate tables into a Config; mistakes become one UserError sentence that names the key."""
     try:
@@ -66,8 +98,11 @@ def make_config(tables: dict[str, Any], where: str = "configuration") -> Config:
 
 def explain_validation_error(error: ValidationError, root: type[BaseModel]) -> str:
     """The first mistake as `key: what is wrong`, with the nearest known key where one was misspelt."""
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if isinstance(part, int) or not str(part).startswith("function-")]
+    errors = error.errors()
+    start = next((n for n, part in enumerate(errors[0]["loc"]) if BRANCH.match(str(part))), None)
+    alike = errors[:1] if start is None else [e for e in errors if e["loc"][:start] == errors[0]["loc"][:start]]
+    first = max(alike, key=lambda e: len(e["loc"]))  # of a union's branches the one that the value fitted furthest
+    location = [part for part in first["loc"] if isinstance(part, int) or not BRANCH.match(part)]
     chosen = next((AUGMENTERS[p] for p in location if p in AUGMENTERS and "augment" in location), None)
     location = [p for p in location if chosen is None or p not in AUGMENTERS]
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")

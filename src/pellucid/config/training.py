@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ class TrainingConfig(Section):
 
     task: Literal["language_modeling", "classification", "regression"] = "language_modeling"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="classification: share of the target spread over all classes")
-    class_weights: Literal["balanced"] | dict[str, float] | None = Field(
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = Field(
         None, description="classification: factor on the loss of a class's documents; balanced: documents / (classes * its own)")
     huber_delta: float | None = Field(None, gt=0, description="regression: beyond so many standard deviations the loss is linear")
     max_steps: int | None = Field(None, ge=1, description="budget in optimizer steps")
@@ -25,7 +25,7 @@ class TrainingConfig(Section):
     batch_size: int = Field(16, ge=1, description="sequences per optimizer step, over all devices")
     micro_batch_size: int | None = Field(None, ge=1, description="sequences per forward pass; None: batch_size")
     precision: Literal["auto", "fp32", "bf16", "parity"] = Field("auto", description="of products; master weights are fp32")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     gradient_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
     z_loss: float = Field(0.0, ge=0, description="weight of mean(logsumexp(logits)^2) (PaLM uses 1e-4)")

@@ -55,6 +55,11 @@ class Unreadable:
     reason: str
     message: str
 
+    @property
+    def message_for_options(self) -> str:
+        """Where settings are given as options of the command."""
+        return self.message.replace("data.label_field", "--label-field").replace("(set text_field)", "(set --text-field)")
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:

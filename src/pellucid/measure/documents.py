@@ -97,6 +97,8 @@ def evaluate_labels(
     head = _head(model)
     numbers = head.problem_type == "regression"
     fields = tuple(label_fields) or (tuple(head.labels) if numbers and "[" not in head.labels[0] else ("label",))
+    if sorted(fields) == sorted(head.labels):
+        fields = tuple(head.labels)  # in whatever order they are named
     result, cut = LabelEvaluation(head), 0
     for documents, outputs_MK, cut_M in _answers(model, tokenizer, path, text_field, fields, normalization, progress):
         labels_MK = _true(head, documents)
@@ -136,7 +138,7 @@ def _answers(model, tokenizer, path: str, text_field: str, label_fields: Sequenc
     while chunk := list(islice(stream, DOCUMENTS)):
         for document in chunk:
             if isinstance(document, Unreadable):
-                raise UserError(document.message.replace("data.label_field", "--label-field"))
+                raise UserError(document.message_for_options)
         texts = [normalize(document.text, normalization) for document in chunk]
         yield chunk, *answer(model, tokenizer, texts)
         documents += len(chunk)

@@ -58,7 +58,7 @@ def evaluate_files(
 def _texts(file: Any, normalization: NormalizeConfig) -> Iterator[str]:
     for document in read_documents(file):
         if isinstance(document, Unreadable):
-            raise UserError(document.message)
+            raise UserError(document.message_for_options)
         if (text := normalize(document.text, normalization)).strip():  # training drops blank ones too
             yield text
 

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pellucid.config import Config, UserError
-from pellucid.data.dataset import Batch
+from pellucid.data.dataset import Batch, Dataset
+from pellucid.data.tokenizer import load_tokenizer
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.kernels import gpu, native
@@ -178,6 +179,22 @@ def _shared(tensor: Tensor) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------- a step
+
+
+def with_vocabulary(config: Config) -> Config:
+    """The same with the vocabulary that its tokenizer has, or is to have. Raises UserError where only the text can tell."""
+    if config.model.vocab_size is not None:
+        return config
+    wanted = config.data.tokenizer
+    if config.data.prepared is not None:
+        size = Dataset(config.data.prepared, verify=False).tokenizer.vocab_size
+    elif wanted.kind == "file":
+        size = load_tokenizer(wanted.path).vocab_size
+    elif wanted.kind == "characters":
+        raise UserError("data.tokenizer.kind = 'characters': how many there are is known once the text is read; set model.vocab_size")
+    else:
+        size = 4 + 256 if wanted.kind == "bytes" else wanted.vocab_size
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def predict_peak(config: Config, device: str = "cpu") -> Peak:

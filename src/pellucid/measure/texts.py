@@ -68,7 +68,7 @@ def file_texts(
     for file in files:
         for document in read_documents(file):
             if isinstance(document, Unreadable):
-                raise UserError(document.message)
+                raise UserError(document.message_for_options)
             chosen = share == 1.0 or hash_text(document.text) < share * 2.0**64  # whatever the order of documents
             if chosen and (text := normalize(document.text, config)).strip():
                 found.texts.append(text)

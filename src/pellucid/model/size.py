@@ -48,10 +48,13 @@ def training_bytes(config: ModelConfig) -> int:
 
 
 def sizes(configs: dict[str, Config]) -> dict[str, dict[str, float]]:
-    """Per name: its shape, parameters, FLOPs of one trained token at its own sequence length, bytes to train."""
+    """Per name: its shape, parameters, FLOPs of one trained token at its own sequence length, bytes to train.
+
+    Each configuration's model.vocab_size is known.
+    """
     table = {}
     for name, settings in configs.items():
-        config = with_vocabulary(settings).model
+        config = settings.model
         counts = parameter_counts(config)
         table[name] = {
             "layers": config.num_hidden_layers,
@@ -64,9 +67,3 @@ def sizes(configs: dict[str, Config]) -> dict[str, dict[str, float]]:
             "bytes to train": training_bytes(config),
         }
     return table
-
-
-def with_vocabulary(settings: Config) -> Config:
-    """The same with the vocabulary that its tokenizer is to have."""
-    vocabulary = settings.model.vocab_size or settings.data.tokenizer.vocab_size
-    return settings.model_copy(update={"model": settings.model.model_copy(update={"vocab_size": vocabulary})})

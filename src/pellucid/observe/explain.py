@@ -136,15 +136,16 @@ def explain(
         result, catcher, explanation = explain_step(replay, batches, parameter, index)
     explanation.proofs[:0] = [_as_recorded(run_dir, step, catcher, result), *_as_saved(run_dir, step, catcher)]
     update = catcher.update
-    save_capsule(run_dir, step, {
-        "before." + catcher.name: update.weight, "after." + catcher.name: catcher.fast,
-        "gradient." + catcher.name: catcher.clipped, **{f"{k}.{catcher.name}": v for k, v in catcher.state.items()},
-        **{f"term.{k}.{catcher.name}": v for k, v in update.terms.items()},
-        "tokens": torch.cat([b.tokens_BT for b in batches]), "targets": torch.cat([b.targets_BT for b in batches]),
-    }, {"step": step, "parameter": catcher.name, "clip_factor": result.clip_factor, "settings": explanation.settings})  # fmt: skip
+    with suppress(OSError, safetensors.SafetensorError):  # the explanation stands without it, where the run cannot be written to
+        save_capsule(run_dir, step, {
+            "before." + catcher.name: update.weight, "after." + catcher.name: catcher.fast,
+            "gradient." + catcher.name: catcher.clipped, **{f"{k}.{catcher.name}": v for k, v in catcher.state.items()},
+            **{f"term.{k}.{catcher.name}": v for k, v in update.terms.items()},
+            "tokens": torch.cat([b.tokens_BT for b in batches]), "targets": torch.cat([b.targets_BT for b in batches]),
+        }, {"step": step, "parameter": catcher.name, "clip_factor": result.clip_factor, "settings": explanation.settings})  # fmt: skip
     on_explained(explanation)
     if to_play:
-        with suppress(UserError):  # the explanation stands without it; `watch` says why a step cannot be played
+        with suppress(UserError, OSError):  # here too; and `watch` says why a step cannot be played
             theatre.save_theatre(run_dir, theatre.stage(replay, run_dir=run_dir, seconds=PROOF_SECONDS))
     return explanation
 

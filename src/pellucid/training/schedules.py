@@ -22,6 +22,9 @@ def budget_in_steps(config: Config, train_split: Any) -> int:
     else:
         steps = math.ceil(settings.max_epochs * train_split.rows_per_epoch / settings.batch_size)
     most = train_split.steps_in_all(settings.batch_size)
+    if most == 0:
+        raise UserError(f"data.sources: with their epochs the text is not enough for one step of training.batch_size = "
+                        f"{settings.batch_size} rows; let one source have more epochs, or lower training.batch_size")
     if most is not None and steps > most:
         raise UserError(f"data.sources: with their epochs there is text for {most:,} steps, and the run asks for {steps:,}; set "
                         f"training.max_steps = {most}, or let one source have more epochs")

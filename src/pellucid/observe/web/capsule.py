@@ -7,6 +7,7 @@ A play is made by a process of its own, at low priority: neither this server nor
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ def read_capsule(run_dir: Path, step: int) -> dict[str, Any]:
     """
     path = run_dir / "capsules" / f"step-{step}.safetensors"
     if not path.is_file():
-        raise UserError(f"step {step} has no capsule; `pellucid explain {run_dir} --step {step}` makes one")
+        raise UserError(f"step {step} has no capsule; `pellucid explain {shlex.quote(str(run_dir))} --step {step}` makes one")
     try:
         with safe_open(path, framework="pt") as file:
             facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
@@ -88,7 +89,8 @@ class Plays:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except OSError:
-            raise UserError(f"step {step} has no play; `pellucid explain {self.run_dir} --step {step}` makes one") from None
+            again = f"pellucid explain {shlex.quote(str(self.run_dir))} --step {step}"
+            raise UserError(f"step {step} has no play; `{again}` makes one") from None
         except ValueError as error:
             raise UserError(f"{path}: the play is damaged ({error}); remove the file and make it again") from None
 

@@ -7,6 +7,7 @@ V tokens of the vocabulary, N tokens looked at, k experts per token.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def preferences(run_dir: Path, dataset: Dataset, text_of: Any, parameters: int) 
         raise UserError("no checkpoint is kept yet; the experts' tokens are read from the newest one")
     if parameters > MOST_PARAMETERS:
         raise UserError(f"{parameters:,} parameters are too many to read beside a training; measure them with "
-                        f"`pellucid measure experts {run_dir}`")  # fmt: skip
+                        f"`pellucid measure experts {shlex.quote(str(run_dir))}`")  # fmt: skip
     step, folder = max(saved.items())
     model = Grok1(load_config(run_dir / "config.toml").model)
     model.load_state_dict(checkpoint.load(folder).tensors["model"])

@@ -63,8 +63,8 @@ export const when = (step) => (step < 0 ? "before training" : `after step ${coun
 export const plural = (n, one, many = one + "s") => `${count(n)} ${n === 1 ? one : many}`;
 
 /** Which steps a number belongs to, in words: one, or all from the first to the last. */
-export const stepsOf = (first, last) => (first === last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`);
-export const whenOf = (first, last) => `${first === last ? "at" : "on average over"} ${stepsOf(first, last)}`;
+export const stepsOf = (first, last) => (last < 0 ? "before training" : first === last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`);
+export const whenOf = (first, last) => (last < 0 ? stepsOf(first, last) : `${first === last ? "at" : "on average over"} ${stepsOf(first, last)}`);
 /** When a number was measured that stands beside others, where that is not when they were. */
 export const elsewhen = (reading, beside) => (!reading || reading.when === beside.when ? "" : ` (${reading.when})`);
 export const capital = (text) => text[0].toUpperCase() + text.slice(1);
