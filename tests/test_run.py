@@ -1,7 +1,10 @@
 """A run on disk: what lies in it, what it is called, and that its config.toml repeats it from anywhere."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -13,6 +16,7 @@ from pellucid.config import UserError, load_config
 from pellucid.run import Run, next_run_dir, run_name, train
 from pellucid.training.checkpoint import saved_steps
 from pellucid.training.device import choose_device, choose_precision, resolve_precision
+from pellucid.training.loop import Loop
 
 
 def test_run_directory_holds_what_the_design_says(tiny_run):
@@ -60,6 +64,28 @@ def test_a_refused_resume_names_the_difference_and_changes_nothing(section, valu
         train(tables, run_dir=tmp_path / "run", resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert not (tmp_path / "data").exists(), "nothing is prepared for it"
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tiny_tables, tmp_path, monkeypatch):
+    """What a second one is told while the first, in turn a new run and a resumed one, is amid its steps."""
+    folder, refused, step = tmp_path / "run", [], Loop.step
+
+    def step_beside_another(loop):
+        if loop.counters.step in (5, 13):
+            command = [sys.executable, "-c", "from pellucid.cli import main; main()", "train", "--run-dir", str(folder), "--resume"]
+            refused.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+        return step(loop)
+
+    monkeypatch.setattr(Loop, "step", step_beside_another)
+    train(tiny_tables(), run_dir=folder)
+    train(tiny_tables(max_steps=16), run_dir=folder, resume=True)
+    sentence = f"pellucid: {folder}: is being trained by process {os.getpid()}; wait for its end, or stop it first\n"
+    assert [(second.returncode, second.stderr) for second in refused] == [(2, sentence)] * 2
+    monkeypatch.setattr(Loop, "step", lambda loop: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_tables(max_steps=20), run_dir=folder, resume=True)
+    monkeypatch.setattr(Loop, "step", step)
+    train(tiny_tables(max_steps=20), run_dir=folder, resume=True)  # a failed one holds nothing
 
 
 def test_auto_precision_is_written_down_as_what_it_became(tiny_tables, tmp_path):

@@ -36,6 +36,7 @@ from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
 from pellucid.training.device import choose_device, choose_precision, keep_threads, keeping_freed_memory, resolve_precision
+from pellucid.training.lock import only_trainer
 from pellucid.training.loop import Loop, budget_in_steps
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
@@ -102,8 +103,9 @@ def train(
         config = load_config(config)
     check_tools(config.observe.export)
     shown = Shown() if progress else Quiet()
-    try:
-        run = _train(resolved_config(config), folder, resume, shown)
+    with contextlib.ExitStack() as held:
+        held.callback(shown.close)
+        run = _train(resolved_config(config), folder, resume, shown, held)
         if run.stopped_by is None:
             _stage_plays(shown, run)
         for tool in config.observe.export:
@@ -111,14 +113,14 @@ def train(
         if run.stopped_by is None:
             shown.say(summary.what_next(run))
         return run
-    finally:
-        shown.close()
 
 
-def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
+def _train(config: Config, folder: Path, resume: bool, progress: Quiet, held: contextlib.ExitStack) -> Run:
+    """`held` takes the run's lock: it is ours to the end of `train`."""
     device = choose_device(config.training.device)  # before any work is spent
     if resume:
         _refuse_other_settings(Run(folder), config)
+        held.enter_context(only_trainer(folder))
     origin = start_from(config) if config.model.init_from is not None and not (resume and saved_steps(folder / "checkpoints")) else None
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
@@ -134,6 +136,7 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     optimizer = build_optimizer(model, config.optimizer, config.training.seed)
     if not resume:
         write_run_files(folder, config, dataset)
+        held.enter_context(only_trainer(folder))
     run = Run(folder)
     if resume and device.type == "cpu" and (note := keep_threads(run.threads)):
         progress.say(note)
