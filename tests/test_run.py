@@ -8,12 +8,13 @@ import sys
 import tomllib
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 
 import pellucid
 from pellucid.config import UserError, load_config
-from pellucid.run import Run, next_run_dir, run_name, train
+from pellucid.run import Run, next_run_dir, resolved_config, run_name, train
 from pellucid.training.checkpoint import saved_steps
 from pellucid.training.device import choose_device, choose_precision, resolve_precision
 from pellucid.training.loop import Loop
@@ -46,6 +47,31 @@ def test_a_run_on_relative_sources_is_resumed(tiny_folder, tiny_tables, tmp_path
     assert max(saved_steps(train(None, run_dir="run", resume=True).directory / "checkpoints")) == 12
     tables["training"]["max_steps"] = 14
     assert max(saved_steps(train(tables, run_dir="run", resume=True).directory / "checkpoints")) == 14
+
+
+def test_every_path_given_here_means_the_same_in_the_config_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = pellucid.Config.model_validate({"model": {"init_from": "m"}, "data": {
+        "sources": ["s/*.txt", {"path": "t.jsonl"}, "builtin:python"], "validation": ["v"], "prepared": "p", "directory": "d",
+        "tokenizer": {"kind": "file", "path": "k"}, "decontaminate": {"against": ["a", {"path": "b"}]},
+        "augment": [{"name": "synonyms", "path": "w"}]}})  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(resolved_config(config).to_toml())
+    again = load_config("run/config.toml")
+    data = again.data
+    found = [again.model.init_from, data.prepared, data.directory, data.tokenizer.path, data.augment[0].path,
+             *(source.path for source in (*data.validation, *data.decontaminate.against, *data.sources))]  # fmt: skip
+    here = ("m", "p", "d", "k", "w", "v", "a", "b", "s/*.txt", "t.jsonl")
+    assert found == [*(str(tmp_path / name) for name in here), "builtin:python"]
+
+
+def test_a_run_on_prepared_data_named_on_the_command_line_is_resumed(tiny_tables, tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run.manifest["data"]["directory"], tmp_path / "prepared")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text(tomli_w.dumps(tiny_tables(max_steps=4)))
+    train(load_config("a.toml", ["data.prepared=prepared"]), run_dir="run")
+    assert max(saved_steps(train(None, run_dir="run", resume=True).directory / "checkpoints")) == 4
+    assert max(saved_steps(train("run/config.toml", run_dir="again").directory / "checkpoints")) == 4
 
 
 @pytest.mark.parametrize(("section", "values", "named"), [

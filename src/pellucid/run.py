@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pellucid import summary
-from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, is_file_path, load_config, make_config, nearest
+from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, load_config, make_config, nearest, resolve_paths
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
 from pellucid.exchange.huggingface import save_huggingface
@@ -352,13 +352,6 @@ def _replace(path: Path, text: str) -> None:
 def resolved_config(config: Config) -> Config:
     """The same with absolute paths, so that it means the same wherever it is read."""
     resolved = config.model_copy(deep=True)
-    data = resolved.data
-    for source in [*data.sources, *data.validation]:
-        if is_file_path(source.path):
-            source.path = os.path.abspath(source.path)
-    data.directory = os.path.abspath(data.directory)
-    if resolved.model.init_from is not None:
-        resolved.model.init_from = os.path.abspath(resolved.model.init_from)
-    if data.tokenizer.path is not None:
-        data.tokenizer.path = os.path.abspath(data.tokenizer.path)
+    resolve_paths(resolved, Path.cwd())
+    resolved.data.directory = os.path.abspath(resolved.data.directory)
     return resolved
