@@ -21,7 +21,17 @@ from typing import Any
 import torch
 
 from pellucid import summary
-from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, load_config, make_config, nearest, resolve_paths
+from pellucid.config import (
+    Config,
+    HeadConfig,
+    ModelConfig,
+    TokenizerConfig,
+    UserError,
+    load_config,
+    make_config,
+    nearest,
+    resolve_paths,
+)
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
 from pellucid.exchange.huggingface import save_huggingface
@@ -118,12 +128,18 @@ def train(
 def _train(config: Config, folder: Path, resume: bool, progress: Quiet, held: contextlib.ExitStack) -> Run:
     """`held` takes the run's lock: it is ours to the end of `train`."""
     device = choose_device(config.training.device)  # before any work is spent
+    brought = config.model.init_from is not None and config.data.tokenizer.kind != "file"  # the tokenizer, by the origin
+    begun = resume and bool(saved_steps(folder / "checkpoints"))
     if resume:
+        if begun and config.model.init_from is not None:
+            _go_on_without_origin(config, Run(folder).config)
         _refuse_other_settings(Run(folder), config)
         held.enter_context(only_trainer(folder))
-    origin = start_from(config) if config.model.init_from is not None and not (resume and saved_steps(folder / "checkpoints")) else None
+    origin = start_from(config) if config.model.init_from is not None and not begun else None
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
+    if brought:
+        config.data.tokenizer = TokenizerConfig(kind="file", path=str(dataset.directory / "tokenizer"))
     _fit_vocabulary(config, dataset)
     _fit_labels(config, dataset)
     budget_in_steps(config, dataset.split("train", config.training.seed))  # refuses more than there is, with nothing written
@@ -233,15 +249,10 @@ def start_from(config: Config) -> Source:
 
     Raises UserError where nothing is there, or where the configuration asks for another shape.
     """
-    path, asked = Path(config.model.init_from), config.model
+    path = Path(config.model.init_from)
     origin = open_source(path)
-    shape = origin.config.model_copy(update={"head": None})
-    derived = {"preset", "init_from", "head"}
-    for name in asked.model_fields_set - derived:
-        if getattr(asked, name) not in (None, getattr(shape, name)):
-            raise UserError(f"model.{name} is {getattr(asked, name)}, but the model in {path} has {getattr(shape, name)}: "
-                            "with model.init_from its shape is taken over; leave the key out")  # fmt: skip
-    config.model = shape.model_copy(update={"init_from": str(path), "preset": None})
+    _take_shape(config, origin.config)
+    shape = config.model
     if config.data.sequence_length > shape.max_position_embeddings:
         raise UserError(f"data.sequence_length {config.data.sequence_length}: the model in {path} is meant for at most "
                         f"{shape.max_position_embeddings} tokens")  # fmt: skip
@@ -252,6 +263,22 @@ def start_from(config: Config) -> Source:
                             "and data.tokenizer.path")  # fmt: skip
         config.data.tokenizer = TokenizerConfig(kind="file", path=str(folder))
     return origin
+
+
+def _take_shape(config: Config, shape: ModelConfig) -> None:
+    asked = config.model
+    for name in asked.model_fields_set - {"preset", "init_from", "head"}:
+        if getattr(asked, name) not in (None, getattr(shape, name)):
+            raise UserError(f"model.{name} is {getattr(asked, name)}, but the model in {asked.init_from} has {getattr(shape, name)}: "
+                            "with model.init_from its shape is taken over; leave the key out")  # fmt: skip
+    config.model = shape.model_copy(update={"init_from": asked.init_from, "preset": None, "head": None})
+
+
+def _go_on_without_origin(config: Config, own: Config) -> None:
+    """What start_from took over when the run began, as the run keeps it: the origin may be gone."""
+    _take_shape(config, own.model)
+    if config.data.tokenizer.kind != "file":
+        config.data.tokenizer = own.data.tokenizer
 
 
 def _fit_labels(config: Config, dataset: Dataset) -> None:
