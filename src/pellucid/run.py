@@ -159,8 +159,9 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet, held: co
     loop = Loop(config, model, optimizer, dataset, folder, SilentObserver(), progress)
     if resume:
         loop.resume()
-        if run.manifest["data"]["fingerprint"] != dataset.fingerprint:
-            raise UserError(f"{folder}: cannot resume, its data has changed since ({run.manifest['data']['directory']})")
+        if loop.counters.step > loop.max_steps:
+            raise UserError(f"{folder}: has done {loop.counters.step} steps already, more than the {loop.max_steps} that are asked "
+                            "for: give it a longer budget, or start anew in another --run-dir")  # fmt: skip
     with _observing(loop, new=not resume) as observer:
         loop.observer = observer
         if resume:

@@ -335,6 +335,15 @@ def test_longer_budget_continues_is_written_down_and_lasts(copied, tiny_tables, 
     assert change["before"]["training"]["max_steps"] == 12
 
 
+def test_a_budget_below_what_is_done_is_refused_and_not_written_down(copied, tiny_tables, recorded):
+    before = {path: path.read_bytes() for path in (copied / "config.toml", copied / "manifest.json")}
+    with pytest.raises(UserError, match="has done 7 steps already, more than the 6 that are asked for"):
+        recorded(tiny_tables(max_steps=6), copied, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    recorded(tiny_tables(max_steps=7), copied, resume=True)
+    assert (copied / "model").is_dir()
+
+
 def test_finished_run_resumes_to_itself(tiny_run, tmp_path, recorded, final_state):
     shutil.copytree(tiny_run.directory, tmp_path / "run")
     run, heard = recorded(None, tmp_path / "run", resume=True)
