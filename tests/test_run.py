@@ -1,20 +1,25 @@
 """A run on disk: what lies in it, what it is called, and that its config.toml repeats it from anywhere."""
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 
 import pellucid
 from pellucid.config import UserError, load_config
-from pellucid.run import Run, next_run_dir, run_name, train
+from pellucid.run import Run, next_run_dir, resolved_config, run_name, train
 from pellucid.summary import what_next
 from pellucid.training.checkpoint import saved_steps
 from pellucid.training.device import choose_device, choose_precision, resolve_precision
+from pellucid.training.loop import Loop
 
 
 def test_run_directory_holds_what_the_design_says(tiny_run):
@@ -53,6 +58,29 @@ def test_a_resumed_run_leaves_its_caller_the_threads_it_had(tiny_tables, tmp_pat
     torch.set_num_threads(2)
     train(tiny_tables(max_steps=8), run_dir=tmp_path / "run", resume=True)
     assert torch.get_num_threads() == 2
+def test_every_path_given_here_means_the_same_in_the_config_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = pellucid.Config.model_validate({"model": {"init_from": "m"}, "data": {
+        "sources": ["s/*.txt", {"path": "t.jsonl"}, "builtin:python"], "validation": ["v"], "prepared": "p", "directory": "d",
+        "tokenizer": {"kind": "file", "path": "k"}, "decontaminate": {"against": ["a", {"path": "b"}]},
+        "augment": [{"name": "synonyms", "path": "w"}]}})  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(resolved_config(config).to_toml())
+    again = load_config("run/config.toml")
+    data = again.data
+    found = [again.model.init_from, data.prepared, data.directory, data.tokenizer.path, data.augment[0].path,
+             *(source.path for source in (*data.validation, *data.decontaminate.against, *data.sources))]  # fmt: skip
+    here = ("m", "p", "d", "k", "w", "v", "a", "b", "s/*.txt", "t.jsonl")
+    assert found == [*(str(tmp_path / name) for name in here), "builtin:python"]
+
+
+def test_a_run_on_prepared_data_named_on_the_command_line_is_resumed(tiny_tables, tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run.manifest["data"]["directory"], tmp_path / "prepared")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text(tomli_w.dumps(tiny_tables(max_steps=4)))
+    train(load_config("a.toml", ["data.prepared=prepared"]), run_dir="run")
+    assert max(saved_steps(train(None, run_dir="run", resume=True).directory / "checkpoints")) == 4
+    assert max(saved_steps(train("run/config.toml", run_dir="again").directory / "checkpoints")) == 4
 
 
 @pytest.mark.parametrize(("section", "values", "named"), [
@@ -71,6 +99,28 @@ def test_a_refused_resume_names_the_difference_and_changes_nothing(section, valu
         train(tables, run_dir=tmp_path / "run", resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert not (tmp_path / "data").exists(), "nothing is prepared for it"
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tiny_tables, tmp_path, monkeypatch):
+    """What a second one is told while the first, in turn a new run and a resumed one, is amid its steps."""
+    folder, refused, step = tmp_path / "run", [], Loop.step
+
+    def step_beside_another(loop):
+        if loop.counters.step in (5, 13):
+            command = [sys.executable, "-c", "from pellucid.cli import main; main()", "train", "--run-dir", str(folder), "--resume"]
+            refused.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+        return step(loop)
+
+    monkeypatch.setattr(Loop, "step", step_beside_another)
+    train(tiny_tables(), run_dir=folder)
+    train(tiny_tables(max_steps=16), run_dir=folder, resume=True)
+    sentence = f"pellucid: {folder}: is being trained by process {os.getpid()}; wait for its end, or stop it first\n"
+    assert [(second.returncode, second.stderr) for second in refused] == [(2, sentence)] * 2
+    monkeypatch.setattr(Loop, "step", lambda loop: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_tables(max_steps=20), run_dir=folder, resume=True)
+    monkeypatch.setattr(Loop, "step", step)
+    train(tiny_tables(max_steps=20), run_dir=folder, resume=True)  # a failed one holds nothing
 
 
 def test_auto_precision_is_written_down_as_what_it_became(tiny_tables, tmp_path):

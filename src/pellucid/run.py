@@ -22,7 +22,18 @@ from typing import Any
 import torch
 
 from pellucid import summary
-from pellucid.config import Config, HeadConfig, TokenizerConfig, UserError, is_file_path, is_of_a_run, load_config, make_config, nearest
+from pellucid.config import (
+    Config,
+    HeadConfig,
+    ModelConfig,
+    TokenizerConfig,
+    UserError,
+    is_of_a_run,
+    load_config,
+    make_config,
+    nearest,
+    resolve_paths,
+)
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
 from pellucid.exchange.huggingface import save_huggingface
@@ -37,6 +48,7 @@ from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
 from pellucid.training.checkpoint import diff_settings, saved_steps
 from pellucid.training.device import choose_device, choose_precision, keep_threads, keeping_freed_memory, resolve_precision
+from pellucid.training.lock import only_trainer
 from pellucid.training.loop import Loop, budget_in_steps
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
@@ -102,9 +114,11 @@ def train(
     elif not isinstance(config, Config):
         config = load_config(config)
     check_tools(config.observe.export)
-    shown, threads = Shown() if progress else Quiet(), torch.get_num_threads()
-    try:
-        run = _train(resolved_config(config), folder, resume, shown)
+    shown = Shown() if progress else Quiet()
+    with contextlib.ExitStack() as held:
+        held.callback(shown.close)
+        held.callback(torch.set_num_threads, torch.get_num_threads())  # the caller's: a resumed run takes the number it began with
+        run = _train(resolved_config(config), folder, resume, shown, held)
         if run.stopped_by is None:
             _stage_plays(shown, run)
         for tool in config.observe.export:
@@ -112,18 +126,23 @@ def train(
         if run.stopped_by is None:
             shown.say(summary.what_next(run))
         return run
-    finally:
-        shown.close()
-        torch.set_num_threads(threads)  # the caller's: a resumed run takes the number it began with
 
 
-def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
+def _train(config: Config, folder: Path, resume: bool, progress: Quiet, held: contextlib.ExitStack) -> Run:
+    """`held` takes the run's lock: it is ours to the end of `train`."""
     device = choose_device(config.training.device)  # before any work is spent
+    brought = config.model.init_from is not None and config.data.tokenizer.kind != "file"  # the tokenizer, by the origin
+    begun = resume and bool(saved_steps(folder / "checkpoints"))
     if resume:
+        if begun and config.model.init_from is not None:
+            _go_on_without_origin(config, Run(folder).config)
         _refuse_other_settings(Run(folder), config)
-    origin = start_from(config) if config.model.init_from is not None and not (resume and saved_steps(folder / "checkpoints")) else None
+        held.enter_context(only_trainer(folder))
+    origin = start_from(config) if config.model.init_from is not None and not begun else None
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
+    if brought:
+        config.data.tokenizer = TokenizerConfig(kind="file", path=str(dataset.directory / "tokenizer"))
     _fit_vocabulary(config, dataset)
     _fit_labels(config, dataset)
     budget_in_steps(config, dataset.split("train", config.training.seed))  # refuses more than there is, with nothing written
@@ -136,14 +155,16 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet) -> Run:
     optimizer = build_optimizer(model, config.optimizer, config.training.seed)
     if not resume:
         write_run_files(folder, config, dataset)
+        held.enter_context(only_trainer(folder))
     run = Run(folder)
     if resume and device.type == "cpu" and (note := keep_threads(run.threads)):
         progress.say(note)
     loop = Loop(config, model, optimizer, dataset, folder, SilentObserver(), progress)
     if resume:
         loop.resume()
-        if run.manifest["data"]["fingerprint"] != dataset.fingerprint:
-            raise UserError(f"{folder}: cannot resume, its data has changed since ({run.manifest['data']['directory']})")
+        if loop.counters.step > loop.max_steps:
+            raise UserError(f"{folder}: has done {loop.counters.step} steps already, more than the {loop.max_steps} that are asked "
+                            "for: give it a longer budget, or start anew in another --run-dir")  # fmt: skip
     with _observing(loop, new=not resume) as observer:
         loop.observer = observer
         if resume:
@@ -232,15 +253,10 @@ def start_from(config: Config) -> Source:
 
     Raises UserError where nothing is there, or where the configuration asks for another shape.
     """
-    path, asked = Path(config.model.init_from), config.model
+    path = Path(config.model.init_from)
     origin = open_source(path)
-    shape = origin.config.model_copy(update={"head": None})
-    derived = {"preset", "init_from", "head"}
-    for name in asked.model_fields_set - derived:
-        if getattr(asked, name) not in (None, getattr(shape, name)):
-            raise UserError(f"model.{name} is {getattr(asked, name)}, but the model in {path} has {getattr(shape, name)}: "
-                            "with model.init_from its shape is taken over; leave the key out")  # fmt: skip
-    config.model = shape.model_copy(update={"init_from": str(path), "preset": None})
+    _take_shape(config, origin.config)
+    shape = config.model
     if config.data.sequence_length > shape.max_position_embeddings:
         raise UserError(f"data.sequence_length {config.data.sequence_length}: the model in {path} is meant for at most "
                         f"{shape.max_position_embeddings} tokens")  # fmt: skip
@@ -251,6 +267,22 @@ def start_from(config: Config) -> Source:
                             "and data.tokenizer.path")  # fmt: skip
         config.data.tokenizer = TokenizerConfig(kind="file", path=str(folder))
     return origin
+
+
+def _take_shape(config: Config, shape: ModelConfig) -> None:
+    asked = config.model
+    for name in asked.model_fields_set - {"preset", "init_from", "head"}:
+        if getattr(asked, name) not in (None, getattr(shape, name)):
+            raise UserError(f"model.{name} is {getattr(asked, name)}, but the model in {asked.init_from} has {getattr(shape, name)}: "
+                            "with model.init_from its shape is taken over; leave the key out")  # fmt: skip
+    config.model = shape.model_copy(update={"init_from": asked.init_from, "preset": None, "head": None})
+
+
+def _go_on_without_origin(config: Config, own: Config) -> None:
+    """What start_from took over when the run began, as the run keeps it: the origin may be gone."""
+    _take_shape(config, own.model)
+    if config.data.tokenizer.kind != "file":
+        config.data.tokenizer = own.data.tokenizer
 
 
 def _fit_labels(config: Config, dataset: Dataset) -> None:
@@ -353,13 +385,6 @@ def _replace(path: Path, text: str) -> None:
 def resolved_config(config: Config) -> Config:
     """The same with absolute paths, so that it means the same wherever it is read."""
     resolved = config.model_copy(deep=True)
-    data = resolved.data
-    for source in [*data.sources, *data.validation]:
-        if is_file_path(source.path):
-            source.path = os.path.abspath(source.path)
-    data.directory = os.path.abspath(data.directory)
-    if resolved.model.init_from is not None:
-        resolved.model.init_from = os.path.abspath(resolved.model.init_from)
-    if data.tokenizer.path is not None:
-        data.tokenizer.path = os.path.abspath(data.tokenizer.path)
+    resolve_paths(resolved, Path.cwd())
+    resolved.data.directory = os.path.abspath(resolved.data.directory)
     return resolved

@@ -316,7 +316,7 @@ def test_full_disk_while_a_checkpoint_is_written_costs_nothing_but_that_checkpoi
     ended = limited(60_000, "train", "tiny.toml", "--run-dir", "run", cwd=here)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.count("\n") == 1 and "the disk is full" in ended.stderr, ended.stderr
-    assert sorted(os.listdir(here / "run")) == ["checkpoints", "config.toml", "manifest.json"]
+    assert sorted(os.listdir(here / "run")) == [".lock", "checkpoints", "config.toml", "manifest.json"]
     assert os.listdir(here / "run" / "checkpoints") == []
     code, _, errors = command("train", "--run-dir", "run", "--resume")
     assert code == 0, errors

@@ -3,13 +3,16 @@
 PELLUCID_KILLS sets how many times SIGKILL falls (default 12).
 """
 
+import fcntl
 import multiprocessing
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -109,7 +112,7 @@ def test_run_killed_at_random_moments_ends_with_the_very_same_weights(
     assert not list(tmp_path.glob("run-*/checkpoints/*.saving")), "a later save cleans what a kill left"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_it_saves_says_how_to_go_on_and_does(number, tiny_tables, tmp_path, final_state, process):
     """Through the real command, in a process of its own."""
     import tomli_w
@@ -136,6 +139,46 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_does(number, tiny_tables, 
     unbroken = process(tables, tmp_path / "unbroken")
     unbroken.join()
     assert final_state(folder) == final_state(tmp_path / "unbroken")
+
+
+@pytest.fixture
+def started(tiny_tables, tmp_path):
+    """A function: the real command, training tiny.toml into tmp_path/run, as Popen with these options starts it."""
+    import tomli_w
+
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(killing_settings(tiny_tables, "fp32")))
+    command = [sys.executable, "-c", "from pellucid.cli import main; main()", "train", "tiny.toml", "--run-dir", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return lambda **options: subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **options)
+
+
+def test_it_trains_on_when_nobody_reads_any_more(started, tiny_tables, tmp_path, final_state, process):
+    child = started(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.readline()
+    child.stdout.close()
+    assert (child.wait(timeout=120), child.stderr.read()) == (0, b"")
+    process(killing_settings(tiny_tables, "fp32"), tmp_path / "unbroken").join()
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed_costs_no_step(nohup, started, tmp_path):
+    """It sends SIGHUP, and refuses every further word."""
+    ours, its = pty.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    child = started(stdin=its, stdout=its, stderr=its, preexec_fn=take_terminal)
+    os.close(its)
+    wait_for(lambda: os.read(ours, 4096) and len(saved_steps(tmp_path / "run" / "checkpoints")) > 0)
+    os.close(ours)
+    assert child.wait(timeout=120) == 0
+    done = max(saved_steps(tmp_path / "run" / "checkpoints"))
+    with Reader(tmp_path / "run") as run:
+        assert len(run.series("run", "loss", stream="run")[0]) == done
+    assert (done == STEPS) == nohup and (tmp_path / "run" / "model").is_dir() == nohup
 
 
 def test_kill_before_anything_is_saved_leaves_a_run_that_resumes_or_a_free_name(process, tiny_tables, tmp_path, final_state):

@@ -167,6 +167,26 @@ def test_it_is_resumed_and_replayed_without_the_origin(language_run, tables, tmp
     assert final_state(run.directory) == whole
 
 
+def test_it_is_resumed_by_its_settings_or_its_own_when_the_origin_is_gone(language_run, tables, tmp_path, final_state):
+    """The tokenizer is the origin's too."""
+    shutil.copytree(language_run.directory, tmp_path / "origin")
+    wanted = tables(max_steps=4, evaluate_every=0)
+    wanted["model"] = {"init_from": str(tmp_path / "origin")}
+    wanted["checkpoint"] = {"every_steps": 2, "keep_last": 9}
+    del wanted["data"]["tokenizer"]
+    run = train(wanted, run_dir=tmp_path / "run")
+    whole, directory = final_state(run.directory), run.manifest["data"]["directory"]
+    for settings in (wanted, None, wanted):
+        shutil.rmtree(run.directory / "checkpoints" / "step-4")
+        resumed = train(settings, run_dir=run.directory, resume=True)
+        assert final_state(run.directory) == whole
+        assert resumed.config == run.config and resumed.dataset().directory.as_posix() == directory
+        shutil.rmtree(tmp_path / "origin", ignore_errors=True)
+    wanted["model"]["hidden_size"] = 32
+    with pytest.raises(UserError, match=r"model.hidden_size is 32, but the model in .* has 16"):
+        train(wanted, run_dir=run.directory, resume=True)
+
+
 def test_another_shape_than_the_origins_is_refused(language_run, tables, tmp_path):
     wanted = tables(max_steps=1)
     wanted["model"] |= {"init_from": str(language_run.directory), "hidden_size": 32}

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -207,29 +208,35 @@ def test_bad_steps_are_skipped_counted_and_training_goes_on(tiny_tables, tmp_pat
     assert (counters["skipped"], counters["skipped_in_a_row"], counters["step"]) == (3, 0, 12)
 
 
-def test_too_many_bad_steps_stop_with_the_last_good_state_saved(tiny_tables, tmp_path, recorded):
+def test_too_many_bad_steps_stop_and_the_run_goes_on_from_before_them(tiny_tables, tmp_path, recorded, tiny_run, final_state):
     folder = tmp_path / "run"
-    with pytest.raises(UserError, match=r"not finite 3 times in a row.*last good state is saved in .*checkpoints"):
-        recorded(tiny_tables(max_nonfinite_steps=3, max_steps=30), folder, poison=(7, 8, 9))
-    saved = checkpoint.newest_good(folder / "checkpoints")
-    assert saved.step == 10 and saved.state["counters"]["skipped_in_a_row"] == 3
-
-    recorded(tiny_tables(max_steps=30), tmp_path / "good", signal_at=6)  # stops after step 6, the last one applied
-    good = checkpoint.newest_good(tmp_path / "good" / "checkpoints")
-    assert good.step == 7
-    for group in ("model", "optimizer"):
-        assert good.tensors[group].keys() == saved.tensors[group].keys()
-        for name, tensor in good.tensors[group].items():
-            assert torch.equal(tensor, saved.tensors[group][name]), name
-    assert not (folder / "model").exists()
+    with pytest.raises(UserError, match=r"not finite 2 times in a row.*none of them was applied.* from step 6: .*--resume"):
+        recorded(tiny_tables(max_nonfinite_steps=2), folder, poison=(7, 8))
+    assert max(checkpoint.saved_steps(folder / "checkpoints")) == 6 and not (folder / "model").exists()
+    _, heard = recorded(None, folder, resume=True)
+    assert list(heard.losses) == list(range(6, 12)) and final_state(folder) == final_state(tiny_run.directory)
 
 
-def test_a_run_that_stopped_over_bad_steps_can_go_on(tiny_tables, tmp_path, recorded):
-    tables = tiny_tables(max_nonfinite_steps=2)
-    with pytest.raises(UserError):
-        recorded(tables, tmp_path / "run", poison=(3, 4))
-    run, heard = recorded(None, tmp_path / "run", resume=True)
-    assert list(heard.losses) == list(range(5, 12)) and (run.directory / "model").is_dir()
+def test_a_rate_that_blows_the_weights_up_costs_no_checkpoint_from_before(tiny_tables, tmp_path, recorded, final_state):
+    """The first update at this rate leaves finite weights at which every gradient is NaN, at whatever rate."""
+    def tables(rate, **training):
+        settings = tiny_tables(max_steps=30, max_nonfinite_steps=4, evaluate_every=0, **training)
+        return settings | {"optimizer": {"name": "sgd", "learning_rate": rate}, "checkpoint": {"every_steps": 2, "keep_last": 2}}
+
+    recorded(tables(0.1), tmp_path / "good")
+    folder = tmp_path / "run"
+    recorded(tables(0.1), folder, signal_at=6)
+    for _ in range(3):
+        with pytest.raises(UserError, match="not finite 4 times in a row") as stopped:
+            recorded(tables(1e30), folder, resume=True)
+        assert 7 in checkpoint.saved_steps(folder / "checkpoints")
+    assert "from step 7, after removing" in str(stopped.value), stopped.value
+    for name in re.findall(r"step-\d+", str(stopped.value)):
+        shutil.rmtree(folder / "checkpoints" / name)
+    _, heard = recorded(tables(0.1), folder, resume=True)
+    assert list(heard.losses) == list(range(7, 30)) and not heard.skipped
+    assert final_state(folder) == final_state(tmp_path / "good")
+    assert len(checkpoint.saved_steps(folder / "checkpoints")) == 2, "what is from before good steps goes again"
 
 
 # --------------------------------------------------------------------- damage, changes, second thoughts
@@ -326,6 +333,15 @@ def test_longer_budget_continues_is_written_down_and_lasts(copied, tiny_tables, 
     (change,) = json.loads((copied / "manifest.json").read_text())["changes"]
     assert (change["step"], change["settings"]) == (7, ["training.max_steps was 12, is 20"])
     assert change["before"]["training"]["max_steps"] == 12
+
+
+def test_a_budget_below_what_is_done_is_refused_and_not_written_down(copied, tiny_tables, recorded):
+    before = {path: path.read_bytes() for path in (copied / "config.toml", copied / "manifest.json")}
+    with pytest.raises(UserError, match="has done 7 steps already, more than the 6 that are asked for"):
+        recorded(tiny_tables(max_steps=6), copied, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    recorded(tiny_tables(max_steps=7), copied, resume=True)
+    assert (copied / "model").is_dir()
 
 
 def test_finished_run_resumes_to_itself(tiny_run, tmp_path, recorded, final_state):

@@ -17,7 +17,7 @@ from pellucid.config.augment import (
 )
 from pellucid.config.data import DataConfig, MixtureSegment
 from pellucid.config.model import HeadConfig, ModelConfig, grok_intermediate_size, nearest, preset, preset_names
-from pellucid.config.reading import explain_validation_error, is_file_path, is_of_a_run, load_config, make_config
+from pellucid.config.reading import explain_validation_error, is_file_path, is_of_a_run, load_config, make_config, resolve_paths
 from pellucid.config.section import Section, UserError
 from pellucid.config.sources import SourceConfig
 from pellucid.config.stages import (
@@ -79,4 +79,5 @@ __all__ = [
     "nearest",
     "preset",
     "preset_names",
+    "resolve_paths",
 ]

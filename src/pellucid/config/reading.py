@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterable
@@ -12,12 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 from pellucid.config.augment import AUGMENTERS
 from pellucid.config.model import nearest
-from pellucid.config.section import UserError
+from pellucid.config.section import Section, UserError
 from pellucid.config.sources import SourceConfig
 from pellucid.config.training import BUDGETS
 from pellucid.config.tree import Config
 
 BRANCH = re.compile(r"(function-|literal\[|list\[|dict\[|str$)")  # what pydantic calls the branches of a union
+PATHS = ("model.init_from", "data.prepared", "data.sources", "data.validation", "data.tokenizer.path", "data.augment",
+         "data.decontaminate.against")  # what is read: a path, or a list of paths and of tables with a `path`
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -37,7 +40,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
-        _resolve_paths(tables, Path(path).resolve().parent)
+        resolve_paths(tables, Path(path).resolve().parent)
         if overrides and is_of_a_run(path):
             tables = _in_fewest_words(tables, str(path))
             if "model.preset" in names:
@@ -127,32 +130,20 @@ def is_file_path(source: str) -> bool:
     return not source.startswith(("builtin:", "hf-dataset:")) and "://" not in source
 
 
-def _resolve_paths(tables: dict[str, Any], folder: Path) -> None:
-    """Paths in a file mean: beside that file."""
-
-    def resolve(path: str) -> str:
-        return str(folder / path) if is_file_path(path) else path  # an absolute path stays
-
-    model = tables.get("model", {})
-    if isinstance(model, dict) and isinstance(model.get("init_from"), str):
-        model["init_from"] = resolve(model["init_from"])
-    data = tables.get("data", {})
-    if not isinstance(data, dict):
-        return  # make_config says what is wrong
-    benchmarks = data.get("decontaminate") if isinstance(data.get("decontaminate"), dict) else {}
-    for table, name in ((data, "sources"), (data, "validation"), (benchmarks, "against")):
-        if isinstance(table.get(name), list):
-            table[name] = [
-                resolve(item) if isinstance(item, str)
-                else {**item, "path": resolve(item["path"])} if isinstance(item, dict) and isinstance(item.get("path"), str)
-                else item
-                for item in table[name]
-            ]
-    for item in data.get("augment") if isinstance(data.get("augment"), list) else []:
-        if isinstance(item, dict) and isinstance(item.get("path"), str):
-            item["path"] = resolve(item["path"])
-    if isinstance(data.get("prepared"), str):
-        data["prepared"] = resolve(data["prepared"])
-    tokenizer = data.get("tokenizer", {})
-    if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
-        tokenizer["path"] = resolve(tokenizer["path"])
+def resolve_paths(settings: dict[str, Any] | Config, folder: Path) -> None:
+    """Makes absolute, in place, every path that is read: a relative one lies in `folder`. make_config says what else is wrong."""
+    fields = lambda value: value if isinstance(value, dict) else vars(value) if isinstance(value, Section) else {}
+    resolve = lambda path: os.path.abspath(folder / path) if is_file_path(path) else path
+    for place in PATHS:
+        *parents, leaf = place.split(".")
+        table = fields(settings)
+        for parent in parents:
+            table = fields(table.get(parent))
+        value = table.get(leaf)
+        if isinstance(value, str):
+            table[leaf] = resolve(value)
+        elif isinstance(value, list):
+            table[leaf] = [resolve(item) if isinstance(item, str) else item for item in value]
+            for item in map(fields, value):
+                if isinstance(item.get("path"), str):
+                    item["path"] = resolve(item["path"])

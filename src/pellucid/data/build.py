@@ -150,9 +150,10 @@ def _settings(config: DataConfig) -> dict[str, Any]:
 
 
 def _hash(settings: dict[str, Any]) -> str:
-    """Of the settings, but for what the loader alone looks at."""
+    """Of the settings, but for what the loader alone looks at, and for where the tokenizer lies: its content is in them."""
     sources = [{key: value for key, value in source.items() if key not in LOADER_ONLY} for source in settings["sources"]]
-    return hashlib.sha256(json.dumps({**settings, "sources": sources}, sort_keys=True).encode()).hexdigest()
+    tokenizer = {**settings["tokenizer"], "path": None}
+    return hashlib.sha256(json.dumps({**settings, "sources": sources, "tokenizer": tokenizer}, sort_keys=True).encode()).hexdigest()
 
 
 def _free_name(folder: Path, name: str) -> Path:

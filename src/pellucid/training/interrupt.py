@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM ask politely: the step in progress is finished and saved. A second SIGINT stops at once."""
+"""SIGINT, SIGTERM and SIGHUP (its terminal is closed) ask politely: the step in progress is finished and saved.
+
+A second SIGINT stops at once. Under `nohup` SIGHUP is ignored from the start, and stays so.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

@@ -68,7 +68,6 @@ class Loop:
                 result = self.step()
                 self.progress.step(counters.step - 1, result, time.perf_counter() - started, epoch_at(counters.step))
                 if counters.skipped_in_a_row >= settings.max_nonfinite_steps:
-                    self.save()
                     raise UserError(self._explain_nonfinite())
                 self._after_step()
             if stop.signal_name is None:
@@ -120,7 +119,8 @@ class Loop:
         folders = {"model": dict(self.model.state_dict()), "optimizer": tensors}
         folder = checkpoint.save(self.checkpoints, self.counters.step, folders, state, best=best)
         self.saved_step = self.counters.step
-        checkpoint.retain(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best, self._warn)
+        if not self.counters.skipped_in_a_row:  # else these weights may be the fault, and the older ones the way back
+            checkpoint.retain(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_best, self._warn)
         self.observer.saved(time.perf_counter() - began)
         return folder
 
@@ -167,10 +167,16 @@ class Loop:
             self.save(best=best)
 
     def _explain_nonfinite(self) -> str:
+        """Skipped steps leave the weights as they are, so no lower rate helps from there: the way on begins before them."""
+        first_skipped = self.counters.step - self.counters.skipped_in_a_row
+        saved = checkpoint.saved_steps(self.checkpoints)
+        before = [step for step in saved if step < first_skipped]
+        same = ", ".join(folder.name for step, folder in saved.items() if step >= first_skipped)
+        removing = f", after removing {same} of {self.checkpoints} (saved with the weights of these steps)" if same else ""
         return (
-            f"step {self.counters.step}: loss or gradient was not finite {self.counters.skipped_in_a_row} times in a row; "
-            f"none of these steps was applied and the last good state is saved in {self.checkpoints}; "
-            "lower optimizer.learning_rate or look at the data of these steps (pellucid trace)"
+            f"step {self.counters.step}: loss or gradient was not finite {self.counters.skipped_in_a_row} times in a row, and "
+            "none of them was applied; look at the data of these steps (pellucid trace), or go on with a lower "
+            f"optimizer.learning_rate from step {max(before, default=0)}{removing}: pellucid train --run-dir {self.run_dir} --resume"
         )
 
 

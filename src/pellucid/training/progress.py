@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,6 +28,7 @@ class Shown(Quiet):
 
     def __init__(self, console: Console | None = None, seconds: float = 10.0, begin: bool = True):
         self.console = console or Console(highlight=False)
+        self.console.file = _Patient(self.console.file)
         self.seconds, self.begin = seconds, begin
         self.bar: Progress | None = None
         self.task = None
@@ -93,3 +97,25 @@ class Shown(Quiet):
     def _open(self, *columns) -> None:
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.bar.start()
+
+
+class _Patient:
+    """A stream whose reader may go away (a closed pipe or terminal, a full disk): from then on nothing is shown."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError:  # also for others who write there, and for what is flushed when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

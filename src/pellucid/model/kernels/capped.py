@@ -41,7 +41,8 @@ class _Blocks(torch.autograd.Function):
         q, k, v = q_BKTGd.contiguous(), k_BKTd.contiguous(), v_BKTd.transpose(1, 2).contiguous()  # v by token, as it comes
         out_BTKGd, total = q.new_empty(B, T, K, G, d), q.new_empty(B * K * T * G, dtype=torch.float32)
         lost = torch.empty_like(out_BTKGd) if q.dtype == torch.bfloat16 else None
-        tensors, ctx.settings = (q, k, v, key_document_BT, query_document_BT, out_BTKGd, lost, total), (B, K, T, G, d, float(multiplier), float(cap))
+        tensors = (q, k, v, key_document_BT, query_document_BT, out_BTKGd, lost, total)
+        ctx.settings = (B, K, T, G, d, float(multiplier), float(cap))
         native.call("attention", q.dtype, *tensors, *ctx.settings)
         ctx.save_for_backward(*tensors)
         return out_BTKGd.transpose(1, 2)

@@ -1,0 +1,33 @@
+"""One process at a time trains a run. The system lets go of the lock when its process ends, however it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
+from pellucid.config import UserError
+
+
+@contextmanager
+def only_trainer(run_dir: Path) -> Iterator[None]:
+    """Raises UserError where another process trains this run."""
+    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{run_dir}: is being trained by process {file.read()}; wait for its end, or stop it first") from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
