@@ -321,7 +321,7 @@ def test_changed_text_refuses_to_resume(tiny_folder, tiny_tables, tmp_path, reco
     recorded(tables, tmp_path / "run")
     with open(tmp_path / "corpus" / "03.txt", "a") as file:
         file.write("one more line\n")
-    with pytest.raises(UserError, match=r"cannot resume.*data\.fingerprint was .*, is "):
+    with pytest.raises(UserError, match=r"cannot resume, its data have changed since .* put the sources back"):
         recorded(tables, tmp_path / "run", resume=True)
 
 
