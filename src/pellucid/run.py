@@ -141,6 +141,9 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet, held: co
     origin = start_from(config) if config.model.init_from is not None and not begun else None
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
+    if resume and (began := Run(folder).manifest["data"])["fingerprint"] != dataset.fingerprint:
+        raise UserError(f"{folder}: cannot resume, its data have changed since it began: those were prepared in {began['directory']}, "
+                        f"these in {dataset.directory}; put the sources back as they were, or start anew in another --run-dir")
     if brought:
         config.data.tokenizer = TokenizerConfig(kind="file", path=str(dataset.directory / "tokenizer"))
     _fit_vocabulary(config, dataset)

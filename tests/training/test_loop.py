@@ -179,6 +179,16 @@ def test_recorded_losses_of_a_resumed_run_equal_those_of_an_unbroken_one(tiny_ta
     assert broken == whole
 
 
+def test_a_run_that_goes_on_unobserved_shows_no_step_that_was_done_again(tiny_run, tiny_tables, tmp_path):
+    shutil.copytree(tiny_run.directory, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-12")
+    last = max(checkpoint.saved_steps(tmp_path / "run" / "checkpoints"))
+    tables = tiny_tables()
+    tables["observe"] = {"enabled": False}
+    train(tables, run_dir=tmp_path / "run", resume=True)
+    assert [step for step, _ in losses_in_store(tmp_path / "run")] == list(range(last))
+
+
 def losses_in_store(run_dir):
     with Reader(run_dir) as reader:
         steps, losses = reader.series("run", "loss", stream="run")
@@ -321,7 +331,7 @@ def test_changed_text_refuses_to_resume(tiny_folder, tiny_tables, tmp_path, reco
     recorded(tables, tmp_path / "run")
     with open(tmp_path / "corpus" / "03.txt", "a") as file:
         file.write("one more line\n")
-    with pytest.raises(UserError, match=r"cannot resume.*data\.fingerprint was .*, is "):
+    with pytest.raises(UserError, match=r"cannot resume, its data have changed since .* put the sources back"):
         recorded(tables, tmp_path / "run", resume=True)
 
 

@@ -30,7 +30,7 @@ from pellucid.observe.reader import Reader
 from pellucid.observe.routing import RoutingProbe
 from pellucid.observe.rules import Watch
 from pellucid.observe.statistics import KINDS, ParameterProbe
-from pellucid.observe.store import BEFORE, FAN, MISSING, RECORDER, ROLLUP_PARTS, Record, Row, Writer
+from pellucid.observe.store import BEFORE, FAN, FILE_NAME, MISSING, RECORDER, ROLLUP_PARTS, Record, Row, Writer
 from pellucid.observe.text_losses import TextLossProbe
 from pellucid.observe.writing import continued, prompt_of
 from pellucid.training.checkpoint import saved_steps
@@ -43,7 +43,12 @@ STAGE_ROW = f"INSERT OR REPLACE INTO stage (id, name, {', '.join(COUNTS)}, detai
 
 
 class SilentObserver:
-    """Records nothing (observe.enabled = false)."""
+    """Records nothing (observe.enabled = false); what `run_dir` holds of steps that are done again is deleted all the same."""
+
+    run_dir: Path | None = None
+
+    def __init__(self, run_dir: Path | None = None):
+        self.run_dir = run_dir
 
     def __enter__(self):
         return self
@@ -60,13 +65,19 @@ class SilentObserver:
     def evaluation(self, step: int, result) -> None: ...
     def saved(self, seconds: float) -> None: ...
     def text_sample(self, step: int, prompt: str, text: str) -> None: ...
-    def resume(self, step: int) -> None: ...
     def close(self) -> None: ...
+
+    def resume(self, step: int) -> None:
+        """Step number `step` comes next: what was recorded from there on is deleted."""
+        if self.run_dir is not None and (self.run_dir / FILE_NAME).exists():
+            writer = Writer(self.run_dir)
+            writer.delete_after(step - 1)
+            writer.close()
 
 
 def open_observer(run_dir: Path, model, optimizer, config: Config, dataset) -> SilentObserver:
     """The observer that the configuration asks for."""
-    return Observer(run_dir, model, optimizer, config, dataset) if config.observe.enabled else SilentObserver()
+    return Observer(run_dir, model, optimizer, config, dataset) if config.observe.enabled else SilentObserver(run_dir)
 
 
 class Observer(SilentObserver):
@@ -149,7 +160,6 @@ class Observer(SilentObserver):
     # ----------------------------------------------------------------------------------------- the step
 
     def resume(self, step: int) -> None:
-        """Step number `step` comes next: what was recorded from there on is deleted."""
         self._start(step)
 
     def _start(self, step: int) -> None:
