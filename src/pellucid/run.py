@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -193,12 +194,15 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet, held: co
     return run
 
 
-def _observing(loop: Loop, new: bool) -> SilentObserver:
-    """The run's observer. A new run that cannot be observed (a full disk, say) leaves no folder behind."""
+@contextlib.contextmanager
+def _observing(loop: Loop, new: bool) -> Iterator[SilentObserver]:
+    """The run's observer. A new run that cannot be observed (a full disk, say) or ends in its first step (of too little memory) leaves
+    no folder behind."""
     try:
-        return open_observer(loop.run_dir, loop.model, loop.optimizer, loop.config, loop.dataset)
-    except UserError:
-        if new:
+        with open_observer(loop.run_dir, loop.model, loop.optimizer, loop.config, loop.dataset) as observer:
+            yield observer
+    except (UserError, MemoryError, RuntimeError):
+        if new and loop.counters.step == 0 and not saved_steps(loop.run_dir / "checkpoints"):
             shutil.rmtree(loop.run_dir, ignore_errors=True)
         raise
 

@@ -9,9 +9,11 @@ import sys
 
 import pytest
 import tomli_w
+import torch
 
 from pellucid import cli, run
 from pellucid.data.tokenizer import load_tokenizer
+from pellucid.training.loop import Loop
 
 
 @pytest.fixture
@@ -285,6 +287,14 @@ def test_full_disk_while_data_is_prepared(here, write):
     ended = limited(2000, "data", "build", "tiny.toml", "--out", "built", cwd=here)
     assert ended.returncode == 2, ended.stderr
     one_sentence(ended.stderr, before, here)
+
+
+def test_too_little_memory_is_one_sentence_and_leaves_no_run(here, write, monkeypatch, command):
+    write()
+    monkeypatch.setattr(Loop, "run", lambda self: torch.empty(2**58))
+    code, _, errors = command("train", "tiny.toml")
+    assert code == 2 and errors.splitlines()[-1].startswith("pellucid: not enough memory") and "Traceback" not in errors
+    assert not list(here.glob("runs/*"))
 
 
 def test_an_interrupt_before_the_loop_is_said(here, write, monkeypatch, command):

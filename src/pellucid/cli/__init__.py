@@ -27,6 +27,12 @@ def main() -> None:
         place = f"{error.filename}: " if error.filename else ""
         print(f"pellucid: {place}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)):
+            raise
+        print("pellucid: not enough memory: take a smaller training.micro_batch_size, training.recompute=all or a smaller model; "
+              "`pellucid plan` says before what a run will take", file=sys.stderr)  # fmt: skip
+        sys.exit(2)
     except SystemExit as ended:
         if ended.code == 130:  # typer's answer to Ctrl-C, without a word
             print("pellucid: interrupted", file=sys.stderr)
