@@ -77,12 +77,12 @@ struct Block {
 // 16 at a time; the quotient by a reciprocal within 2^-14 and one step of Newton: tanh within 4 ulp.
 static inline __m512 tangent(__m512 x) {
     const auto all = [](float number) { return _mm512_set1_ps(number); };
-    x = _mm512_max_ps(all(-LARGEST), _mm512_min_ps(all(LARGEST), x));  // in this order a NaN stays
-    __m512 y = _mm512_mul_ps(x, x), p = all(P[0]), q = all(Q[0]);
+    x = _mm512_max_ps(all(-TANH_END), _mm512_min_ps(all(TANH_END), x));  // in this order a NaN stays
+    __m512 y = _mm512_mul_ps(x, x), p = all(TANH_P[0]), q = all(TANH_Q[0]);
 #pragma GCC unroll 8
-    for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, y, all(P[i]));
+    for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, y, all(TANH_P[i]));
 #pragma GCC unroll 8
-    for (int i = 1; i < 4; i++) q = _mm512_fmadd_ps(q, y, all(Q[i]));
+    for (int i = 1; i < 4; i++) q = _mm512_fmadd_ps(q, y, all(TANH_Q[i]));
     __m512 inverse = _mm512_rcp14_ps(q);
     inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(q, inverse, all(2.0f)));
     return _mm512_mul_ps(_mm512_mul_ps(x, p), inverse);

@@ -31,17 +31,17 @@ static inline float exponential(float x) {
     return p * as_float(uint32_t(int32_t(n) + 127) << 23);
 }
 
-// tanh within 3 ulp: x p(x^2) / q(x^2), the rational function of Eigen (ptanh_float); 1 beyond LARGEST.
-static const float LARGEST = 7.90531f;
-static const float P[] = {-2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
+// tanh within 3 ulp: x p(x^2) / q(x^2), the rational function of Eigen (ptanh_float); 1 beyond TANH_END.
+static const float TANH_END = 7.90531f;
+static const float TANH_P[] = {-2.76076847742355e-16f, 2.00018790482477e-13f, -8.60467152213735e-11f, 5.12229709037114e-08f,
                           1.48572235717979e-05f, 6.37261928875436e-04f, 4.89352455891786e-03f};
-static const float Q[] = {1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f};
+static const float TANH_Q[] = {1.19825839466702e-06f, 1.18534705686654e-04f, 2.26843463243900e-03f, 4.89352518554385e-03f};
 static inline float tangent(float x) {
-    x = x < -LARGEST ? -LARGEST : x > LARGEST ? LARGEST : x;
-    float y = x * x, p = P[0], q = Q[0];
+    x = x < -TANH_END ? -TANH_END : x > TANH_END ? TANH_END : x;
+    float y = x * x, p = TANH_P[0], q = TANH_Q[0];
 #pragma GCC unroll 8
-    for (int i = 1; i < 7; i++) p = p * y + P[i];
+    for (int i = 1; i < 7; i++) p = p * y + TANH_P[i];
 #pragma GCC unroll 8
-    for (int i = 1; i < 4; i++) q = q * y + Q[i];
+    for (int i = 1; i < 4; i++) q = q * y + TANH_Q[i];
     return x * p / q;
 }
