@@ -4,12 +4,13 @@
     python bench/gpu_step.py --parts attention experts
     python bench/gpu_step.py --tiny                tiny sizes on any device: does it all run? Writes nothing.
 
-Parts: ceiling (8192^3 bf16 product), attention (beside FlexAttention with the cap and SDPA without it), experts (beside
-three torch grouped_mm), loss (beside Liger where installed), steps (a full-width Grok-1 layer with the tied embedding,
-and a model of 2.7 B; beside transformers' Mixtral with grouped_mm). Steps run with clipping, fused AdamW, fp32 masters and
+Parts: ceiling (8192^3 bf16 product), steps (a full-width Grok-1 layer with the tied embedding, and a model of 2.7 B; beside
+transformers' Mixtral with grouped_mm), experts (beside three torch grouped_mm), attention (beside FlexAttention with the cap and
+SDPA without it), loss (beside Liger where installed). Steps run with clipping, fused AdamW, fp32 masters and
 observation on; `balanced` sends every token to the next two experts in turn, `real` is the router's own choice.
-Kernels' times are medians of CUDA events after warm-up, steps' of the clock on the wall, with their spread; peers run at a batch
-that they can hold, ours also at the largest that fits, over which the update and the casts are shared. MFU counts model FLOPs
+Kernels' times are medians of CUDA events after warm-up, steps' of the clock on the wall, with their spread. Peers run at a batch
+that they can hold, ours also at the largest that fits, and at that with the gradients of several such micro-batches summed before
+the update, as training at scale does. MFU counts model FLOPs
 (`flops_per_token`: 6 per active matrix weight, causal attention at half) against 989 TFLOP/s, the dense bf16 peak of an H100 or
 H200, and against the product of this run.
 Needs a CUDA GPU with triton; transformers and liger-kernel are optional peers, left out with a reason.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -54,9 +56,10 @@ RESULTS = Path(__file__).parent / "results" / "gpu_step.json"
 PEAK = 989e12
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-PARTS = ("ceiling", "attention", "experts", "loss", "steps")
+PARTS = ("ceiling", "steps", "experts", "attention", "loss")
 REPEATS, WARM_UP = (10, 3) if CUDA else (1, 0)
-STEPS, STEPS_WARM_UP = (6, 3) if CUDA else (1, 1)
+STEPS, STEPS_WARM_UP = (6, 3) if CUDA else (1, 1)  # of one micro-batch
+MICRO_BATCHES = 4
 MODELS = {  # layers, hidden, intermediate, query heads, key/value heads, vocabulary; rows by sequence: with peers, and as many as fit
     "2.7 B": dict(L=8, D=1536, F=8192, H=12, K=2, V=131072, peers={2048: 16, 8192: 4}, most={2048: 48, 8192: 12}),
     "full-width layer": dict(L=1, D=6144, F=32768, H=48, K=8, V=131072, peers={2048: 8, 8192: 2}, most={2048: 16, 8192: 4}),
@@ -96,19 +99,16 @@ def seconds(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def measured(part: str, contenders: dict[str, Callable[[], object]], flops: float) -> list[dict]:
+def measured(part: str, contenders: dict[str, Callable[[], object]], flops: float) -> Iterator[dict]:
     """A row for each contender; one that cannot run says why."""
-    rows = []
     for name, call in contenders.items():
         try:
             time_s = seconds(call)
         except Exception as error:  # a peer that does not run here must not cost the others their numbers
-            rows.append({"part": part, "name": name, "left_out": f"{type(error).__name__}: {error}"[:300]})
+            yield {"part": part, "name": name, "left_out": f"{type(error).__name__}: {error}"[:300]}
         else:
-            rows.append({"part": part, "name": name, "ms": round(time_s * 1e3, 4), "tflops": round(flops / time_s / 1e12, 1)})
-        print("  ", rows[-1], flush=True)
+            yield {"part": part, "name": name, "ms": round(time_s * 1e3, 4), "tflops": round(flops / time_s / 1e12, 1)}
         torch.cuda.empty_cache() if CUDA else None
-    return rows
 
 
 def forward_backward(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], object]:
@@ -123,8 +123,7 @@ def forward_backward(function: Callable[..., Tensor], *tensors: Tensor) -> Calla
     return call
 
 
-def bench_attention(tiny: bool) -> list[dict]:
-    rows = []
+def bench_attention(tiny: bool) -> Iterator[dict]:
     for B, T, H, K, d in ((1, 64, 4, 2, 16),) if tiny else ((2, 8192, 48, 8, 128), (16, 2048, 12, 2, 128)):
         q, k, v = (torch.randn(B, K, *s, d, device=DEVICE, dtype=DTYPE) for s in ((T, H // K), (T,), (T,)))
         document = torch.zeros(B, T, dtype=torch.int32, device=DEVICE)
@@ -158,12 +157,10 @@ def bench_attention(tiny: bool) -> list[dict]:
                       "SDPA without the cap": sdpa}  # fmt: skip
         flops = 3 * 2 * B * H * T * T * d  # forward 4 T^2 d a head, halved by causality; backward counted at twice that
         shape = f"attention, forward and backward, B{B} T{T} {H}/{K} heads of {d}"
-        rows += measured(shape, {name: forward_backward(f, q, k, v) for name, f in contenders.items()}, flops)
-    return rows
+        yield from measured(shape, {name: forward_backward(f, q, k, v) for name, f in contenders.items()}, flops)
 
 
-def bench_experts(tiny: bool) -> list[dict]:
-    rows = []
+def bench_experts(tiny: bool) -> Iterator[dict]:
     for N, D, width in ((96, 32, 48),) if tiny else ((16384, 6144, 32768), (32768, 1536, 8192)):
         config = ModelConfig(vocab_size=8, hidden_size=D, intermediate_size=width, num_attention_heads=4, head_dim=16)
         moe = MoE(config, device=DEVICE)
@@ -181,9 +178,8 @@ def bench_experts(tiny: bool) -> list[dict]:
 
             flops = 3 * 2 * (N * 2) * 3 * D * width
             calls = {"ours (Triton)": whole(ours, x, moe), "torch grouped_mm": whole(mix, x, moe)}
-            rows += measured(f"experts, forward and backward, {N} tokens, {D} -> {width}, {name}", calls, flops)
+            yield from measured(f"experts, forward and backward, {N} tokens, {D} -> {width}, {name}", calls, flops)
         del moe
-    return rows
 
 
 def whole(function: Callable[[Tensor], Tensor], x: Tensor, module: torch.nn.Module) -> Callable[[], object]:
@@ -200,8 +196,7 @@ def balanced(N: int, device: torch.device) -> Routing:
     return Routing(scores.log(), scores, index, scores.gather(1, index))
 
 
-def bench_loss(tiny: bool) -> list[dict]:
-    rows = []
+def bench_loss(tiny: bool) -> Iterator[dict]:
     for N, D, V in ((64, 32, 512),) if tiny else ((8192, 1536, 131072), (8192, 6144, 131072)):
         hidden = torch.randn(N, D, device=DEVICE, dtype=DTYPE)
         table, targets = torch.randn(V, D, device=DEVICE) / D**0.5, torch.randint(0, V, (N,), device=DEVICE)
@@ -218,8 +213,7 @@ def bench_loss(tiny: bool) -> list[dict]:
                                        ("Liger fused linear cross-entropy", liger, None)):  # fmt: skip
             with kernels(choice):
                 shape = f"linear cross-entropy, forward and backward, {N} tokens, {D} -> {V}"
-                rows += measured(shape, {name: forward_backward(function, hidden, table)}, 6 * N * D * V)
-    return rows
+                yield from measured(shape, {name: forward_backward(function, hidden, table)}, 6 * N * D * V)
 
 
 def model_config(size: dict) -> ModelConfig:
@@ -227,10 +221,11 @@ def model_config(size: dict) -> ModelConfig:
                        num_attention_heads=size["H"], num_key_value_heads=size["K"], max_position_embeddings=131072)  # fmt: skip
 
 
-def ours_step(size: dict, B: int, T: int, folder: Path) -> Callable[[], float]:
+def ours_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -> Callable[[], float]:
     """A whole step of ours on fresh tokens, as the loop makes it; returns its loss."""
+    training = {"batch_size": B * micro_batches, "micro_batch_size": B, "balance_loss": "mixtral"}
     config = make_config({"model": model_config(size).model_dump(exclude={"preset"}), "data": {"sequence_length": T},
-                          "training": {"batch_size": B, "balance_loss": "mixtral"}})  # fmt: skip
+                          "training": training})  # fmt: skip
     model = started(Grok1(config.model, device=DEVICE))
     model.compute_dtype, model.parity = DTYPE, False
     optimizer = build_optimizer(model, config.optimizer)
@@ -239,8 +234,8 @@ def ours_step(size: dict, B: int, T: int, folder: Path) -> Callable[[], float]:
 
     def step() -> float:
         observer.begin_step(at[0])
-        batch = make_batch(B, T, size["V"])
-        result = training_step(model, optimizer, [batch], config.training, 1.0, observer)
+        batches = [make_batch(B, T, size["V"]) for _ in range(micro_batches)]
+        result = training_step(model, optimizer, batches, config.training, 1.0, observer)
         observer.end_step(at[0], result)
         at[0] += 1
         return result.loss
@@ -269,7 +264,7 @@ def make_batch(B: int, T: int, V: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones_like(positions), positions, rows, rows)
 
 
-def mixtral_step(size: dict, B: int, T: int, folder: Path) -> Callable[[], float]:
+def mixtral_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -> Callable[[], float]:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
@@ -293,54 +288,54 @@ def mixtral_step(size: dict, B: int, T: int, folder: Path) -> Callable[[], float
     return step
 
 
-OURS = ((ours_step, "triton", {"ours (Triton), real routing": False, "ours (Triton), balanced": True}),)
-PEERS = ((ours_step, "triton", {"ours (Triton), real routing": False}), (ours_step, "plain", {"ours (plain), real routing": False}),
-         (mixtral_step, None, {"transformers Mixtral, grouped_mm": False}))  # fmt: skip
+REAL, BALANCED = {"ours (Triton), real routing": False}, {"ours (Triton), balanced": True}
+PEERS = ((ours_step, 1, REAL), (mixtral_step, 1, {"transformers Mixtral, grouped_mm": False}))
+OURS = ((ours_step, 1, REAL | BALANCED), (ours_step, MICRO_BATCHES, REAL))
 
 
-def bench_steps(tiny: bool) -> list[dict]:
-    rows = []
+def bench_steps(tiny: bool) -> Iterator[dict]:
     for name, size in (TINY if tiny else MODELS).items():
         for T in size["peers"]:
             for B, contenders in ((size["peers"][T], PEERS), (size["most"][T], OURS)):
-                for make, choice, kinds in contenders:
-                    with kernels(choice), tempfile.TemporaryDirectory() as folder:
-                        rows += steps_of(f"step, {name}, {B} x {T}", size, B, T, make, kinds, Path(folder))
-    return rows
+                for make, micro_batches, kinds in contenders:
+                    with kernels("triton"), tempfile.TemporaryDirectory() as folder:
+                        yield from steps_of(name, size, B, T, micro_batches, make, kinds, Path(folder))
 
 
-def steps_of(part: str, size: dict, B: int, T: int, make: Callable, kinds: dict[str, bool], folder: Path) -> list[dict]:
+def steps_of(
+    model: str, size: dict, B: int, T: int, micro_batches: int, make: Callable, kinds: dict[str, bool], folder: Path
+) -> Iterator[dict]:
     """A row for each kind of routing of one contender; its model is made once."""
-    counts, flops, rows = parameter_counts(model_config(size)), flops_per_token(model_config(size), T) * B * T, []
-    step = None
+    tokens, counts = micro_batches * B * T, parameter_counts(model_config(size))
+    flops, step = flops_per_token(model_config(size), T) * tokens, None
+    part = f"step, {model}, {f'{micro_batches} x ' if micro_batches > 1 else ''}{B} x {T}"
     for name, forced in kinds.items():
         row = {"part": part, "name": name, "parameters": counts["total"], "active": counts["active"]}
         with balanced_routing(forced):
             try:
-                step = step or make(size, B, T, folder)
-                losses = [step() for _ in range(STEPS_WARM_UP)]
+                step = step or make(size, B, T, micro_batches, folder)
+                losses = [step() for _ in range(STEPS_WARM_UP if micro_batches == 1 else 1)]
                 torch.cuda.reset_peak_memory_stats() if CUDA else None
-                time_s, spread = timed_steps(lambda step=step, losses=losses: losses.append(step()))
+                time_s, spread = timed_steps(lambda step=step, losses=losses: losses.append(step()), micro_batches)
             except Exception as error:  # a peer that does not run here must not cost the others their numbers
                 row["left_out"] = f"{type(error).__name__}: {error}"[:300]
             else:
-                row |= {"ms": round(time_s * 1e3, 2), "spread": round(spread, 4), "tokens_per_second": round(B * T / time_s),
+                row |= {"ms": round(time_s * 1e3, 2), "spread": round(spread, 4), "tokens_per_second": round(tokens / time_s),
                         "tflops": round(flops / time_s / 1e12, 1), "mfu_989": round(flops / time_s / PEAK, 4),
                         "first_loss": losses[0], "last_loss": losses[-1],
                         "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if CUDA else None}  # fmt: skip
-        rows.append(row)
-        print("  ", row, flush=True)
+        yield row
     if step is not None:
         step.close()
     step = None
+    gc.collect()
     torch.cuda.empty_cache() if CUDA else None
-    return rows
 
 
-def timed_steps(step: Callable[[], object]) -> tuple[float, float]:
+def timed_steps(step: Callable[[], object], micro_batches: int) -> tuple[float, float]:
     """(median seconds of whole steps, (slowest - fastest) / median)."""
     times = []
-    for _ in range(STEPS):
+    for _ in range(STEPS if micro_batches == 1 else min(3, STEPS)):
         begin = time.perf_counter()
         step()
         torch.cuda.synchronize() if CUDA else None
@@ -358,10 +353,10 @@ def balanced_routing(forced: bool):
     MoE.route = original
 
 
-def bench_ceiling(tiny: bool) -> list[dict]:
+def bench_ceiling(tiny: bool) -> Iterator[dict]:
     n = 256 if tiny else 8192
     a, b = torch.randn(2, n, n, device=DEVICE, dtype=DTYPE)
-    return measured(f"product of {n}^3", {"torch.mm": lambda: a @ b}, 2 * n**3)
+    yield from measured(f"product of {n}^3", {"torch.mm": lambda: a @ b}, 2 * n**3)
 
 
 def main() -> None:
@@ -375,9 +370,13 @@ def main() -> None:
     rows = []
     for part in options.parts:
         print(part, flush=True)
-        rows += globals()[f"bench_{part}"](options.tiny)
-        if not options.tiny:
-            write(options.out, rows)
+        for row in globals()[f"bench_{part}"](options.tiny):
+            rows.append(row)
+            print("  ", row, flush=True)
+            if not options.tiny:
+                write(options.out, rows)
+    if not options.tiny:
+        print(f"written: {options.out}")
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -394,7 +393,6 @@ def write(path: Path, rows: list[dict]) -> None:
              "command": " ".join(["python", *sys.argv]), "kernels": gpu.KERNELS, "rows": rows}  # fmt: skip
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"written: {path}")
 
 
 if __name__ == "__main__":

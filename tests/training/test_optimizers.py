@@ -56,7 +56,7 @@ class Tiny(nn.Module):
         generator = torch.Generator().manual_seed(1000 + step)
         for weight in self.parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            weight.grad = (noise * 10.0 ** (step % 3 - 1)).to(weight.dtype)
+            weight.grad = (noise * 10.0 ** (step % 3 - 1)).to(weight.device, weight.dtype)
 
 
 def config(name, **fields):

@@ -148,6 +148,7 @@ def gradients_of(model: Grok1, batches: list[Any], settings: TrainingConfig) -> 
     result = StepResult(predictions=count_predictions(batches, settings))
     for batch in batches:
         forward(model, batch, settings, result, _NoClock(), SilentObserver()).backward()
+    result.settle()
     return result
 
 
@@ -157,6 +158,7 @@ def objective(model: Grok1, batches: list[Any], settings: TrainingConfig) -> flo
     result = StepResult(predictions=count_predictions(batches, settings))
     for batch in batches:
         forward(model, batch, settings, result, _NoClock(), SilentObserver())
+    result.settle()
     balance = settings.balance_loss_weight * result.balance_loss if settings.balance_loss != "none" else 0.0
     return result.loss + result.z_loss + balance + settings.router_z_loss * result.router_z_loss
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ class StepResult:
     applied: bool = True  # False: loss or gradient was not finite, nothing changed
     load_LE: Tensor | None = None  # tokens per layer and expert, pads left out
     seconds: dict[str, float] = field(default_factory=dict)
+    waiting: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)  # what forward passes found, still on the device
+
+    def settle(self) -> None:
+        """Add what is waiting to the fields it belongs to. On a GPU this waits for it, so it is best done late."""
+        for name, value in self.waiting:
+            setattr(self, name, getattr(self, name) + value.item())
+        self.waiting.clear()
 
 
 def training_step(
@@ -53,7 +61,7 @@ def training_step(
     observer: Any,
 ) -> StepResult:
     """Train on the micro-batches of one step (see data.dataset.Batch; tensors on the model's device)."""
-    result, clock = StepResult(), _Stopwatch()
+    result, clock = StepResult(), _Stopwatch(model.embedding.weight.device)
     result.tokens = sum(int((batch.targets_BT != IGNORE).sum()) for batch in micro_batches)
     result.predictions = count_predictions(micro_batches, settings)
     set_learning_rate(optimizer, learning_rate_factor)
@@ -66,6 +74,7 @@ def training_step(
         clock.lap("backward")
         observer.after_backward(batch)
         clock.lap("observe")
+    result.settle()  # not before: the GPU would idle until the backward pass is launched
     gradient_norm = clip_gradients(model, settings.gradient_clip, result)
     clock.lap("clip")
 
@@ -73,7 +82,7 @@ def training_step(
     observer.before_update(result)
     clock.lap("observe")
     if result.applied:
-        with frozen_idle_experts(optimizer, idle_experts(result.load_LE)):
+        with frozen_idle_experts(optimizer, idle_experts(result.load_LE.cpu())):
             optimizer.step()  # parameter update
         if settings.balance_bias_rate:
             for layer, load_E in zip(model.layers, result.load_LE, strict=True):
@@ -81,12 +90,14 @@ def training_step(
     clock.lap("update")
     observer.after_update(result)
     clock.lap("observe")
-    result.seconds = clock.seconds
+    result.seconds = clock.seconds()
     return result
 
 
 def forward(model: Grok1, batch: Any, settings: TrainingConfig, result: StepResult, clock, observer) -> Tensor:
-    """Predict what the task asks of a micro-batch; returns what to minimise, its share of the step's mean."""
+    """Predict what the task asks of a micro-batch; returns what to minimise, its share of the step's mean.
+
+    What it adds to the result's losses waits there for `settle`."""
     hidden_BTD, routings = model.hidden_states(
         batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT
     )
@@ -97,14 +108,14 @@ def forward(model: Grok1, batch: Any, settings: TrainingConfig, result: StepResu
     total = loss.total / max(1, result.predictions)
     if settings.balance_loss != "none" and settings.balance_loss_weight:
         balance = BALANCE_LOSSES[settings.balance_loss](routings, real_N) * share
-        result.balance_loss += balance.item()
+        result.waiting.append(("balance_loss", balance.detach()))
         total = total + settings.balance_loss_weight * balance
     if settings.router_z_loss:
         router_z = router_z_loss(routings, real_N) * share
-        result.router_z_loss += router_z.item()
+        result.waiting.append(("router_z_loss", router_z.detach()))
         total = total + settings.router_z_loss * router_z
-    result.loss += float(loss.per_token_N.sum(dtype=torch.float64)) / max(1, result.predictions)
-    result.z_loss += loss.z_loss.item() / max(1, result.predictions)
+    sums = {"loss": loss.per_token_N.sum(dtype=torch.float64), "z_loss": loss.z_loss.double()}
+    result.waiting += [(name, value / max(1, result.predictions)) for name, value in sums.items()]
     load_LE = torch.stack([expert_load(routing, real_N) for routing in routings])
     result.load_LE = load_LE if result.load_LE is None else result.load_LE + load_LE
     clock.lap("loss")
@@ -141,13 +152,27 @@ def idle_experts(load_LE: Tensor) -> dict[str, Tensor]:
 
 
 class _Stopwatch:
-    """Seconds by phase; what passes between two laps belongs to the phase that the second one names."""
+    """Seconds by phase; what passes between two laps belongs to the phase that the second one names. On a GPU its own clock runs."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks = [("", self._now())]
 
     def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
+        self.marks.append((phase, self._now()))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """Waits for the GPU, where there is one."""
+        found: dict[str, float] = {}
+        if self.on_gpu:
+            self.marks[-1][1].synchronize()
+        for (_, begin), (phase, end) in pairwise(self.marks):
+            found[phase] = found.get(phase, 0.0) + (begin.elapsed_time(end) / 1e3 if self.on_gpu else end - begin)
+        return found

@@ -1,5 +1,7 @@
 """Each Triton kernel against float64 on fresh random inputs, forward and backward: odd sizes, nobody, one token, all to one."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -92,6 +94,24 @@ def test_a_query_that_may_read_nothing_gives_zeros():
     documents = torch.tensor([[-1, -1, 0, 0]], dtype=torch.int32, device=DEVICE), torch.zeros(1, 4, dtype=torch.int32, device=DEVICE)
     out = capped_attention(q, k, v, *documents, ranges(*documents), multiplier=1.0, cap=30.0)
     assert (out[0, 0, :2] == 0).all() and (out[0, 0, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 70, 2, 16), LARGE((1, 2, 1024, 6, 128))])
+def test_gradients_where_every_row_reads_one_key_almost_alone(shape):
+    """An attention sink in bf16: the gradient of a logit is a difference with the output, whose rounding is larger than it."""
+    from pellucid.model.kernels.gpu.attention import capped_attention, ranges
+
+    torch.manual_seed(2)
+    B, K, T, G, d = shape
+    q, k, v = (torch.randn(s, device=DEVICE) for s in ((B, K, T, G, d), (B, K, T, d), (B, K, T, d)))
+    pull = ((math.log(T) + 4) / d**0.5) ** 0.5  # along all d: the first key's logit is about log T + 4, the others' around 0
+    k[:, :, 0], q = pull, q + pull
+    document, settings = torch.zeros(B, T, dtype=torch.int32, device=DEVICE), {"multiplier": d**-0.5, "cap": 30.0}
+    (_, *ours), (_, *expected) = both(
+        lambda *x: capped_attention(*x, document, document, ranges(document, document), **settings),
+        lambda *x: plain_attention(*x, document, document, **settings), [x.bfloat16() for x in (q, k, v)])  # fmt: skip
+    for a, b in zip(ours[:2], expected[:2], strict=True):
+        assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
