@@ -60,11 +60,15 @@ PARTS = ("ceiling", "steps", "experts", "attention", "loss")
 REPEATS, WARM_UP = (10, 3) if CUDA else (1, 0)
 STEPS, STEPS_WARM_UP = (6, 3) if CUDA else (1, 1)  # of one micro-batch
 MICRO_BATCHES = 4
-MODELS = {  # layers, hidden, intermediate, query heads, key/value heads, vocabulary; rows by sequence: with peers, and as many as fit
-    "2.7 B": dict(L=8, D=1536, F=8192, H=12, K=2, V=131072, peers={2048: 16, 8192: 4}, most={2048: 48, 8192: 12}),
-    "full-width layer": dict(L=1, D=6144, F=32768, H=48, K=8, V=131072, peers={2048: 8, 8192: 2}, most={2048: 16, 8192: 4}),
-}
-TINY = {"tiny": dict(L=2, D=64, F=96, H=4, K=2, V=256, peers={32: 2}, most={32: 3})}
+# Layers, hidden, intermediate, query heads, key/value heads, vocabulary. Rows by sequence: with peers, as many as fit, and as many
+# as fit beside a sum of gradients.
+MODELS = {
+    "2.7 B": dict(L=8, D=1536, F=8192, H=12, K=2, V=131072,
+                  peers={2048: 16, 8192: 4}, most={2048: 48, 8192: 12}, summed={2048: 48, 8192: 12}),
+    "full-width layer": dict(L=1, D=6144, F=32768, H=48, K=8, V=131072,
+                             peers={2048: 8, 8192: 2}, most={2048: 16, 8192: 4}, summed={2048: 12, 8192: 3}),
+}  # fmt: skip
+TINY = {"tiny": dict(L=2, D=64, F=96, H=4, K=2, V=256, peers={32: 2}, most={32: 3}, summed={32: 2})}
 
 
 @contextlib.contextmanager
@@ -265,6 +269,16 @@ def make_batch(B: int, T: int, V: int) -> Batch:
 
 
 def mixtral_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -> Callable[[], float]:
+    """transformers' model as it is mostly trained on one card: weights, gradients and moments all in bf16."""
+    return mixtral(size, B, T, masters=False)
+
+
+def mixtral_with_masters_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -> Callable[[], float]:
+    """The same, with fp32 weights and moments beside the bf16 ones, as ours has and as large models are trained."""
+    return mixtral(size, B, T, masters=True)
+
+
+def mixtral(size: dict, B: int, T: int, masters: bool) -> Callable[[], float]:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
@@ -273,15 +287,23 @@ def mixtral_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -
     with torch.device(DEVICE):
         model = MixtralForCausalLM(config).to(DTYPE).train()
     model.set_experts_implementation("grouped_mm")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    weights = list(model.parameters())
+    updated = [weight.detach().float().requires_grad_() for weight in weights] if masters else weights
+    optimizer = torch.optim.AdamW(updated, lr=1e-3, fused=True)
 
     def step() -> float:
         batch = make_batch(B, T, size["V"])
         optimizer.zero_grad(set_to_none=True)
         loss = model(batch.tokens_BT, labels=batch.targets_BT, shift_labels=batch.targets_BT).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if masters:
+            for weight, master in zip(weights, updated, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(updated, 1.0)
         optimizer.step()
+        if masters:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, updated)
         return loss.item()
 
     step.close = lambda: None
@@ -289,17 +311,18 @@ def mixtral_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -
 
 
 REAL, BALANCED = {"ours (Triton), real routing": False}, {"ours (Triton), balanced": True}
-PEERS = ((ours_step, 1, REAL), (mixtral_step, 1, {"transformers Mixtral, grouped_mm": False}))
-OURS = ((ours_step, 1, REAL | BALANCED), (ours_step, MICRO_BATCHES, REAL))
+PEERS = ((ours_step, 1, REAL), (mixtral_step, 1, {"transformers Mixtral, grouped_mm, all in bf16": False}),
+         (mixtral_with_masters_step, 1, {"transformers Mixtral, grouped_mm, fp32 masters": False}))  # fmt: skip
+CONTENDERS = {"peers": PEERS, "most": ((ours_step, 1, REAL | BALANCED),), "summed": ((ours_step, MICRO_BATCHES, REAL),)}
 
 
 def bench_steps(tiny: bool) -> Iterator[dict]:
     for name, size in (TINY if tiny else MODELS).items():
         for T in size["peers"]:
-            for B, contenders in ((size["peers"][T], PEERS), (size["most"][T], OURS)):
+            for rows, contenders in CONTENDERS.items():
                 for make, micro_batches, kinds in contenders:
                     with kernels("triton"), tempfile.TemporaryDirectory() as folder:
-                        yield from steps_of(name, size, B, T, micro_batches, make, kinds, Path(folder))
+                        yield from steps_of(name, size, size[rows][T], T, micro_batches, make, kinds, Path(folder))
 
 
 def steps_of(
