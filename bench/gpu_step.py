@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -60,6 +61,7 @@ PARTS = ("ceiling", "steps", "experts", "attention", "loss")
 REPEATS, WARM_UP = (10, 3) if CUDA else (1, 0)
 STEPS, STEPS_WARM_UP = (6, 3) if CUDA else (1, 1)  # of one micro-batch
 MICRO_BATCHES = 4
+LEARNING_RATE = 3e-4  # of all: they should learn alike
 # Layers, hidden, intermediate, query heads, key/value heads, vocabulary. Rows by sequence: with peers, as many as fit, and as many
 # as fit beside a sum of gradients.
 MODELS = {
@@ -229,7 +231,7 @@ def ours_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -> C
     """A whole step of ours on fresh tokens, as the loop makes it; returns its loss."""
     training = {"batch_size": B * micro_batches, "micro_batch_size": B, "balance_loss": "mixtral"}
     config = make_config({"model": model_config(size).model_dump(exclude={"preset"}), "data": {"sequence_length": T},
-                          "training": training})  # fmt: skip
+                          "training": training, "optimizer": {"learning_rate": LEARNING_RATE}})  # fmt: skip
     model = started(Grok1(config.model, device=DEVICE))
     model.compute_dtype, model.parity = DTYPE, False
     optimizer = build_optimizer(model, config.optimizer)
@@ -268,17 +270,8 @@ def make_batch(B: int, T: int, V: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones_like(positions), positions, rows, rows)
 
 
-def mixtral_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -> Callable[[], float]:
-    """transformers' model as it is mostly trained on one card: weights, gradients and moments all in bf16."""
-    return mixtral(size, B, T, masters=False)
-
-
-def mixtral_with_masters_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -> Callable[[], float]:
-    """The same, with fp32 weights and moments beside the bf16 ones, as ours has and as large models are trained."""
-    return mixtral(size, B, T, masters=True)
-
-
-def mixtral(size: dict, B: int, T: int, masters: bool) -> Callable[[], float]:
+def mixtral_step(size: dict, B: int, T: int, _micro_batches: int, _folder: Path, masters: bool = False) -> Callable[[], float]:
+    """transformers' model, weights, gradients and moments all in bf16; masters: fp32 weights and moments beside them, as ours has."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(vocab_size=size["V"], hidden_size=size["D"], intermediate_size=size["F"], num_hidden_layers=size["L"],
@@ -289,7 +282,7 @@ def mixtral(size: dict, B: int, T: int, masters: bool) -> Callable[[], float]:
     model.set_experts_implementation("grouped_mm")
     weights = list(model.parameters())
     updated = [weight.detach().float().requires_grad_() for weight in weights] if masters else weights
-    optimizer = torch.optim.AdamW(updated, lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(updated, lr=LEARNING_RATE, fused=True)
 
     def step() -> float:
         batch = make_batch(B, T, size["V"])
@@ -312,7 +305,7 @@ def mixtral(size: dict, B: int, T: int, masters: bool) -> Callable[[], float]:
 
 REAL, BALANCED = {"ours (Triton), real routing": False}, {"ours (Triton), balanced": True}
 PEERS = ((ours_step, 1, REAL), (mixtral_step, 1, {"transformers Mixtral, grouped_mm, all in bf16": False}),
-         (mixtral_with_masters_step, 1, {"transformers Mixtral, grouped_mm, fp32 masters": False}))  # fmt: skip
+         (partial(mixtral_step, masters=True), 1, {"transformers Mixtral, grouped_mm, fp32 masters": False}))  # fmt: skip
 CONTENDERS = {"peers": PEERS, "most": ((ours_step, 1, REAL | BALANCED),), "summed": ((ours_step, MICRO_BATCHES, REAL),)}
 
 
