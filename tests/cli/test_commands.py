@@ -1,6 +1,7 @@
 """The commands' answers: JSON that parses, numbers that match, help with examples."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -154,6 +155,8 @@ def test_version(command):
     import pellucid
 
     assert command("version").strip() == command("--version").strip() == pellucid.__version__
+    as_module = subprocess.run([sys.executable, "-m", "pellucid", "--version"], capture_output=True, text=True, check=True)
+    assert as_module.stdout.strip() == pellucid.__version__
 
 
 def commands():
