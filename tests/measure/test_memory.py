@@ -176,8 +176,8 @@ def test_the_peak_on_a_gpu_is_what_an_h200_took():
              "num_key_value_heads": 2, "max_position_embeddings": 131072}  # fmt: skip
     wide = small | {"hidden_size": 6144, "intermediate_size": 32768, "num_hidden_layers": 1, "num_attention_heads": 48,
                     "num_key_value_heads": 8}  # fmt: skip
-    measured = {(16, 16, 2048, "small"): 60.3, (48, 48, 2048, "small"): 114.9, (12, 12, 8192, "small"): 115.7,
-                (192, 48, 2048, "small"): 125.6, (16, 16, 2048, "wide"): 110.3}  # fmt: skip
+    measured = {(16, 16, 2048, "small"): 60.3, (4, 4, 8192, "small"): 61.0, (48, 48, 2048, "small"): 114.9,
+                (12, 12, 8192, "small"): 115.7, (192, 48, 2048, "small"): 125.6, (16, 16, 2048, "wide"): 110.3}  # fmt: skip
     cases = [
         {"model": {"small": small, "wide": wide}[shape], "data": {"sequence_length": length},
          "training": {"batch_size": rows, "micro_batch_size": at_once, "balance_loss": "mixtral"}}
@@ -188,7 +188,7 @@ def test_the_peak_on_a_gpu_is_what_an_h200_took():
     done = subprocess.run([sys.executable, "-c", PLAN], input=json.dumps(cases), env=environment | {"CUDA_VISIBLE_DEVICES": ""},
                           capture_output=True, text=True, timeout=250)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout) == pytest.approx(list(measured.values()), rel=0.02)
+    assert json.loads(done.stdout) == pytest.approx(list(measured.values()), rel=0.025)
 
 
 @pytest.mark.skipif(not gpu.HAS_TRITON, reason="needs the package triton")

@@ -36,6 +36,33 @@ def test_a_look_waits_until_the_steps_have_earned_what_it_takes(clock):
     assert looked_at(1.0, 0.2, None, clock) == list(range(300)), "a share of 1 takes all"
 
 
+def test_on_a_gpu_a_look_takes_what_its_own_clock_says_once_it_is_done(clock, monkeypatch):
+    """The host may wait inside for work that was there before: the GPU has only the look between the two events."""
+    device = {"now": 0.0, "done": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing): ...
+        def record(self):
+            self.at = device["now"]
+
+        def query(self):
+            return self.at <= device["done"]
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    budget = Budget(0.02, torch.device("cuda"))
+    with budget.spend("look"):
+        clock[0] += 5.0  # of which the host waited for most
+        device["now"] += 0.25
+    budget.settle()
+    assert budget.spent == 0.0 and budget.costs == {}
+    device["done"] = device["now"]
+    budget.settle()
+    assert budget.spent == 0.25 and budget.costs == {"look": 0.25}
+
+
 def test_a_look_that_no_step_can_pay_for_still_comes_every_so_many_steps(clock):
     assert looked_at(1e-9, 0.2, 100, clock) == [99, 199, 299]
     assert looked_at(1e-9, 0.2, None, clock) == []

@@ -1,6 +1,9 @@
 """The training step against plain autograd, closed forms and bit comparisons."""
 
+import itertools
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from pellucid.data.dataset import IGNORE, Batch
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.observe.observer import SilentObserver
+from pellucid.training import step as step_module
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.step import training_step
 
@@ -239,7 +243,22 @@ def test_micro_batch_of_nothing_but_padding_adds_nothing():
         assert torch.equal(gradient, gradients(alone)[name]), name
 
 
-def test_seconds_are_told_for_every_phase():
+def test_seconds_are_told_for_every_phase(monkeypatch):
+    """With a clock whose every tick is twice as long as the one before: which ticks a phase got tells its place in the step."""
+    times = (2.0**n for n in itertools.count())
+    monkeypatch.setattr(step_module, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     result = take_step(make_model(), [make_batch()])
-    assert {"forward", "loss", "backward", "clip", "update"} <= result.seconds.keys()
-    assert all(seconds >= 0 for seconds in result.seconds.values())
+    assert result.clock.seconds() == {
+        "forward": 1, "loss": 2, "backward": 8, "clip": 32, "update": 128, "observe": 4 + 16 + 64 + 256}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_seconds_on_a_gpu_are_those_of_its_own_clock():
+    model, batch = make_model().cuda(), make_batch().to("cuda")
+    take_step(model, [batch])
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    result = take_step(model, [batch])
+    seconds = result.clock.seconds()
+    assert min(seconds.values()) > 0 and sum(seconds.values()) <= time.perf_counter() - began

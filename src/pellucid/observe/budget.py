@@ -16,7 +16,7 @@ HORIZON = 200  # steps whose earnings the bucket can hold
 
 
 class Budget:
-    """share: of step time. On an accelerator, events measure what the device spends besides."""
+    """share: of step time. On a GPU its own clock measures a look, once it is done: the host may wait there for other work."""
 
     def __init__(self, share: float, device: torch.device):
         self.share = share
@@ -27,11 +27,11 @@ class Budget:
         self.done: dict[str, int] = {}  # step of each task's last turn
         self.spent = 0.0  # in the present step
         self._cuda = device.type == "cuda"
-        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event, float, str]] = []
+        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event, str]] = []
 
     def earn(self, step_seconds: float) -> None:
         """At the end of a step: `step_seconds` of work without observation."""
-        self._settle()
+        self.settle()
         total = step_seconds + self.spent
         if total > 0:
             self.used_share += 0.05 * (self.spent / total - self.used_share)
@@ -41,6 +41,7 @@ class Budget:
 
     def affords(self, task: str, at_least_every: int | None = None) -> bool:
         """Whether to do `task` in this step: where it is affordable, or its last turn is so many steps ago."""
+        self.settle()
         overdue = at_least_every is not None and self.steps - self.done.get(task, -1) >= at_least_every
         # the first time its cost is not known: try it once there is something in the bucket
         if self.share < 1 and not overdue and self.balance < max(self.costs.get(task, 0.0), 1e-6):
@@ -51,28 +52,27 @@ class Budget:
     @contextmanager
     def spend(self, task: str) -> Iterator[None]:
         """Time spent inside belongs to observation, and is remembered as the cost of `task`."""
-        events = None
         if self._cuda:
-            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            events[0].record()
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        if events is not None:
-            events[1].record()
-            self._open.append((*events, seconds, task))
-        self._account(task, seconds)
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            stop.record()
+            self._open.append((start, stop, task))
+        else:
+            started = time.perf_counter()
+            yield
+            self._account(task, time.perf_counter() - started)
 
     def _account(self, task: str, seconds: float) -> None:
         self.spent += seconds
         self.costs[task] = max(seconds, 0.9 * self.costs.get(task, 0.0) + 0.1 * seconds)
 
-    def _settle(self) -> None:
-        """Add what the device took beyond the host, of the looks that have finished there."""
+    def settle(self) -> None:
+        """Account for the looks that the GPU has finished."""
         waiting = []
-        for start, stop, seconds, task in self._open:
-            if not stop.query():
-                waiting.append((start, stop, seconds, task))
-            elif (extra := start.elapsed_time(stop) / 1e3 - seconds) > 0:
-                self._account(task, extra)
+        for start, stop, task in self._open:
+            if stop.query():
+                self._account(task, start.elapsed_time(stop) / 1e3)
+            else:
+                waiting.append((start, stop, task))
         self._open = waiting

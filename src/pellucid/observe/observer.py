@@ -240,7 +240,7 @@ class Observer(SilentObserver):
             pack = _Pack(self._packed)
             run = self._run_facts(result)
             facts = self._facts
-            self.writer.submit(lambda: self._record(step, pack.arrays(), facts, run))
+            self.writer.submit(lambda: self._record(step, pack.arrays(), facts, _phases(result) | run))
         if self.device.type == "cpu":  # there the writer's thread takes its time from the step's
             worked, self._writer_worked = self._writer_worked, self.writer.worked
             self.budget.spent += self._writer_worked - worked
@@ -252,8 +252,7 @@ class Observer(SilentObserver):
         settings = self.config.training
         seconds = time.perf_counter() - self.began
         beta1, beta2 = next((g["betas"] for g in self.optimizer.param_groups if "betas" in g), (None, None))
-        phases = {f"{phase}_seconds": result.seconds.get(phase) for phase in PHASES}
-        return {**phases,
+        return {
             "loss": result.loss, "balance_loss": result.balance_loss if settings.balance_loss != "none" else None,
             "router_z_loss": result.router_z_loss if settings.router_z_loss else None,
             "z_loss": result.z_loss if settings.z_loss else None, "learning_rate": result.learning_rate,
@@ -351,6 +350,12 @@ class Observer(SilentObserver):
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _phases(result) -> dict[str, float | None]:
+    """Seconds of each phase. On a GPU this waits for the step's end: it is the writer's thread that asks."""
+    seconds = {"data": result.data_seconds, **result.clock.seconds()}
+    return {f"{phase}_seconds": seconds.get(phase) for phase in PHASES}
 
 
 class _Pack:

@@ -142,14 +142,12 @@ def _gelu_slope(z: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * a * (1 + 3 * b * z * z)
 
 
-def gradients_of(model: Grok1, batches: list[Any], settings: TrainingConfig) -> StepResult:
-    """Leaves the step's whole gradient, before clipping, in the parameters; returns its losses."""
+def gradients_of(model: Grok1, batches: list[Any], settings: TrainingConfig) -> None:
+    """Leaves the step's whole gradient, before clipping, in the parameters."""
     model.zero_grad(set_to_none=True)
     result = StepResult(predictions=count_predictions(batches, settings))
     for batch in batches:
         forward(model, batch, settings, result, _NoClock(), SilentObserver()).backward()
-    result.settle()
-    return result
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pellucid.observe.columns import INDEX, PARAM
 from pellucid.observe.store import MISSING, Row
+from pellucid.training.device import widest
 
 SAMPLES = 1024
 SUMS = ("w2", "g2", "dw2", "g_dw", "dw_dwp", "dwp2", "g_gp", "gp2", "u2", "stale", "zero", "unmoved", "swallowed", "epsilon")
@@ -166,11 +167,12 @@ class ParameterProbe:
     def _corrections(self, adam: list[Parameter]) -> tuple[Tensor, Tensor, Tensor]:
         """Bias corrections 1/(1-beta^t) of both moments and eps, each [R, 1]; 1 where the rule is not Adam's."""
         steps = torch.stack([self.optimizer.state[p.weight]["step"].float() for p in adam]).to(self._pads_R.device)
-        betas = torch.tensor([p.group["betas"] for p in adam], dtype=torch.float64)
+        wide = widest(steps.device)
+        betas = torch.tensor([p.group["betas"] for p in adam], dtype=wide, device=steps.device)
         repeats = torch.tensor([p.leaves for p in adam])
         rows = torch.cat([torch.arange(p.first, p.first + p.leaves) for p in adam]).to(steps.device)
-        scale = 1 / (1 - betas.to(steps.device) ** steps.double()[:, None])
-        eps = torch.tensor([[p.group["eps"]] for p in adam], dtype=torch.float64, device=steps.device)
+        scale = 1 / (1 - betas ** steps.to(wide)[:, None])
+        eps = torch.tensor([[p.group["eps"]] for p in adam], dtype=wide, device=steps.device)
         packed = torch.ones(self.R, 3, device=steps.device)
         packed[rows] = torch.cat([scale, eps], 1).float().repeat_interleave(repeats.to(steps.device), 0, output_size=len(rows))
         return packed[:, 0:1], packed[:, 1:2], packed[:, 2:3]

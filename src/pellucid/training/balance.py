@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pellucid.model.moe import Routing
+from pellucid.training.device import widest
 
 Routings = Routing | Sequence[Routing]
 
@@ -66,7 +67,7 @@ def update_balance_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     Auxiliary-loss-free balancing: Wang et al. 2024 (arXiv 2408.15664, algorithm 1), DeepSeek-V3 (2412.19437, 2.1.2).
     load_E: of the whole step, over all micro-batches and devices.
     """
-    load_E = load_E.double()
+    load_E = load_E.to(widest(load_E.device))
     return bias_E.add_(rate * torch.sign(load_E.mean() - load_E).to(bias_E))
 
 

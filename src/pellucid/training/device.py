@@ -47,6 +47,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype of sums whose every bit counts: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def keep_threads(recorded: int | None) -> str | None:
     """Compute on as many threads as a run began with: float sums depend, in their last bits, on how many share them.
 

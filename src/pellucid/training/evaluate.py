@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pellucid.model.grok import Grok1
+from pellucid.training.device import widest
 from pellucid.training.losses import IGNORE, linear_cross_entropy
 
 
@@ -63,7 +64,7 @@ def evaluate_batches(
         losses = linear_cross_entropy(
             hidden.flatten(0, 1), model.embedding.weight, targets_N, multiplier=model.config.output_multiplier_scale
         )
-        result.nats += float(losses.per_token_N.sum(dtype=torch.float64))
+        result.nats += float(losses.per_token_N.sum(dtype=widest(device)))
         result.tokens += int(losses.count)
         result.text_bytes += int(byte_lengths_V[targets_N[targets_N != IGNORE].cpu().numpy()].sum())
         if on_batch is not None:

@@ -88,7 +88,7 @@ class Loop:
         data_seconds = time.perf_counter() - began
         factor = learning_rate_factor(self.config.schedule, counters.step, self.max_steps)
         result = training_step(self.model, self.optimizer, micro_batches, settings, factor, self.observer)
-        result.seconds["data"] = data_seconds
+        result.data_seconds = data_seconds
         self.observer.end_step(counters.step, result)
         counters.step += 1
         counters.tokens += result.tokens

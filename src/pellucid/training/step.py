@@ -22,6 +22,7 @@ from torch import Tensor
 from pellucid.config import TrainingConfig
 from pellucid.model.grok import Grok1
 from pellucid.training.balance import BALANCE_LOSSES, expert_load, router_z_loss, update_balance_bias
+from pellucid.training.device import widest
 from pellucid.training.losses import IGNORE
 from pellucid.training.optimizers import frozen_idle_experts, set_learning_rate
 from pellucid.training.tasks import TASKS
@@ -31,7 +32,7 @@ from pellucid.training.tasks import TASKS
 class StepResult:
     """What one step did. The loss is the mean over its predictions: tokens in nats, or documents (see tasks.py)."""
 
-    loss: float = 0.0  # the task's alone
+    loss: float = math.nan  # the task's alone; not known before `settle`
     balance_loss: float = 0.0  # unweighted
     router_z_loss: float = 0.0  # unweighted
     z_loss: float = 0.0  # weighted
@@ -42,13 +43,14 @@ class StepResult:
     predictions: int = 0  # of language modelling: tokens
     applied: bool = True  # False: loss or gradient was not finite, nothing changed
     load_LE: Tensor | None = None  # tokens per layer and expert, pads left out
-    seconds: dict[str, float] = field(default_factory=dict)
-    waiting: list[tuple[str, Tensor]] = field(default_factory=list, repr=False)  # what forward passes found, still on the device
+    data_seconds: float | None = None  # until the batch was on the device: the loop's to say
+    clock: Stopwatch | None = None
+    waiting: list[dict[str, Tensor]] = field(default_factory=list, repr=False)  # losses of micro-batches, still on the device
 
     def settle(self) -> None:
-        """Add what is waiting to the fields it belongs to. On a GPU this waits for it, so it is best done late."""
-        for name, value in self.waiting:
-            setattr(self, name, getattr(self, name) + value.item())
+        """Sum what is waiting into the fields it belongs to. On a GPU this waits for it, so it is best done late."""
+        for name in self.waiting[0]:
+            setattr(self, name, sum(found[name].item() for found in self.waiting))
         self.waiting.clear()
 
 
@@ -61,7 +63,8 @@ def training_step(
     observer: Any,
 ) -> StepResult:
     """Train on the micro-batches of one step (see data.dataset.Batch; tensors on the model's device)."""
-    result, clock = StepResult(), _Stopwatch(model.embedding.weight.device)
+    clock = Stopwatch(model.embedding.weight.device)
+    result = StepResult(clock=clock)
     result.tokens = sum(int((batch.targets_BT != IGNORE).sum()) for batch in micro_batches)
     result.predictions = count_predictions(micro_batches, settings)
     set_learning_rate(optimizer, learning_rate_factor)
@@ -90,14 +93,14 @@ def training_step(
     clock.lap("update")
     observer.after_update(result)
     clock.lap("observe")
-    result.seconds = clock.seconds()
     return result
 
 
 def forward(model: Grok1, batch: Any, settings: TrainingConfig, result: StepResult, clock, observer) -> Tensor:
     """Predict what the task asks of a micro-batch; returns what to minimise, its share of the step's mean.
 
-    What it adds to the result's losses waits there for `settle`."""
+    Its losses wait in the result for `settle`.
+    """
     hidden_BTD, routings = model.hidden_states(
         batch.tokens_BT, segment_ids=batch.segment_ids_BT, positions=batch.positions_BT
     )
@@ -106,16 +109,17 @@ def forward(model: Grok1, batch: Any, settings: TrainingConfig, result: StepResu
     real_N = batch.targets_BT.reshape(-1) != IGNORE
     share = loss.count / max(1, result.predictions)
     total = loss.total / max(1, result.predictions)
+    sums = {"loss": loss.per_token_N.sum(dtype=widest(total.device)), "z_loss": loss.z_loss}
+    found = {name: value.to(widest(total.device)) / max(1, result.predictions) for name, value in sums.items()}
     if settings.balance_loss != "none" and settings.balance_loss_weight:
         balance = BALANCE_LOSSES[settings.balance_loss](routings, real_N) * share
-        result.waiting.append(("balance_loss", balance.detach()))
+        found["balance_loss"] = balance.detach()
         total = total + settings.balance_loss_weight * balance
     if settings.router_z_loss:
         router_z = router_z_loss(routings, real_N) * share
-        result.waiting.append(("router_z_loss", router_z.detach()))
+        found["router_z_loss"] = router_z.detach()
         total = total + settings.router_z_loss * router_z
-    sums = {"loss": loss.per_token_N.sum(dtype=torch.float64), "z_loss": loss.z_loss.double()}
-    result.waiting += [(name, value / max(1, result.predictions)) for name, value in sums.items()]
+    result.waiting.append(found)
     load_LE = torch.stack([expert_load(routing, real_N) for routing in routings])
     result.load_LE = load_LE if result.load_LE is None else result.load_LE + load_LE
     clock.lap("loss")
@@ -151,11 +155,11 @@ def idle_experts(load_LE: Tensor) -> dict[str, Tensor]:
     }
 
 
-class _Stopwatch:
+class Stopwatch:
     """Seconds by phase; what passes between two laps belongs to the phase that the second one names. On a GPU its own clock runs."""
 
     def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.marks = [("", self._now())]
 
     def lap(self, phase: str) -> None:
@@ -165,11 +169,11 @@ class _Stopwatch:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def seconds(self) -> dict[str, float]:
-        """Waits for the GPU, where there is one."""
+        """Of each phase. Waits for the GPU, where there is one."""
         found: dict[str, float] = {}
         if self.on_gpu:
             self.marks[-1][1].synchronize()

@@ -33,6 +33,7 @@ CASES = [
     (attention._backward_q, blocks({**ATTENTION, **attention.BACKWARD_Q[2]}, q="MD", k="ND", v="ND", grad="MD")),
     (attention._backward_kv, blocks({**ATTENTION, **attention.BACKWARD_KV[2]}, q="MD", k="ND", v="ND", grad="MD")),
     (attention._turn_gradient, {**ATTENTION, "HEADS": attention.HEADS}),
+    (attention._turn_gradient, {**ATTENTION, "HEADS": attention.HEADS, "lost": None}),  # fp32's
     (experts._up, blocks({**EXPERTS, **experts.UP[2]}, x="TI", weight="OI", inner="TO", gate_out="TO", up_out="TO")),
     (experts._product, blocks({**EXPERTS, "TRANSPOSED": True, **experts.DOWN[2]}, x="TI", weight="OI", y="TO")),
     (experts._product, blocks({**EXPERTS, "TRANSPOSED": False, **experts.DOWN[2]}, x="TI", weight="IO", y="TO")),

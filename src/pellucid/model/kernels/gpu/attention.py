@@ -1,9 +1,9 @@
 """Capped causal attention over grouped heads and packed documents, forward and backward, in Triton.
 
 Logits are capped at c = 30, so e^logit needs no running maximum: a row keeps one sum. Rows are (query, head) pairs
-that share a key/value head. Blocks of keys outside a block's documents are never read. Saved: q, k, v, out, what
-its rounding took, log2 of the sums. A gradient is a difference with the output: where a row reads one key almost alone, a rounded
-output would leave mostly its rounding.
+that share a key/value head. Blocks of keys outside a block's documents are never read. Saved: q, k, v, out, what its
+rounding took, log2 of the sums. A gradient is a difference with the output: where a row reads one key almost alone, a
+rounded output would leave mostly its rounding.
 The definition is `chunked_capped_attention` of model/attention.py. Flash attention: Dao 2023 (arXiv 2307.08691).
 Letters: B batch, K key/value heads, T sequence, G query heads for each of them, d head_dim; M rows, N keys of a block.
 """
