@@ -171,6 +171,40 @@ def test_default_names_are_free_ones(tmp_path, monkeypatch, tiny_tables, tiny_ru
     assert str(train(tiny_tables(max_steps=1)).directory) == "runs/run"
 
 
+TOGETHER = """if True:
+    import pathlib, sys, time
+    from pellucid import cli, run
+    free, mark = run.next_run_dir, pathlib.Path(sys.argv.pop())
+    def next_run_dir(name):
+        found = free(name)
+        mark.touch()
+        while len(list(mark.parent.glob("*.found"))) < 2:
+            time.sleep(0.01)
+        return found
+    run.next_run_dir = next_run_dir
+    cli.main()
+"""
+
+
+def test_runs_begun_at_the_same_moment_take_different_names(tiny_tables, tmp_path):
+    """Two processes; neither goes on before both have found the same name free."""
+    (tmp_path / "a.toml").write_text(tomli_w.dumps(tiny_tables(max_steps=2)))
+    both = []
+    try:
+        for mark in ("1.found", "2.found"):
+            command = [sys.executable, "-c", TOGETHER, "train", "a.toml", mark]
+            both.append(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        said = [one.communicate(timeout=120) for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    assert [(one.returncode, errors) for one, (_, errors) in zip(both, said, strict=True)] == [(0, "")] * 2
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["a", "a-2"]
+    named = {output.split("the run is in ")[1].split(".")[0] for output, _ in said}
+    assert named == {"runs/a", "runs/a-2"}
+    assert all(max(saved_steps(tmp_path / name / "checkpoints")) == 2 for name in named)
+
+
 def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(tiny_run, tmp_path):
     run = Run(shutil.copytree(tiny_run.directory, tmp_path / "it's mine", ignore=shutil.ignore_patterns("checkpoints")))
     commands = [shlex.split(line) for line in what_next(run).splitlines()[1:]]

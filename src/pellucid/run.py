@@ -7,6 +7,7 @@ step did), checkpoints/ and, at the end, model/ as a Hugging Face directory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -93,22 +94,22 @@ class Run:
 
 def train(
     config: Config | dict | str | Path | None = None, *, run_dir: str | Path | None = None, resume: bool = False,
-    progress: bool = False,
+    name: str | None = None, progress: bool = False,
 ) -> Run:  # fmt: skip
     """Train a model from raw text and return its run. Raises UserError for anything the user can mend.
 
     config: a Config, its tables as a dict, a TOML file, or None: the embedded default, a small model on Python's own
     standard library. run_dir: a new folder (default runs/NAME, runs/NAME-2, ...); with `resume`, the one to continue
-    (config None then means its own). progress: show a bar.
+    (config None then means its own). name: that NAME, by default the configuration file's. progress: show a bar.
     """
     if resume and run_dir is None:
         raise UserError("to resume, say which run: --run-dir runs/NAME --resume")
     if resume:
         own = Run(run_dir).config
         config = own if config is None else config
-    name = "run" if isinstance(config, Config | dict) else run_name(config)
-    folder = Path(run_dir) if run_dir is not None else next_run_dir(name)
-    if not resume and folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+    name = name or ("run" if isinstance(config, Config | dict) else run_name(config))
+    folder = Path(run_dir) if run_dir is not None else None
+    if not resume and folder is not None and folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise UserError(f"{folder}: exists already; choose another --run-dir, or continue it with --resume")
     if isinstance(config, dict):
         config = make_config(config)
@@ -119,18 +120,18 @@ def train(
     with contextlib.ExitStack() as held:
         held.callback(shown.close)
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the caller's: a resumed run takes the number it began with
-        run = _train(resolved_config(config), folder, resume, shown, held)
+        run = _train(resolved_config(config), folder, name, resume, shown, held)
         if run.stopped_by is None:
             _stage_plays(shown, run)
         for tool in config.observe.export:
-            shown.say(f"exported: {export(folder, tool)}")
+            shown.say(f"exported: {export(run.directory, tool)}")
         if run.stopped_by is None:
             shown.say(summary.what_next(run))
         return run
 
 
-def _train(config: Config, folder: Path, resume: bool, progress: Quiet, held: contextlib.ExitStack) -> Run:
-    """`held` takes the run's lock: it is ours to the end of `train`."""
+def _train(config: Config, folder: Path | None, name: str, resume: bool, progress: Quiet, held: contextlib.ExitStack) -> Run:
+    """`held` takes the run's lock: it is ours to the end of `train`. folder None: runs/NAME or the next, once its data are there."""
     device = choose_device(config.training.device)  # before any work is spent
     brought = config.model.init_from is not None and config.data.tokenizer.kind != "file"  # the tokenizer, by the origin
     begun = resume and bool(saved_steps(folder / "checkpoints"))
@@ -158,7 +159,7 @@ def _train(config: Config, folder: Path, resume: bool, progress: Quiet, held: co
     model.recompute = config.training.recompute
     optimizer = build_optimizer(model, config.optimizer, config.training.seed)
     if not resume:
-        write_run_files(folder, config, dataset)
+        folder = write_run_files(folder, name, config, dataset)
         held.enter_context(only_trainer(folder))
     run = Run(folder)
     if resume and device.type == "cpu" and (note := keep_threads(run.threads)):
@@ -334,8 +335,11 @@ def next_run_dir(name: str) -> Path:
     return next(Path("runs") / n for n in names if not (Path("runs") / n).exists())
 
 
-def write_run_files(folder: Path, config: Config, dataset: Dataset) -> None:
-    """config.toml, which repeats the run, and manifest.json, which says what it ran on; both or neither."""
+def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dataset) -> Path:
+    """config.toml, which repeats the run, and manifest.json, which says what it ran on; both or neither.
+
+    Returns their folder: `folder`, or where that is None the free one of runs/NAME, runs/NAME-2, ... that no other process took first.
+    """
     manifest = {
         "format": 1,
         "pellucid": installed_version("pellucid"),
@@ -351,14 +355,22 @@ def write_run_files(folder: Path, config: Config, dataset: Dataset) -> None:
         "tokenizer": {"fingerprint": dataset.tokenizer.fingerprint},
         "parameters": parameter_counts(config.model),
     }  # fmt: skip
-    unfinished = folder.parent / f".{folder.name}.{os.getpid()}.starting"
+    new = folder or next_run_dir(name)
+    unfinished = new.parent / f".{new.name}.{os.getpid()}.starting"
     try:
         unfinished.mkdir(parents=True)
         (unfinished / "config.toml").write_text(resolved_config(config).to_toml(), encoding="utf-8")
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        os.rename(unfinished, folder)  # an empty folder may stand there
+        while True:
+            try:
+                os.rename(unfinished, new)  # an empty folder may stand there, never another run
+                return new
+            except OSError as error:
+                if folder is not None or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                new = next_run_dir(name)  # a run that began at the same moment has the other
     except OSError as error:
-        raise UserError(f"{folder}: cannot write the run directory ({error.strerror}); choose another --run-dir") from None
+        raise UserError(f"{new}: cannot write the run directory ({error.strerror}); choose another --run-dir") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

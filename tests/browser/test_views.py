@@ -308,7 +308,8 @@ def test_experts_show_the_tokens_their_newest_checkpoint_sends_them(open_page, a
             shown_as = re.sub("^ | $", "␣", name.replace("\n", "⏎").replace("\t", "⇥"))
             counted += segment > 0 and 2 in taken and shown_as == text
     assert counted == times > 0
-    rows = [torch.cat([p[e].flatten() for p in (model.layers[1].moe.gate_up_proj, model.layers[1].moe.down_proj)]) for e in range(4)]
+    stacked = (model.layers[1].moe.gate_up_proj.detach(), model.layers[1].moe.down_proj.detach())
+    rows = [torch.cat([p[e].flatten() for p in stacked]) for e in range(4)]
     cosines = {e: float(torch.cosine_similarity(rows[2].double(), rows[e].double(), dim=0)) for e in (0, 1, 3)}
     nearest = max(cosines, key=cosines.get)
     said = page.locator(".sibling").inner_text()

@@ -11,12 +11,13 @@ from pellucid.cli.app import Json, answer, app, progress
 from pellucid.config import UserError
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="folder of the run, such as runs/demo")]
+STEP = "number of the step, from 0: the one that train ends with 'step 8/8' is step 7"
 
 
 @app.command()
 def trace(
     run: RunDir,
-    step: Annotated[int, typer.Option(min=0, help="number of the step, from 0")],
+    step: Annotated[int, typer.Option(min=0, help=STEP)],
     documents: Annotated[int, typer.Option(min=1, help="how many documents to show (--json: all)")] = 20,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +34,7 @@ def trace(
 @app.command()
 def explain(
     run: RunDir,
-    step: Annotated[int | None, typer.Option(min=0, help="number of the step, from 0")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help=STEP)] = None,
     text: Annotated[str | None, typer.Option(help="instead of a step: one real step on this sentence")] = None,
     label: Annotated[str | None, typer.Option(help="with --text, of a run on labelled documents: its class or numbers")] = None,
     parameter: Annotated[str | None, typer.Option(help="name of a tensor; default: the one with the largest gradient")] = None,

@@ -29,6 +29,4 @@ def train(
         config = runs.Run(run_dir).directory / "config.toml"
     if overrides or config is not None:
         config = load_config(config, overrides)
-    if run_dir is None and not resume:
-        run_dir = runs.next_run_dir(runs.run_name(path))
-    runs.train(config, run_dir=run_dir, resume=resume, progress=True)
+    runs.train(config, run_dir=run_dir, resume=resume, name=runs.run_name(path), progress=True)

@@ -119,7 +119,7 @@ class RoutingProbe:
         self._add_way(tokens, update)
         all_LE, ghost_LE = self.way_2LE
         return {
-            "ghost_share": np.where(all_LE > 0, ghost_LE / all_LE, MISSING),
+            "ghost_share": np.divide(ghost_LE, all_LE, out=np.full_like(all_LE, MISSING), where=all_LE > 0),
             "gradient_norm": whole("gradient_norm"),
             "update_norm": update,
             "ghost": (tokens == 0) & (update > 0),
