@@ -1,5 +1,6 @@
 """What is recorded of a step equals what its own batch and weights give when they are computed again, plainly, in float64."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from pellucid.observe.columns import INDEX
 from pellucid.observe.noise import NoiseScale
 from pellucid.observe.reader import Reader, is_missing
 from pellucid.observe.replay import state_before
+from pellucid.observe.web.river import River
 
 STEP = 25  # a checkpoint stands before it
 
@@ -143,6 +145,15 @@ def test_the_data_river_goes_from_the_data_s_manifest_to_the_rows(run, run_dir):
     tokens = sum(split["tokens"] for split in splits)
     assert [(s["tokens_in"], s["tokens_out"]) for s in stages] == [(None, None)] * 3 + [(None, tokens), (tokens, tokens)]
     assert stages[-1]["detail"]["rows"] == sum(split["packing"]["rows"] for split in splits)
+
+
+def test_the_page_draws_the_recorded_stages_between_the_source_and_the_batch(run, run_dir):
+    manifest = pellucid.Run(run_dir).manifest
+    drawn = River(run_dir, manifest).describe(run)["stages"]
+    assert [s["name"] for s in drawn] == ["source", *(s["name"] for s in run.stages()), "batch"]
+    assert all(before["out"] == after["into"] for before, after in itertools.pairwise(drawn[:-1])), "as wide here as there"
+    elsewhere = River(run_dir, {"data": manifest["data"] | {"directory": "/not/on/this/machine"}})
+    assert elsewhere.describe(run)["stages"] == drawn[1:] and "is not on this machine" in elsewhere.problem
 
 
 def test_noise_scale_finds_the_variance_of_known_gradients():

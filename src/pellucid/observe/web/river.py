@@ -1,7 +1,7 @@
-"""Picture 2 of a run: stages of its data, documents followed from file to batch. Reads the prepared data, if it is here.
+"""Picture 2 of a run: stages of its data, documents followed from file to batch.
 
-A run records where its prepared data lies; on another machine it may be missing. Then the counts come from the run's own
-telemetry, and what needs the texts says so.
+The stages are what the run's own telemetry has of them. Documents are read from the prepared data: a run records where
+they lie; on another machine they may be missing, then what needs the texts says so.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pellucid.config import UserError, load_config
+from pellucid.config import FilterConfig, UserError, load_config
 from pellucid.data.dataset import Dataset
 from pellucid.observe.trace import height
 from pellucid.observe.web.journey import EXCERPT, journey
 
 TOKENS = 600  # tokens of a document shown as chips
 SHOWN = 400  # rows and steps of a document listed
+TITLES = {"normalize": "normalise", "held_out": "decontaminate", "split": "hold out", "tokenize": "tokenise"}  # where not the name
 
 
 class River:
@@ -45,18 +46,29 @@ class River:
         return dataset
 
     def describe(self, reader: Any) -> dict[str, Any]:
-        """Stages with counts and samples, tokenizer, splits; from the data's manifest, else from the telemetry."""
-        dataset = self.dataset
-        if dataset is None:
-            return {"problem": self.problem, "sources": [], **_recorded(reader.stages() if reader else [])}
-        manifest = dataset.manifest
-        sources = sorted(manifest["sources"], key=lambda file: -file["size"])
-        shown = [{key: file[key] for key in ("uri", "size", "documents", "sha256")} for file in sources[:40]]
-        return {
-            "problem": None, "stages": manifest["stages"], "splits": manifest["splits"], "tokenizer": manifest["tokenizer"],
-            "split": manifest["split"], "settings": manifest["settings"], "sources": shown, "files": len(sources),
-            "bytes": sum(file["size"] for file in sources), "documents": sum(file["documents"] for file in sources),
-        }  # fmt: skip
+        """What the page draws: the stages that the run recorded (data/river.py) between the source and the batch.
+
+        `into` and `out` of each are bytes of the text that goes on to be trained on; `splits` are those of `pack`.
+        """
+        stages = [stage["detail"] for stage in reader.stages()] if reader else []
+        splits = stages[-1].get("splits", {}) if stages else {}
+        stages = [stage for stage in stages if stage["name"] != "split" or "validation" in splits]
+        text = stages[0]["bytes_in"] if stages else 0
+        source = [self._source(text)] if self.dataset else []
+        for stage in stages:
+            kept = text if stage["settings"].get("augment_originals") else 0
+            out = stage["splits"]["train"]["text_bytes"] if "splits" in stage else stage["bytes_out"] + kept
+            title = TITLES.get(stage["name"], stage["name"].replace("_", " "))
+            stage |= {"title": title, "filter": stage["name"] in FilterConfig.model_fields, "into": text, "out": out}
+            text = out
+        batch = [{**stages[-1], "name": "batch", "title": "batch", "into": 0, "out": 0}] if splits else []
+        return {"problem": self.problem, "stages": [*source, *stages, *batch], "splits": splits}
+
+    def _source(self, text: int) -> dict[str, Any]:
+        files = sorted(self.dataset.manifest["sources"], key=lambda file: -file["size"])
+        largest = [{key: file[key] for key in ("uri", "size", "documents", "sha256")} for file in files[:40]]
+        return {"name": "source", "title": "source", "into": sum(file["size"] for file in files), "out": text, "files": len(files),
+                "documents": sum(file["documents"] for file in files), "largest": largest}  # fmt: skip
 
     def step(self, step: int, losses: list[dict], worst: list[dict], config: dict[str, Any]) -> dict[str, Any]:
         """Pieces of the batch of a step, those with a recorded loss first, worst on top; worst tokens in their text."""
@@ -128,11 +140,3 @@ class River:
                 "documents": int(split.plan.document.max()) + 1, "tokens": tokens, "token_count": len(ids),
                 "rows": sorted(rows)[:SHOWN], "row_count": len(rows), "steps": steps[:SHOWN], "step_count": len(steps),
                 "version": bool(document["augmentation"])}  # fmt: skip
-
-
-def _recorded(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's stages, splits, tokenizer and settings, as far as the telemetry's table `stage` tells them."""
-    found = {row["name"]: {**{key: value for key, value in row.items() if key != "detail"}, **(row["detail"] or {})} for row in rows}
-    split, tokenize, pack = (found.pop(name, {}) for name in ("split", "tokenize", "pack"))
-    return {"stages": list(found.values()), "splits": pack.get("splits", {}), "settings": pack.get("settings", {}),
-            "split": split.get("settings"), "tokenizer": tokenize.get("settings")}

@@ -130,7 +130,7 @@ function Update({ run, play }) {
 }
 
 function Data({ run, river, value, step }) {
-  const stages = (river?.stages ?? []).filter((s) => s.documents_in !== undefined && s.documents_out !== undefined), train = river?.splits?.train;
+  const stages = (river?.stages ?? []).filter((s) => s.documents_in !== undefined && !s.splits), train = river?.splits?.train;
   const rows = train?.packing?.rows, batch = run.config?.training?.batch_size;
   return html`<${Idea} id="idea-data" title="Data: what text becomes before it teaches" sources=${[4, 3]}
     formula="source → normalize → (filter, deduplicate, augment) → tokenize → pack → loader">

@@ -8,24 +8,24 @@ import { Lines } from "../line.js";
 import { isReport } from "../source.js";
 import { PHASES } from "../ring.js";
 
-export function Station({ station, loop, phases, reading, window, data, run, index, step, theme }) {
+export function Station({ stage, loop, phases, reading, window, run, index, step, theme }) {
   if (loop) return html`<${Loop} phases=${phases} reading=${reading} window=${window} run=${run} step=${step} theme=${theme} />`;
-  if (!station) return null;
-  const { kind, stage } = station;
-  if (kind === "source") return html`<${Sources} data=${data} />`;
-  if (kind === "tokenize") return html`<${Tokens} data=${data} />`;
-  if (kind === "pack" || kind === "batch") return html`<${Rows} data=${data} run=${run} index=${index} step=${step} theme=${theme} />`;
-  if (kind === "split") return html`<${Panel} id="station-title" wide question="What is held out?" answer=${`${plural(data.splits.validation.documents, "document")} (${bytes(data.splits.validation.text_bytes)}) are never trained on; they are chosen by ${data.split.method}, ${percent(data.split.fraction)} of all.`} />`;
-  return html`<${Stage} stage=${stage} name=${station.name} />`;
+  if (!stage) return null;
+  const { name, settings, splits } = stage;
+  if (name === "source") return html`<${Sources} source=${stage} />`;
+  if (name === "tokenize") return html`<${Tokens} tokenizer=${settings} splits=${splits} />`;
+  if (name === "pack" || name === "batch") return html`<${Rows} stage=${stage} run=${run} index=${index} step=${step} theme=${theme} />`;
+  if (name === "split") return html`<${Panel} id="station-title" wide question="What is held out?" answer=${`${plural(splits.validation.documents, "document")} (${bytes(splits.validation.text_bytes)}) are never trained on; they are chosen by ${settings.method}, ${percent(settings.fraction)} of all.`} />`;
+  return html`<${Stage} stage=${stage} />`;
 }
 
 /** A stage of preparation: counts, settings, reasons, specimens. */
-function Stage({ stage, name }) {
+function Stage({ stage }) {
   const reasons = Object.entries(stage.dropped ?? {}).sort((a, b) => b[1] - a[1]), most = reasons[0]?.[1] ?? 1;
   const changed = stage.bytes_out - stage.bytes_in, versions = stage.name === "augment";
   const answer = versions ? `${plural(stage.documents_in, "training document")} went in, ${count(stage.documents_out)} changed versions came out (${bytes(stage.bytes_out)}); ${count(stage.dropped?.unchanged ?? 0)} came out equal and were not kept twice.`
     : `${plural(stage.documents_in, "document")} went in, ${count(stage.documents_out)} came out${changed ? `; the text became ${bytes(Math.abs(changed))} ${changed < 0 ? "shorter" : "longer"}` : ", unchanged"}.`;
-  return html`<${Panel} id="station-title" wide question=${`What did “${name}” do?`} answer=${answer}>
+  return html`<${Panel} id="station-title" wide question=${`What did “${stage.title}” do?`} answer=${answer}>
     <div class="columns station-detail"><div>
       <h3>Settings</h3><p class="settings">${settingsOf(stage.settings).map(([key, value]) => html`<span><i>${key}</i> ${value}</span>`)}${stage.version && html`<span><i>version</i> ${stage.version}</span>`}</p>
       ${stage.augmenters?.length > 0 && html`<h3>Units changed</h3><dl>${stage.augmenters.map((a) => html`<dt>${a.name.replaceAll("_", " ")}</dt><dd>${count(a.changed)}</dd>`)}</dl>`}
@@ -51,28 +51,26 @@ function settingsOf(settings, prefix = "") {
   });
 }
 
-function Sources({ data }) {
-  const most = data.sources[0]?.size ?? 1;
-  return html`<${Panel} id="station-title" wide question="Where does the text come from?" answer=${`${plural(data.files, "file")}, ${bytes(data.bytes)}; ${plural(data.documents, "document")} were read from them. The largest:`}>
+function Sources({ source }) {
+  const most = source.largest[0]?.size ?? 1;
+  return html`<${Panel} id="station-title" wide question="Where does the text come from?" answer=${`${plural(source.files, "file")}, ${bytes(source.into)}; ${plural(source.documents, "document")} were read from them. The largest:`}>
     <div class="scroll" tabindex="0" role="region" aria-label="source files"><table class="bars"><thead><tr><th class="left" scope="col">file</th><th class="left" scope="col">size</th><th scope="col"></th><th scope="col">documents</th><th scope="col">sha256</th></tr></thead>
-      <tbody>${data.sources.map((file) => html`<tr><td class="left mono">${file.uri}</td><td class="left narrow"><div class="bar-cell"><i style=${{ width: `${(100 * file.size) / most}%`, background: "var(--river)" }}></i></div></td><td>${bytes(file.size)}</td><td>${count(file.documents)}</td><td class="mono">${file.sha256?.slice(0, 12) ?? "–"}</td></tr>`)}</tbody></table></div><//>`;
+      <tbody>${source.largest.map((file) => html`<tr><td class="left mono">${file.uri}</td><td class="left narrow"><div class="bar-cell"><i style=${{ width: `${(100 * file.size) / most}%`, background: "var(--river)" }}></i></div></td><td>${bytes(file.size)}</td><td>${count(file.documents)}</td><td class="mono">${file.sha256?.slice(0, 12) ?? "–"}</td></tr>`)}</tbody></table></div><//>`;
 }
 
-function Tokens({ data }) {
-  const { train } = data.splits, tokenizer = data.tokenizer;
+function Tokens({ tokenizer, splits: { train, validation } }) {
   return html`<${Panel} id="station-title" wide question="How does text become numbers?" answer=${`A ${tokenizer.kind} tokenizer of ${plural(tokenizer.vocab_size, "token")} makes one token of ${number(train.text_bytes / train.tokens)} bytes on average. The tokens of one document are shown below.`}>
-    <dl class="short"><dt>training tokens</dt><dd>${count(train.tokens)}</dd><dt>held-out tokens</dt><dd>${count(data.splits.validation?.tokens)}</dd><dt>pad, bos, eos</dt><dd>${[tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id].map((id) => id ?? "none").join(", ")}</dd><dt>fingerprint</dt><dd class="mono">${tokenizer.fingerprint.slice(0, 16)}</dd></dl><//>`;
+    <dl class="short"><dt>training tokens</dt><dd>${count(train.tokens)}</dd><dt>held-out tokens</dt><dd>${count(validation?.tokens)}</dd><dt>pad, bos, eos</dt><dd>${[tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id].map((id) => id ?? "none").join(", ")}</dd><dt>fingerprint</dt><dd class="mono">${tokenizer.fingerprint.slice(0, 16)}</dd></dl><//>`;
 }
 
 /** The batch of the step, row by row: each piece of a document as long as its tokens, coloured by its loss. */
-function Rows({ data, run, index, step, theme }) {
-  const answer = useAnswer(`step?run=${index}&step=${step}`, 0, !isReport), length = data.settings?.sequence_length ?? 1;
+function Rows({ stage, run, index, step, theme }) {
+  const answer = useAnswer(`step?run=${index}&step=${step}`, 0, !isReport), length = stage.settings.sequence_length;
   const scale = useMemo(() => scaleOf({ name: "loss", scale: "linear", low: 0, high: Math.ceil(Math.log(run.config?.model?.vocab_size ?? 1000)) }, theme), [theme]);
-  const packing = data.splits.train.packing;
   if (answer.problem || answer.data?.problem) return html`<${Panel} id="station-title" wide question="How do documents fill the rows?"><${Nothing}>${answer.problem ?? answer.data.problem}<//><//>`;
   const pieces = answer.data?.pieces ?? [], rows = [...new Set(pieces.map((piece) => piece.row))].sort((a, b) => a - b);
   return html`<${Panel} id="station-title" wide question=${`How do documents fill the ${plural(rows.length, "row")} of step ${count(answer.data?.step ?? step)}?`}
-    answer=${`${plural(pieces.length, "piece")} of documents; ${percent(packing.utilization, 2)} of all positions predict a token. Coloured by loss, dark is known and bright surprising; choose a piece to follow its document.`}>
+    answer=${`${plural(pieces.length, "piece")} of documents; ${percent(stage.splits.train.packing.utilization, 2)} of all positions predict a token. Coloured by loss, dark is known and bright surprising; choose a piece to follow its document.`}>
     <div class="rows">${rows.map((row) => html`<div class="row"><span>${row}</span><div>${pieces.filter((piece) => piece.row === row).map((piece) => html`<button type="button" class=${piece.loss == null ? "unmeasured" : ""}
       style=${{ left: `${(100 * piece.position_start) / length}%`, width: `${(100 * piece.length) / length}%`, ...(piece.loss == null ? {} : { background: css(colourAt(scale, piece.loss)) }) }}
       aria-label=${`row ${row}: ${piece.length} tokens of ${piece.source}, loss ${number(piece.loss)}`} title=${`${piece.source}: ${piece.length} tokens, loss ${number(piece.loss)}`} onClick=${() => select({ document: piece.document })}></button>`)}</div></div>`)}</div>
