@@ -175,8 +175,8 @@ class Loop:
         removing = f", after removing {same} of {self.checkpoints} (saved with the weights of these steps)" if same else ""
         return (
             f"step {self.counters.step}: loss or gradient was not finite {self.counters.skipped_in_a_row} times in a row, and "
-            f"none of them was applied; look at their data (pellucid trace {self.run_dir} --step {first_skipped}), or go on with a lower "
-            f"optimizer.learning_rate from step {max(before, default=0)}{removing}: pellucid train --run-dir {self.run_dir} --resume"
+            f"none of them was applied; look at their data (pellucid trace {self.run_dir} --step {first_skipped}), or go on with a "
+            f"lower optimizer.learning_rate from step {max(before, default=0)}{removing}: pellucid train --run-dir {self.run_dir} --resume"
         )
 
 
