@@ -176,7 +176,8 @@ class Loop:
         return (
             f"step {self.counters.step}: loss or gradient was not finite {self.counters.skipped_in_a_row} times in a row, and "
             f"none of them was applied; look at their data (pellucid trace {self.run_dir} --step {first_skipped}), or go on with a "
-            f"lower optimizer.learning_rate from step {max(before, default=0)}{removing}: pellucid train --run-dir {self.run_dir} --resume"
+            f"lower optimizer.learning_rate from step {max(before, default=0)}{removing}: "
+            f"pellucid train --run-dir {self.run_dir} --resume"
         )
 
 
