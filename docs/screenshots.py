@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 from pellucid.observe.web.feed import Feed
 from pellucid.observe.web.server import bind, make_server
 
-VIEWS = {"xray": 900, "network": 900, "river": 760, "experts": 900}  # view -> height of the picture
+VIEWS = {"xray": 900, "network": 900, "river": 760, "experts": 940}  # view -> height of the picture
 ARGUMENTS = ["--lang=en-US", "--no-sandbox", "--disable-accelerated-2d-canvas", "--disable-gpu"]
 IMAGES = Path(__file__).parent / "img"
 
