@@ -125,6 +125,7 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_does(number, tiny_tables, 
         [*command, "tiny.toml", "--run-dir", str(folder)], cwd=tmp_path, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests under nohup ignore it, and so would the child
     )  # fmt: skip
     wait_for(lambda: len(saved_steps(folder / "checkpoints")) > 0 or child.poll() is not None)
     child.send_signal(number)
