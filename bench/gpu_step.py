@@ -231,7 +231,7 @@ def ours_step(size: dict, B: int, T: int, micro_batches: int, folder: Path) -> C
     """A whole step of ours on fresh tokens, as the loop makes it; returns its loss."""
     training = {"batch_size": B * micro_batches, "micro_batch_size": B, "balance_loss": "mixtral"}
     config = make_config({"model": model_config(size).model_dump(exclude={"preset"}), "data": {"sequence_length": T},
-                          "training": training, "optimizer": {"learning_rate": LEARNING_RATE}})  # fmt: skip
+                          "training": training, "optimizer": {"name": "adamw", "learning_rate": LEARNING_RATE}})  # fmt: skip
     model = started(Grok1(config.model, device=DEVICE))
     model.compute_dtype, model.parity = DTYPE, False
     optimizer = build_optimizer(model, config.optimizer)
