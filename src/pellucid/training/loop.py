@@ -7,6 +7,7 @@ step (batch, learning rate), so a resumed run equals an unbroken one bit for bit
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,11 +174,11 @@ class Loop:
         before = [step for step in saved if step < first_skipped]
         same = ", ".join(folder.name for step, folder in saved.items() if step >= first_skipped)
         removing = f", after removing {same} of {self.checkpoints} (saved with the weights of these steps)" if same else ""
+        run = shlex.quote(str(self.run_dir))
         return (
             f"step {self.counters.step}: loss or gradient was not finite {self.counters.skipped_in_a_row} times in a row, and "
-            f"none of them was applied; look at their data (pellucid trace {self.run_dir} --step {first_skipped}), or go on with a "
-            f"lower optimizer.learning_rate from step {max(before, default=0)}{removing}: "
-            f"pellucid train --run-dir {self.run_dir} --resume"
+            f"none of them was applied; look at their data (pellucid trace {run} --step {first_skipped}), or go on with a lower "
+            f"optimizer.learning_rate from step {max(before, default=0)}{removing}: pellucid train --run-dir {run} --resume"
         )
 
 
