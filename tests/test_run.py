@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import pellucid
 from pellucid.config import UserError, load_config
-from pellucid.run import Run, next_run_dir, resolved_config, run_name, train
+from pellucid.run import train
+from pellucid.run_files import Run, next_run_dir, resolved_config, run_name
 from pellucid.summary import what_next
 from pellucid.training.checkpoint import saved_steps
 from pellucid.training.device import choose_device, choose_precision, resolve_precision
@@ -173,15 +174,15 @@ def test_default_names_are_free_ones(tmp_path, monkeypatch, tiny_tables, tiny_ru
 
 TOGETHER = """if True:
     import pathlib, sys, time
-    from pellucid import cli, run
-    free, mark = run.next_run_dir, pathlib.Path(sys.argv.pop())
+    from pellucid import cli, run_files
+    free, mark = run_files.next_run_dir, pathlib.Path(sys.argv.pop())
     def next_run_dir(name):
         found = free(name)
         mark.touch()
         while len(list(mark.parent.glob("*.found"))) < 2:
             time.sleep(0.01)
         return found
-    run.next_run_dir = next_run_dir
+    run_files.next_run_dir = next_run_dir
     cli.main()
 """
 

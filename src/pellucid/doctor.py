@@ -13,7 +13,7 @@ from pellucid.data.bpe_training import PROBE, gigabpe_problem
 from pellucid.data.encoders import choose_encoder
 from pellucid.data.tokenizer_training import train_tokenizer
 from pellucid.model.kernels import gpu, native, products
-from pellucid.run import REPORTED_PACKAGES, installed_version
+from pellucid.run_files import REPORTED_PACKAGES, installed_version
 from pellucid.training.device import choose_device, choose_precision, has_fast_bf16
 
 

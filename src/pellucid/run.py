@@ -1,46 +1,24 @@
-"""A run: from a configuration to a trained model in a folder of its own (the design's "a run on disk").
-
-runs/NAME/ holds config.toml (fully resolved), manifest.json (versions, machine, data, seeds), run.sqlite (what every
-step did), checkpoints/ and, at the end, model/ as a Hugging Face directory.
-"""
+"""A run: from a configuration to a trained model in a folder of its own (see run_files.py)."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
-import itertools
-import json
-import os
-import platform
 import shlex
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pellucid import summary
-from pellucid.config import (
-    Config,
-    HeadConfig,
-    ModelConfig,
-    TokenizerConfig,
-    UserError,
-    is_of_a_run,
-    load_config,
-    make_config,
-    nearest,
-    resolve_paths,
-)
+from pellucid.config import Config, HeadConfig, ModelConfig, TokenizerConfig, UserError, load_config, make_config, nearest
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
 from pellucid.exchange.huggingface import save_huggingface
 from pellucid.exchange.leaves import Source, fill
-from pellucid.exchange.load import find_tokenizer_folder, load, open_source
+from pellucid.exchange.load import find_tokenizer_folder, open_source
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
@@ -48,6 +26,7 @@ from pellucid.observe.export import check_tools, export
 from pellucid.observe.observer import SilentObserver, open_observer
 from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
+from pellucid.run_files import Run, note_changes, resolved_config, run_name, write_run_files
 from pellucid.training.checkpoint import diff_settings, saved_steps
 from pellucid.training.device import choose_device, choose_precision, keep_threads, keeping_freed_memory, resolve_precision
 from pellucid.training.lock import only_trainer
@@ -56,40 +35,6 @@ from pellucid.training.optimizers import build_optimizer
 from pellucid.training.progress import Quiet, Shown
 
 MOST_PLAYED_PARAMETERS = 50_000_000
-REPORTED_PACKAGES = ("torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "pyarrow", "pydantic")
-
-
-class Run:
-    """A run directory, finished or not. Raises UserError when `directory` is none."""
-
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        if not (self.directory / "config.toml").is_file():
-            raise UserError(f"{self.directory}: not a run directory (it has no config.toml)")
-        self.config = load_config(self.directory / "config.toml")
-        try:
-            self.manifest = json.loads((self.directory / "manifest.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.directory}: not a run directory (manifest.json cannot be read: {error})") from None
-        if not isinstance(self.manifest, dict):
-            raise UserError(f"{self.directory}: not a run directory (manifest.json is not that of a run)")
-        self.stopped_by: str | None = None  # the signal that ended training early, in the process that trained
-
-    def __repr__(self) -> str:
-        return f"Run('{self.directory}')"
-
-    @property
-    def threads(self) -> int | None:
-        """How many threads of the CPU its newest steps were computed on."""
-        return self.manifest.get("machine", {}).get("threads")
-
-    def load(self, **options: Any) -> tuple[Grok1, Any]:
-        """(model, tokenizer) of the finished run, or of its newest checkpoint; options as for `pellucid.load`."""
-        return load(self.directory, **options)
-
-    def dataset(self) -> Dataset:
-        """The data it was trained on."""
-        return Dataset(self.manifest["data"]["directory"], run=self.config.data)
 
 
 def train(
@@ -312,98 +257,3 @@ def _fit_labels(config: Config, dataset: Dataset) -> None:
         raise UserError(f"training.class_weights: there is no class '{min(unknown)}'{nearest(min(unknown), labels['names'])}")
     if settings.class_weights and not any(settings.class_weights.get(name, 1.0) for name in labels["names"]):
         raise UserError("training.class_weights: all are 0, so there is nothing to learn; leave one out, or make it larger")
-
-
-def installed_version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def run_name(config: str | Path | None) -> str:
-    """What a run of this configuration file is called: the file's name, or that of the run it repeats."""
-    if config is None:
-        return "demo"
-    path = Path(config).resolve()
-    return path.parent.name if is_of_a_run(path) else path.stem
-
-
-def next_run_dir(name: str) -> Path:
-    """runs/NAME, or the first free of runs/NAME-2, runs/NAME-3, ..."""
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(Path("runs") / n for n in names if not (Path("runs") / n).exists())
-
-
-def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dataset) -> Path:
-    """config.toml, which repeats the run, and manifest.json, which says what it ran on; both or neither.
-
-    Returns their folder: `folder`, or where that is None the free one of runs/NAME, runs/NAME-2, ... that no other process took first.
-    """
-    manifest = {
-        "format": 1,
-        "pellucid": installed_version("pellucid"),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "libraries": {name: installed_version(name) for name in REPORTED_PACKAGES},
-        "machine": {
-            "platform": platform.platform(), "processors": os.cpu_count(), "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "seed": config.training.seed,
-        "data": {"directory": str(dataset.directory.resolve()), "fingerprint": dataset.fingerprint},
-        "tokenizer": {"fingerprint": dataset.tokenizer.fingerprint},
-        "parameters": parameter_counts(config.model),
-    }  # fmt: skip
-    new = folder or next_run_dir(name)
-    unfinished = new.parent / f".{new.name}.{os.getpid()}.starting"
-    try:
-        unfinished.mkdir(parents=True)
-        (unfinished / "config.toml").write_text(resolved_config(config).to_toml(), encoding="utf-8")
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        while True:
-            try:
-                os.rename(unfinished, new)  # an empty folder may stand there, never another run
-                return new
-            except OSError as error:
-                if folder is not None or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                new = next_run_dir(name)  # a run that began at the same moment has the other
-    except OSError as error:
-        raise UserError(f"{new}: cannot write the run directory ({error.strerror}); choose another --run-dir") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def note_changes(run: Run, config: Config, step: int) -> None:
-    """A run continued with other settings (a longer budget, say): config.toml takes them, the manifest tells when.
-
-    An entry of `changes` keeps, beside the words, the configuration and the threads of the steps before `step`, so that
-    those can be replayed. Steps that an earlier entry was about and that are done again belong to the new settings.
-    """
-    before, after = (resolved_config(c).model_dump(mode="json") for c in (run.config, config))
-    threads, now = run.threads, torch.get_num_threads()
-    differences = diff_settings({**before, "threads": threads}, {**after, "threads": now})
-    changes = [{**change, "step": min(change["step"], step)} for change in run.manifest.get("changes", [])]
-    if differences:
-        changes.append({"step": step, "settings": differences, "before": before, "threads": threads})
-    if changes != run.manifest.get("changes", []):
-        run.config = config
-        run.manifest["changes"], run.manifest["machine"]["threads"] = changes, now
-        _replace(run.directory / "manifest.json", json.dumps(run.manifest, indent=1) + "\n")
-        _replace(run.directory / "config.toml", resolved_config(config).to_toml())
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is the old or the new one, never half."""
-    unfinished = path.with_name(f".{path.name}.new")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def resolved_config(config: Config) -> Config:
-    """The same with absolute paths, so that it means the same wherever it is read."""
-    resolved = config.model_copy(deep=True)
-    resolve_paths(resolved, Path.cwd())
-    resolved.data.directory = os.path.abspath(resolved.data.directory)
-    return resolved

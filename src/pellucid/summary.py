@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,11 +12,9 @@ from pellucid.measure.bigram import bigram_loss
 from pellucid.measure.documents import answer, told
 from pellucid.model.size import parameter_counts
 from pellucid.observe.writing import continued, prompt_of
+from pellucid.run_files import Run
 from pellucid.training.loop import Loop
 from pellucid.training.progress import Quiet
-
-if TYPE_CHECKING:
-    from pellucid.run import Run
 
 BIGRAM_TOKENS = 20_000_000  # beyond this the baseline would cost more than a glance
 SAMPLE_TOKENS = 100

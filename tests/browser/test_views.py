@@ -15,7 +15,8 @@ from pellucid.data.interchange import export_tokens, import_tokens
 from pellucid.observe.reader import Reader
 from pellucid.observe.trace import open_run
 from pellucid.observe.web.feed import Feed
-from pellucid.run import Run, train
+from pellucid.run import train
+from pellucid.run_files import Run
 
 VIEWS = ["xray", "network", "river", "experts", "learning", "verdicts", "tensor", "learn"]
 

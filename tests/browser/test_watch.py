@@ -24,7 +24,7 @@ from pellucid.observe.terminal import summarize
 from pellucid.observe.web import server
 from pellucid.observe.web.feed import Feed, answer
 from pellucid.observe.web.report import _questions
-from pellucid.run import Run
+from pellucid.run_files import Run
 
 from_cli = "from pellucid.cli import main; main()"
 

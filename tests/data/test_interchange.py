@@ -163,7 +163,8 @@ def test_many_blocks_and_shards(built, tmp_path, monkeypatch):
 
 
 def test_training_on_prepared_data(built, tiny_tables, tmp_path):
-    from pellucid.run import Run, train
+    from pellucid.run import train
+    from pellucid.run_files import Run
 
     settings = tiny_tables(max_steps=4)
     settings["data"] = {"prepared": str(built.directory), "sequence_length": 32}

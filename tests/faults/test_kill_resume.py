@@ -18,7 +18,7 @@ import time
 import pytest
 
 from pellucid.observe.reader import Reader
-from pellucid.run import Run
+from pellucid.run_files import Run
 from pellucid.training.checkpoint import saved_steps
 
 KILLS = int(os.environ.get("PELLUCID_KILLS", "12"))

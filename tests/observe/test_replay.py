@@ -8,7 +8,8 @@ import torch
 from pellucid.config import UserError
 from pellucid.observe.explain import explain
 from pellucid.observe.replay import capsule_path, settings_of_step, state_before
-from pellucid.run import Run, train
+from pellucid.run import train
+from pellucid.run_files import Run
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pellucid.data.dataset import Batch
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.observe.observer import SilentObserver
-from pellucid.run import Run
+from pellucid.run_files import Run
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.step import training_step
 from pellucid.training.tasks import class_cross_entropy, number_error

@@ -15,7 +15,8 @@ import pellucid.run as runs
 from pellucid.config import UserError, make_config
 from pellucid.observe.observer import SilentObserver
 from pellucid.observe.reader import Reader
-from pellucid.run import Run, train
+from pellucid.run import train
+from pellucid.run_files import Run
 from pellucid.training import checkpoint
 from pellucid.training.evaluate import Evaluation
 from pellucid.training.loop import Loop, budget_in_steps
