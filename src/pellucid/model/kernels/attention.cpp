@@ -40,9 +40,10 @@ template <class T>
 static Matrix<T> matrix(const T* first, int64_t outer, int64_t inner) { return {first, outer, inner, nullptr}; }
 
 // out [M, N] = a b', or that added to it, in fp32.
-template <class T>
-static void times(const Matrix<T>& a, const Matrix<T>& b, float* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
-    multiply<T, float, false>(a, b, out, stride, M, N, K, add);
+template <class T, class Wanted>
+static void times(const Matrix<T>& a, const Matrix<T>& b, float* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add,
+                  const Wanted& wanted) {
+    multiply<T, float, false>(a, b, out, stride, M, N, K, add, wanted);
 }
 
 // Items are spread over the threads where there are enough of them; else each is divided.
@@ -58,10 +59,25 @@ static void each(int64_t items, const Work& work) {
 // Queries t0..t1 of one head, and which blocks of keys they may see; pads among the keys are of document -1.
 struct Block {
     const int32_t *key_document, *query_document;
-    int64_t t0, t1, rows;
+    int64_t t0, t1, G, rows;
     Block(const Shape& s, const int32_t* keys, const int32_t* queries, int64_t bk, int64_t block)
         : key_document(keys + bk / s.K * s.T), query_document(queries + bk / s.K * s.T), t0(block * s.queries()),
-          t1(std::min(s.T, t0 + s.queries())), rows((t1 - t0) * s.G) {}
+          t1(std::min(s.T, t0 + s.queries())), G(s.G), rows((t1 - t0) * G) {}
+
+    int64_t query(int64_t row) const { return t0 + row / G; }
+    int32_t document(int64_t row) const { return query_document[query(row)]; }
+
+    // What a row may not see because it comes later is left out of products with the keys from s0 on: of the scores, of sums over
+    // keys for each row, of sums over rows for each key.
+    auto scores(int64_t s0, int64_t d) const {
+        return [=, this](int64_t, int64_t r1) { return Part{query(r1 - 1) - s0 + 1, 0, d}; };
+    }
+    auto over_keys(int64_t s0, int64_t d) const {
+        return [=, this](int64_t, int64_t r1) { return Part{d, 0, query(r1 - 1) - s0 + 1}; };
+    }
+    auto over_rows(int64_t s0, int64_t d) const {
+        return [=, this](int64_t key, int64_t) { return Part{d, (s0 + key - t0) * G, rows}; };
+    }
 
     template <class Work>
     void each_block_of_keys(const Work& work) const {
@@ -120,12 +136,14 @@ template <class T>
 static float weigh(const float* product, const int32_t* document, int32_t own, int64_t last, int64_t keys, float multiplier, float cap,
                    T* weight) {
     __m512 inner = _mm512_set1_ps(multiplier / cap), outer = _mm512_set1_ps(cap * LOG2_E), sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < keys; j += 16) {
+    int64_t j = 0;
+    for (; j <= last && j < keys; j += 16) {
         __m512 bend = tangent(_mm512_mul_ps(_mm512_loadu_ps(product + j), inner));
         __m512 e = _mm512_maskz_mov_ps(seen(document + j, own, last - j, keys - j), power_of_two(_mm512_mul_ps(bend, outer)));
         put(weight + j, 0xffff, e);
         sum = _mm512_add_ps(sum, rounded(T(), e));
     }
+    for (; j < keys; j += 16) put(weight + j, 0xffff, _mm512_setzero_ps());
     return _mm512_reduce_add_ps(sum);
 }
 
@@ -134,7 +152,8 @@ template <class T>
 static void weigh_backward(const float* product, const float* reached, float along, const int32_t* document, int32_t own,
                            int64_t last, int64_t keys, float scale, float multiplier, float cap, T* weight, T* slope) {
     __m512 inner = _mm512_set1_ps(multiplier / cap), outer = _mm512_set1_ps(cap * LOG2_E), one = _mm512_set1_ps(1.0f);
-    for (int64_t j = 0; j < keys; j += 16) {
+    int64_t j = 0;
+    for (; j <= last && j < keys; j += 16) {
         __m512 bend = tangent(_mm512_mul_ps(_mm512_loadu_ps(product + j), inner));
         __m512 w = _mm512_mul_ps(power_of_two(_mm512_mul_ps(bend, outer)), _mm512_set1_ps(scale));
         w = _mm512_maskz_mov_ps(seen(document + j, own, last - j, keys - j), w);
@@ -143,6 +162,7 @@ static void weigh_backward(const float* product, const float* reached, float alo
         put(weight + j, 0xffff, w);
         put(slope + j, 0xffff, _mm512_mul_ps(_mm512_mul_ps(w, grad), steep));
     }
+    for (; j < keys; j += 16) put(weight + j, 0xffff, _mm512_setzero_ps()), put(slope + j, 0xffff, _mm512_setzero_ps());
 }
 
 // out = sum of e^logit v over the keys that a row may see, divided by total = sum of e^logit; zero if it sees none. lost: what rounding
@@ -161,14 +181,15 @@ static void attention(const T* q, const T* k, const T* v, const int32_t* key_doc
         std::memset(sums, 0, rows * sizeof(float));
         std::memset(sum_v, 0, rows * d * sizeof(float));
         block.each_block_of_keys([&](int64_t s0, int64_t s1) {
-            times(matrix(query.at(block.t0), d, 1), matrix(key.at(s0), d, 1), logit, KEYS, rows, s1 - s0, d, false);
+            times(matrix(query.at(block.t0), d, 1), matrix(key.at(s0), d, 1), logit, KEYS, rows, s1 - s0, d, false,
+                  block.scores(s0, d));
 #pragma omp parallel for if (!omp_in_parallel())
             for (int64_t r = 0; r < rows; r++) {
-                int64_t t = block.t0 + r / G;
-                sums[r] += weigh(logit + r * KEYS, block.key_document + s0, block.query_document[t], t - s0, s1 - s0, s.multiplier,
-                                 s.cap, weight + r * KEYS);
+                sums[r] += weigh(logit + r * KEYS, block.key_document + s0, block.document(r), block.query(r) - s0, s1 - s0,
+                                 s.multiplier, s.cap, weight + r * KEYS);
             }
-            times(matrix(weight, KEYS, 1), matrix(value.at(s0), 1, value.stride), sum_v, d, rows, d, s1 - s0, true);
+            times(matrix(weight, KEYS, 1), matrix(value.at(s0), 1, value.stride), sum_v, d, rows, d, s1 - s0, true,
+                  block.over_keys(s0, d));
         });
         for (int64_t r = 0; r < rows; r++) {
             float scale = sums[r] == 0 ? 0.0f : 1.0f / sums[r];
@@ -211,18 +232,21 @@ static void attention_backward(const T* q, const T* k, const T* v, const int32_t
                 along[r] = dot;
             }
             block.each_block_of_keys([&](int64_t s0, int64_t s1) {
-                times(matrix(query.at(block.t0), d, 1), matrix(key.at(s0), d, 1), logit, KEYS, rows, s1 - s0, d, false);
-                times(matrix(grad, d, 1), matrix(value.at(s0), value.stride, 1), reached, KEYS, rows, s1 - s0, d, false);
+                times(matrix(query.at(block.t0), d, 1), matrix(key.at(s0), d, 1), logit, KEYS, rows, s1 - s0, d, false,
+                  block.scores(s0, d));
+                times(matrix(grad, d, 1), matrix(value.at(s0), value.stride, 1), reached, KEYS, rows, s1 - s0, d, false,
+                      block.scores(s0, d));
 #pragma omp parallel for if (!omp_in_parallel())
                 for (int64_t r = 0; r < rows; r++) {
-                    int64_t t = block.t0 + r / G;
-                    weigh_backward(logit + r * KEYS, reached + r * KEYS, along[r], block.key_document + s0, block.query_document[t],
-                                   t - s0, s1 - s0, sums[r] == 0 ? 0.0f : 1.0f / sums[r], s.multiplier, s.cap,
+                    weigh_backward(logit + r * KEYS, reached + r * KEYS, along[r], block.key_document + s0, block.document(r),
+                                   block.query(r) - s0, s1 - s0, sums[r] == 0 ? 0.0f : 1.0f / sums[r], s.multiplier, s.cap,
                                    weight + r * KEYS, slope + r * KEYS);
                 }
-                times(matrix(weight, 1, KEYS), matrix(grad, 1, d), to_value.at(s0), to_value.stride, s1 - s0, d, rows, true);
-                times(matrix(slope, 1, KEYS), matrix(query.at(block.t0), 1, d), to_key.at(s0), d, s1 - s0, d, rows, true);
-                times(matrix(slope, KEYS, 1), matrix(key.at(s0), 1, d), sum_q, d, rows, d, s1 - s0, true);
+                times(matrix(weight, 1, KEYS), matrix(grad, 1, d), to_value.at(s0), to_value.stride, s1 - s0, d, rows, true,
+                      block.over_rows(s0, d));
+                times(matrix(slope, 1, KEYS), matrix(query.at(block.t0), 1, d), to_key.at(s0), d, s1 - s0, d, rows, true,
+                      block.over_rows(s0, d));
+                times(matrix(slope, KEYS, 1), matrix(key.at(s0), 1, d), sum_q, d, rows, d, s1 - s0, true, block.over_keys(s0, d));
             });
             for (int64_t i = 0; i < rows * d; i++) store(to_query.at(block.t0)[i], sum_q[i]);
         }

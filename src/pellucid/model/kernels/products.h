@@ -195,8 +195,15 @@ static float* room(int64_t cells) {
     return (float*)((uintptr_t(memory.get()) + 63) / 64 * 64);
 }
 
-template <class T, class O, bool turned, class A, class B>
-static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add) {
+// Of some rows of a product: the columns before `columns`, as sums of the numbers first..last alone. Elsewhere out is left as it is.
+struct Part {
+    int64_t columns, first, last;
+};
+
+// `wanted` says for rows m0..m1 which Part of them there should be.
+template <class T, class O, bool turned, class A, class B, class Wanted>
+static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add,
+                     const Wanted& wanted) {
     const int64_t per = sizeof(float) / sizeof(T), depth = DEPTH * per, panels = (M + ROWS - 1) / ROWS;
     const int64_t deepest = (std::min(K, depth) + per - 1) / per, width = std::max<int64_t>(1, SHARED / deepest / COLUMNS) * COLUMNS;
     float* packed_b = room<0>((std::min(N, width) + COLUMNS - 1) / COLUMNS * COLUMNS * deepest);
@@ -222,16 +229,20 @@ static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t str
                     for (int64_t n = n0; n < n1; n += COLUMNS)
                         for (int64_t m = m0; m < m1; m += ROWS) {
                             int64_t rows = std::min<int64_t>(ROWS, m1 - m), column = sums ? n - n0 : n;
-                            const float *panel_a = packed_a + (m - m0) * cells, *panel_b = packed_b + (n - n0) * cells;
+                            Part part = wanted(m, m + rows);
+                            if (n >= part.columns) continue;
+                            int64_t c0 = (std::clamp(part.first, k0, k1) - k0) / per, c1 = (std::clamp(part.last, k0, k1) - k0 + per - 1) / per;
+                            const float *panel_a = packed_a + (m - m0) * cells + c0 * ROWS;
+                            const float* panel_b = packed_b + (n - n0) * cells + c0 * COLUMNS;
                             Lines<float> partial = {sums ? sums : (float*)out, !sums ? stride : turned ? M : shared};
                             Lines<O> result = Lines<O>{out, stride}.at(turned ? n : m, turned ? m : n);
                             partial = partial.at(turned ? column : m, turned ? m : column);
                             Lines<float> before = k0 || add ? partial : Lines<float>{nullptr, 0};
                             auto sizes = std::make_integer_sequence<int, ROWS / 2>();
                             if (k1 < K)
-                                tile_of<T, float, turned>(rows, sizes, cells, panel_a, panel_b, before, partial, n1 - n);
+                                tile_of<T, float, turned>(rows, sizes, c1 - c0, panel_a, panel_b, before, partial, n1 - n);
                             else
-                                tile_of<T, O, turned>(rows, sizes, cells, panel_a, panel_b, before, result, n1 - n);
+                                tile_of<T, O, turned>(rows, sizes, c1 - c0, panel_a, panel_b, before, result, n1 - n);
                         }
                 }
             }
@@ -243,12 +254,13 @@ template <class T, class O, class A, class B>
 static void product(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add,
                     int64_t batch, int64_t a_batch, int64_t b_batch, int64_t out_batch) {
     auto one = [&](int64_t i) {
+        auto all = [&](int64_t, int64_t) { return Part{std::max(M, N), 0, K}; };
         Matrix<A> left = {a.first + i * a_batch, a.outer, a.inner, a.rows};
         Matrix<B> right = {b.first + i * b_batch, b.outer, b.inner, b.rows};
         if (N > M)
-            multiply<T, O, true>(right, left, out + i * out_batch, stride, N, M, K, add);
+            multiply<T, O, true>(right, left, out + i * out_batch, stride, N, M, K, add, all);
         else
-            multiply<T, O, false>(left, right, out + i * out_batch, stride, M, N, K, add);
+            multiply<T, O, false>(left, right, out + i * out_batch, stride, M, N, K, add, all);
     };
     if (batch >= omp_get_max_threads() && batch > 1) {
 #pragma omp parallel for schedule(dynamic)
