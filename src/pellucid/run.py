@@ -32,7 +32,7 @@ from pellucid.training.device import choose_device, choose_precision, keep_threa
 from pellucid.training.lock import only_trainer
 from pellucid.training.loop import Loop, budget_in_steps
 from pellucid.training.optimizers import build_optimizer
-from pellucid.training.progress import Quiet, Shown
+from pellucid.training.progress import Quiet, Shown, after
 
 MOST_PLAYED_PARAMETERS = 50_000_000
 
@@ -131,7 +131,7 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
         with keeping_freed_memory() if device.type == "cpu" else contextlib.nullcontext():
             run.stopped_by = loop.run()
         if run.stopped_by is not None:
-            progress.say(f"stopped by {run.stopped_by} after step {loop.counters.step}; everything is saved. To go on:\n"
+            progress.say(f"stopped by {run.stopped_by} {after(loop.counters.step)}; everything is saved. To go on:\n"
                          f"  pellucid train --run-dir {shlex.quote(str(folder))} --resume")  # fmt: skip
             return run
         save_huggingface(model, dataset.tokenizer, folder / "model", replace=True)

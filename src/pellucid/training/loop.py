@@ -22,7 +22,7 @@ from pellucid.training import checkpoint
 from pellucid.training.evaluate import split_batches
 from pellucid.training.interrupt import StopRequest
 from pellucid.training.optimizers import load_optimizer_state, optimizer_state
-from pellucid.training.progress import Quiet
+from pellucid.training.progress import Quiet, after
 from pellucid.training.schedules import budget_in_steps, learning_rate_factor
 from pellucid.training.step import StepResult, training_step
 from pellucid.training.tasks import TASKS
@@ -107,8 +107,7 @@ class Loop:
         batches = split_batches(self.dataset.validation, settings.micro_batch_size, rows)
         result = TASKS[settings.task].evaluate(self.model, batches, settings, self.dataset.tokenizer.byte_lengths)
         self.observer.evaluation(self.counters.step, result)
-        when = f"after step {self.counters.step}" if self.counters.step else "before training"
-        self.progress.say(f"{when}: {result.in_words()}")
+        self.progress.say(f"{after(self.counters.step)}: {result.in_words()}")
         return result
 
     def save(self, best: bool = False) -> Path:

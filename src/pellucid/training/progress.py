@@ -13,6 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pellucid.training.step import StepResult
 
 
+def after(steps: int) -> str:
+    """When something was measured, in words; `steps` counts those that are done."""
+    return "before training" if steps == 0 else "after 1 step" if steps == 1 else f"after {steps} steps"
+
+
 class Quiet:
     """The interface, silent: for programs."""
 
