@@ -113,7 +113,7 @@ def _fitted(config: Any) -> Any:
 def _print_memory(name: str, config: Any, row: dict[str, Any], memory: str | None) -> None:
     peak, training = row["peak"], config.training
     kinds = ", ".join(f"{kind} {_short(peak[kind])}B" for kind in ("weights", "gradients", "moments", "activations", "libraries")
-                      if kind in peak)  # fmt: skip
+                      if 1000 * peak.get(kind, 0) >= peak["bytes"])  # fmt: skip
     print(f"\n{name}: peak {_short(peak['bytes'])}B, in the {peak['phase']}: {kinds}; the program itself holds about "
           f"{_short(row['program'])}B\n  with {training.micro_batch_size} x {config.data.sequence_length} tokens at once, "
           f"recompute {training.recompute}, {config.optimizer.name} with {config.optimizer.state_dtype} moments")  # fmt: skip
