@@ -200,6 +200,7 @@ def test_updates_follow_from_the_published_rule(play, before):
     for edge in play["edges"]:
         rule, state, at = play["optimizer"][edge["tensor"]], states[edge["tensor"]], tuple(edge["index"])
         s, t, g = rule["settings"], int(state["step"]) + 1, edge["clipped"]
+        assert edge["state"]["step"] == STEP, "updates done before this one"
         m = s["beta1"] * state["exp_avg"][at].item() + (1 - s["beta1"]) * g
         v = s["beta2"] * state["exp_avg_sq"][at].item() + (1 - s["beta2"]) * g * g
         step = (m / (1 - s["beta1"] ** t)) / (math.sqrt(v / (1 - s["beta2"] ** t)) + s["eps"])

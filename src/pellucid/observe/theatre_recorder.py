@@ -155,7 +155,7 @@ class Recorder(SilentObserver):
             mine = [edge for edge in self.edges if edge.tensor == name]
             at = tuple(torch.tensor(axis) for axis in zip(*(edge.index for edge in mine), strict=True))
             pick = lambda tensors, at=at, shape=weight.shape: {
-                k: v.detach()[at] if v.shape == shape else v for k, v in tensors.items()
+                k: v.detach()[at] if v.shape == shape else v.clone() for k, v in tensors.items()
                 if isinstance(v, Tensor) and (v.shape == shape or v.ndim == 0)}  # fmt: skip
             self._updates[name] = Update(update.weight[at], update.weight_after[at], pick(update.terms), update.rounding[at],
                                          pick(state), pick(update.quantities))  # fmt: skip
