@@ -1,8 +1,10 @@
 """The observer in the real loop: complete, silent towards training, and gone when switched off."""
 
 import contextlib
+import math
 import shutil
 import sqlite3
+import warnings
 
 import numpy as np
 import pytest
@@ -247,3 +249,9 @@ def test_sqlite_alone_reads_what_the_reader_reads(run_dir):
     with Reader(run_dir) as reader:
         expected = reader.series("run", "loss", stream="run")
     assert list(steps) == expected[0].tolist() and list(losses) == [float(v) for v in expected[1]]
+
+
+def test_a_loss_beyond_float32_is_recorded_as_infinite_and_warns_nobody():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert observer._one_row([1e39, None, 2.0]).tolist()[0][::2] == [math.inf, 2.0]

@@ -283,8 +283,7 @@ class Observer(SilentObserver):
             record.frames["attention"] = device["attention"]
         if "small" in device:
             run["noise_scale"] = self.noise.update(*device["small"], run["gradient_norm"], run["predictions"])
-        values = [run.get(stat.name) for stat in RUN]
-        record.frames["run"] = np.array([[MISSING if v is None else v for v in values]], dtype=np.float32)
+        record.frames["run"] = _one_row([run.get(stat.name) for stat in RUN])
         loss = float(record.frames["run"][0, INDEX["run"]["loss"]])  # as a resumed run reads it
         if np.isfinite(loss):
             self.train_losses.append(loss)
@@ -315,9 +314,7 @@ class Observer(SilentObserver):
         facts = result.as_dict()
         if self.train_losses:
             facts["gap"] = result.loss - sum(self.train_losses) / len(self.train_losses)
-        values = [facts.get(stat.name) for stat in EVALUATION]
-        frame = [[MISSING if value is None else value for value in values]]
-        record = Record(step - 1, {"evaluation": np.array(frame, dtype=np.float32)})
+        record = Record(step - 1, {"evaluation": _one_row([facts.get(stat.name) for stat in EVALUATION])})
         record.events += self.watch.judge(record)
         self.writer.write(record)
         if self.config.observe.samples and self.dataset is not None and self.model.config.head is None:
@@ -350,6 +347,12 @@ class Observer(SilentObserver):
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _one_row(values: list[float | None]) -> np.ndarray:
+    """A frame of one row: [1, statistics] in float32, in which a loss that runs away may be infinite."""
+    with np.errstate(over="ignore"):
+        return np.array([[MISSING if value is None else value for value in values]], dtype=np.float32)
 
 
 def _phases(result) -> dict[str, float | None]:
