@@ -91,7 +91,8 @@ def test_rollups_in_the_file_equal_those_of_all_frames_with_gaps_and_thinning(tm
     with Reader(tmp_path) as run:
         kept, _ = run.frames("param")
         recorder = steps[-1] - store.RECORDER
-        assert kept.tolist() == [s for s in steps if s <= 100 or s > recorder or s % 10 == 0]
+        first = {s // 10: s for s in reversed(steps)}
+        assert kept.tolist() == [s for s in steps if s <= 100 or s > recorder or s == first[s // 10]]
         assert_rollups_have_seen(run, data)
         for level in (1, 2, 3):
             buckets, parts = run.rollup("param", level)
@@ -101,6 +102,20 @@ def test_rollups_in_the_file_equal_those_of_all_frames_with_gaps_and_thinning(tm
                 inside = [i for i, b in enumerate(expected) if low < b <= (2**62 if high is None else high)]
                 assert some.tolist() == [expected[i] for i in inside]
                 np.testing.assert_array_equal(their, parts[inside])
+
+
+def test_steps_that_are_measured_seldom_are_not_thinned_out_altogether(tmp_path):
+    """Parameters at steps 7, 15, 23, ...: none of them is a tenth. What the experts' frames hold of them stays with them."""
+    writer = open_writer(tmp_path, dense_steps=100, keep_every=10)
+    writer.define("router", ROWS, STATS, row_is="expert", dense_steps=100, keep_every=10)
+    for s in range(1200):
+        writer.write(Record(s, ({"param": frame(s)} if s % 8 == 7 else {}) | {"router": frame(s)}))
+    writer.close()
+    with Reader(tmp_path) as run:
+        kept = [s for s in run.frames("param")[0].tolist() if 100 < s <= 1199 - store.RECORDER]
+        assert kept == list({s // 10: s for s in range(687, 100, -8)}.values())[::-1]
+        beside = [s for s in run.frames("router")[0].tolist() if 100 < s <= 1199 - store.RECORDER]
+        assert beside == sorted({*kept, *range(110, 688, 10)})
 
 
 def assert_rollups_have_seen(run: Reader, data: dict[int, np.ndarray]) -> None:
@@ -185,7 +200,7 @@ def test_a_resumed_run_keeps_the_frames_of_its_alarms_but_not_of_those_it_forgot
     writer.close()
     with Reader(tmp_path) as run:
         old = [s for s in run.frames("param")[0].tolist() if s <= 1710 - 512]
-        assert old == [100, 200, 300, 400, *range(1000 - 511, 1001), 1100]
+        assert old == [1, 100, 200, 300, 400, *range(1000 - 511, 1001), 1100]
 
 
 def test_resuming_deletes_what_came_after_the_checkpoint(tmp_path):

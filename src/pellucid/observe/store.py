@@ -145,7 +145,7 @@ class Writer:
         self, stream: str, rows: Iterable[Row], stats: Iterable[Stat], *, row_is: str, about: str = "",
         dense_steps: int = 0, keep_every: int = 1,
     ) -> None:
-        """Declare a stream's axes, before its first frame. After `dense_steps` only every `keep_every`-th frame older
+        """Declare a stream's axes, before its first frame. After `dense_steps` only the first frame of every `keep_every` steps older
         than the flight recorder's 512 is kept (rollups see them all), and those that an alarm or a resume needs.
         Raises UserError if a resumed run differs."""
         self.flush()
@@ -260,7 +260,7 @@ class Writer:
                 continue
             self._roll(stream, before, record.step, rows, columns)
             for old in range(max(before - RECORDER, dense_steps) + 1, record.step - RECORDER + 1):
-                if old % keep_every and not self._is_needed(old):
+                if not self._is_first(old, keep_every) and not self._is_needed(old):
                     run.execute("DELETE FROM frame WHERE stream = ? AND step = ?", (stream, old))
         for statement, parameters in record.rows:
             run.executemany(statement, parameters)
@@ -268,6 +268,14 @@ class Writer:
             event = {"time": now, "step": record.step, **event}
             names = ", ".join(event)
             run.execute(f"INSERT INTO event ({names}) VALUES ({', '.join('?' * len(event))})", list(event.values()))
+
+    def _is_first(self, step: int, of: int) -> bool:
+        """Whether some stream's first frame in this stretch of `of` steps is that of `step`: it is kept in all streams, for a step that
+        is measured seldom is to be seen whole."""
+        if step % of == 0:
+            return True
+        query = "SELECT 1 FROM stream WHERE keep_every = ? AND ? = (SELECT min(step) FROM frame WHERE stream = name AND step >= ?)"
+        return self._connection.execute(query, (of, step, step - step % of)).fetchone() is not None
 
     def _is_needed(self, step: int) -> bool:
         """Whether an alarm came while `step` was in the flight recorder, or a resume would cut its rollup bucket."""
