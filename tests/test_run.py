@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 
 import pellucid
 from pellucid.config import UserError, load_config
+from pellucid.measure.texts import trained_with
+from pellucid.observe.store import Record, Writer
 from pellucid.run import train
 from pellucid.run_files import Run, next_run_dir, resolved_config, run_name
 from pellucid.summary import what_next
 from pellucid.training.checkpoint import saved_steps
 from pellucid.training.device import choose_device, choose_precision, resolve_precision
+from pellucid.training.evaluate import Evaluation
 from pellucid.training.loop import Loop
 
 
@@ -259,3 +262,43 @@ def test_public_names():
         assert getattr(pellucid, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = pellucid.trian
+
+
+def test_a_run_shorter_than_its_warm_up_is_told_how_far_it_gets(tiny_tables, tmp_path, capsys):
+    for warm_up, said in ((4, ""), (5, "so it ends at 80% of its learning rate")):
+        tables = tiny_tables(max_steps=4)
+        tables["schedule"] = {"warmup_steps": warm_up}
+        train(tables, run_dir=tmp_path / str(warm_up), progress=True)
+        assert ("warm-up" in (printed := capsys.readouterr().out)) == bool(said) and said in " ".join(printed.split())
+
+
+def test_a_text_too_small_for_the_tokenizer_asked_for_is_told(tiny_tables, tmp_path, capsys):
+    tables = tiny_tables(max_steps=1)
+    tables["data"]["tokenizer"] = {"kind": "bpe", "vocab_size": 50_000}
+    run = train(tables, run_dir=tmp_path / "run", progress=True)
+    said = f"its text gives a tokenizer of {run.dataset().tokenizer.vocab_size:,} tokens, not 50,000"
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_alarms_and_the_best_checkpoint_are_told_at_the_end(tiny_tables, tmp_path, capsys, monkeypatch):
+    """Losses that rise: what is best was saved after two steps, and is not the model that the run ends with."""
+    losses = {0: 3.0, 2: 1.0, 4: 2.0, 6: 2.5}
+    monkeypatch.setattr(Loop, "evaluate", lambda self, rows: Evaluation(losses[self.counters.step], 1, 1))
+    run = train(tiny_tables(max_steps=6, evaluate_every=2), run_dir=tmp_path / "run", progress=True)
+    kept = tmp_path / "run" / "checkpoints" / "step-2"
+    assert f"its lowest held-out loss was 1.0000, after 2 steps: {kept}" in " ".join(capsys.readouterr().out.split())
+    writer = Writer(run.directory)
+    writer.write(Record(5, events=[{"rule": "dead_expert", "severity": "alarm", "subject": "run", "text": "one"}] * 2))
+    writer.close()
+    assert what_next(run).endswith("# alarms: 2 dead_expert")
+
+
+def test_a_checkpoint_of_a_run_is_a_model(tiny_run):
+    """Wherever a run is: its weights are the checkpoint's, tokenizer and settings the run's."""
+    step, folder = next(iter(saved_steps(tiny_run.directory / "checkpoints").items()))
+    assert step < 12
+    model, tokenizer = pellucid.load(folder)
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    assert tokenizer.fingerprint == tiny_run.load()[1].fingerprint
+    assert trained_with(folder) == tiny_run.config.data

@@ -16,9 +16,10 @@ from pellucid import summary
 from pellucid.config import Config, HeadConfig, ModelConfig, TokenizerConfig, UserError, load_config, make_config, nearest
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
+from pellucid.data.tokenizer import Tokenizer, load_tokenizer
 from pellucid.exchange.huggingface import save_huggingface
 from pellucid.exchange.leaves import Source, fill
-from pellucid.exchange.load import find_tokenizer_folder, open_source
+from pellucid.exchange.load import find_tokenizer, find_tokenizer_folder, open_source
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
@@ -88,6 +89,8 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
     origin = start_from(config) if config.model.init_from is not None and not begun else None
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
+    if origin is not None and config.data.prepared is not None:
+        _refuse_other_tokenizer(Path(config.model.init_from), dataset.tokenizer, "data.prepared")
     if resume and (began := Run(folder).manifest["data"])["fingerprint"] != dataset.fingerprint:
         raise UserError(f"{folder}: cannot resume, its data have changed since it began: those were prepared in {began['directory']}, "
                         f"these in {dataset.directory}; put the sources back as they were, or start anew in another --run-dir")
@@ -142,12 +145,12 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
 
 @contextlib.contextmanager
 def _observing(loop: Loop, new: bool) -> Iterator[SilentObserver]:
-    """The run's observer. A new run that cannot be observed (a full disk, say) or ends in its first step (of too little memory) leaves
-    no folder behind."""
+    """The run's observer. A new run that cannot be observed (a full disk, say), is interrupted before its first step or ends in it (of
+    too little memory) leaves no folder behind."""
     try:
         with open_observer(loop.run_dir, loop.model, loop.optimizer, loop.config, loop.dataset) as observer:
             yield observer
-    except (UserError, MemoryError, RuntimeError):
+    except (UserError, MemoryError, RuntimeError, KeyboardInterrupt):
         if new and loop.counters.step == 0 and not saved_steps(loop.run_dir / "checkpoints"):
             shutil.rmtree(loop.run_dir, ignore_errors=True)
         raise
@@ -193,10 +196,11 @@ def _stage_plays(progress: Quiet, run: Run) -> None:
 def _fit_vocabulary(config: Config, dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     if config.model.vocab_size not in (None, tokenizer.vocab_size):
-        raise UserError(
-            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {tokenizer.vocab_size} tokens: "
-            "remove model.vocab_size, or choose the tokenizer that belongs to it"
-        )
+        whose, mend = "model.vocab_size is", "remove model.vocab_size, or choose the tokenizer that belongs to it"
+        if config.model.init_from is not None:
+            whose = f"the vocabulary of {config.model.init_from} is"
+            mend = "give the tokenizer it was trained with (data.tokenizer.path)"
+        raise UserError(f"{whose} {config.model.vocab_size} but the tokenizer has {tokenizer.vocab_size} tokens: {mend}")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config.model = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size, **ids})
 
@@ -219,7 +223,16 @@ def start_from(config: Config) -> Source:
             raise UserError(f"{path}: brings no tokenizer; give the one it was trained with: data.tokenizer.kind = 'file' "
                             "and data.tokenizer.path")  # fmt: skip
         config.data.tokenizer = TokenizerConfig(kind="file", path=str(folder))
+    else:
+        _refuse_other_tokenizer(path, load_tokenizer(config.data.tokenizer.path), "data.tokenizer.path")
     return origin
+
+
+def _refuse_other_tokenizer(origin: Path, tokenizer: Tokenizer, key: str) -> None:
+    own = find_tokenizer(origin)
+    if own is not None and own.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{key}: not the tokenizer that the model in {origin} was trained with, whose weights belong to that one; "
+                        "leave the key out")  # fmt: skip
 
 
 def _take_shape(config: Config, shape: ModelConfig) -> None:

@@ -96,6 +96,8 @@ def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dat
                     raise
                 new = next_run_dir(name)  # a run that began at the same moment has the other
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"{new}: exists already, another process made it; choose another --run-dir") from None
         raise UserError(f"{new}: cannot write the run directory ({error.strerror}); choose another --run-dir") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

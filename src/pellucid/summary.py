@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from pellucid.measure.bigram import bigram_loss
 from pellucid.measure.documents import answer, told
 from pellucid.model.size import parameter_counts
+from pellucid.observe.reader import Reader
+from pellucid.observe.store import FILE_NAME
 from pellucid.observe.writing import continued, prompt_of
 from pellucid.run_files import Run
 from pellucid.training.loop import Loop
-from pellucid.training.progress import Quiet
+from pellucid.training.progress import Quiet, after
 
 BIGRAM_TOKENS = 20_000_000  # beyond this the baseline would cost more than a glance
 SAMPLE_TOKENS = 100
@@ -30,12 +33,29 @@ def describe(loop: Loop, folder: Path) -> str:
     return (
         f"data       {train.tokens_per_epoch:,} tokens an epoch in rows of {train.sequence_length}, {held_out} rows held out"
         f" ({'reused ' if loop.dataset.reused else ''}{loop.dataset.directory})\n"
+        f"{_smaller_tokenizer(loop)}"
         f"{_labels(loop)}"
         f"model      {counts['total']:,} parameters, {counts['active']:,} active for each token\n"
         f"training   {loop.max_steps:,} steps of {config.training.batch_size} x {config.data.sequence_length} tokens "
         f"({tokens:,}) with {config.optimizer.name}, {precision}, on {loop.device}\n"
+        f"{_short_of_warm_up(loop)}"
         f"run        {folder}"
     )
+
+
+def _smaller_tokenizer(loop: Loop) -> str:
+    wanted, found = loop.config.data.tokenizer, loop.dataset.tokenizer.vocab_size
+    if wanted.kind not in ("bpe", "sentencepiece", "unigram") or loop.config.data.prepared or found >= wanted.vocab_size:
+        return ""
+    return f"           its text gives a tokenizer of {found:,} tokens, not {wanted.vocab_size:,} (data.tokenizer.vocab_size)\n"
+
+
+def _short_of_warm_up(loop: Loop) -> str:
+    warm_up = loop.config.schedule.warmup_steps
+    if loop.max_steps >= warm_up:
+        return ""
+    reached = f"{loop.max_steps / warm_up:.0%} of its learning rate"
+    return f"           its warm-up takes {warm_up} steps (schedule.warmup_steps), so it ends at {reached}\n"
 
 
 def _labels(loop: Loop) -> str:
@@ -77,15 +97,36 @@ def _labelled(loop: Loop) -> tuple[str, str]:
 
 
 def show_result(progress: Quiet, loop: Loop) -> None:
-    if loop.final is not None:
-        progress.say(_labels_result(loop) if loop.dataset.labels else _text_result(loop))
+    if loop.final is None:
+        return
+    progress.say(_labels_result(loop) if loop.dataset.labels else _text_result(loop))
+    counters = loop.counters
+    if counters.best_step is not None and counters.best_loss < loop.final.loss:
+        kept = loop.checkpoints / f"step-{counters.best_step}"
+        where = f": {kept}" if kept.exists() else ""
+        progress.say(f"its lowest held-out loss was {counters.best_loss:.4f}, {after(counters.best_step)}{where}")
 
 
 def what_next(run: Run) -> str:
     folder, text = shlex.quote(str(run.directory)), run.config.training.task == "language_modeling"
-    use = f"pellucid generate {folder} --prompt 'def '" if text else f"pellucid predict {folder} --data FILE"
-    example = "README.md" if text else "FILE"
-    return f"the run is in {run.directory}. Next:\n  {use}\n  pellucid evaluate {folder} --data {example}\n  pellucid watch {folder}"
+    use = f"pellucid generate {folder} --prompt {shlex.quote(_beginning(run))}" if text else f"pellucid predict {folder} --data FILE"
+    alarms = _alarms(run)
+    watch = f"  pellucid watch {folder}" + (f"    # {alarms}" if alarms else "")
+    return f"the run is in {run.directory}. Next:\n  {use}\n  pellucid evaluate {folder} --data FILE\n{watch}"
+
+
+def _beginning(run: Run) -> str:
+    """Some words of the run's own kind of text."""
+    return prompt_of(run.dataset()).strip().partition("\n")[0][:24].strip()
+
+
+def _alarms(run: Run) -> str:
+    """What the rules raised, by name, most frequent first; empty where nothing was, or nothing was recorded."""
+    if not (run.directory / FILE_NAME).exists():
+        return ""
+    with Reader(run.directory) as reader:
+        raised = Counter(event["rule"] for event in reader.events() if event["severity"] == "alarm")
+    return "alarms: " + ", ".join(f"{count} {rule}" for rule, count in raised.most_common()) if raised else ""
 
 
 def _text_result(loop: Loop) -> str:

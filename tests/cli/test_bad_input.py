@@ -247,6 +247,33 @@ def test_wrong_tokenizer_for_a_model(tiny_run, here, command, refused, write):
     assert f"the tokenizer has {wide} tokens but the model only 260" in refused("generate", "bare", "--tokenizer", other)
 
 
+def test_training_on_from_weights_of_another_tokenizer(tiny_run, here, command, refused, write):
+    """It has as many tokens, so nothing but its fingerprint tells."""
+    (here / "text.txt").write_text("some text, and more of it\n" * 40)
+    write({"sources": ["text.txt"], "tokenizer": {"kind": "bpe", "vocab_size": 260}})
+    assert command("data", "build", "tiny.toml", "--out", "built")[0] == 0
+    other = here / "built" / "tokenizer"
+    assert load_tokenizer(other).vocab_size == tiny_run.load()[1].vocab_size
+    begin = ["train", f"model={{init_from='{tiny_run.directory}'}}", "data.sequence_length=32"]
+    chosen = refused(*begin, "data.sources=['text.txt']", f"data.tokenizer={{kind='file', path='{other}'}}")
+    assert "data.tokenizer.path: not the tokenizer that" in chosen
+    assert "data.prepared: not the tokenizer that" in refused(*begin, "data.prepared=built")
+
+
+def test_files_that_are_there_are_not_written_over(tiny_run, here, refused):
+    (here / "mine.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    assert "--out mine.jsonl: exists already" in refused("predict", tiny_run.directory, "--data", "mine.jsonl", "--out", "mine.jsonl")
+    assert "a name that ends in .html" in refused("report", tiny_run.directory, "-o", tiny_run.directory / "run.sqlite")
+
+
+def test_more_tokens_than_the_model_is_meant_for(tiny_run, refused):
+    most = tiny_run.config.model.max_position_embeddings
+    said = refused("generate", tiny_run.directory, "--prompt", "ab", "--max-new-tokens", most)
+    assert f"more than the {most} that the model is meant for" in said
+    said = refused("evaluate", tiny_run.directory, "--data", "builtin:python", "--context", most + 1)
+    assert f"--context {most + 1}: the model is meant for at most {most}" in said
+
+
 def test_other_arguments_that_cannot_be(tiny_run, here, refused, command):
     assert "float8" in refused("generate", tiny_run.directory, "--dtype", "float8")
     assert "smal" in refused("plan", "smal")

@@ -243,6 +243,7 @@ def test_evaluate_is_what_scikit_learn_says_of_the_predictions(command, class_ru
         true, found = [r[name] for r in records(folder)], [line[name] for line in lines]
         assert facts["numbers"][name]["rmse"] == pytest.approx(peer.root_mean_squared_error(true, found), rel=1e-6)
         assert facts["numbers"][name]["r2"] == pytest.approx(peer.r2_score(true, found), rel=1e-6)
+    assert "rmse" not in facts, "words and letters have no mean"
     named = ["--label-field", "letters", "--label-field", "words"]  # trained on words and letters
     assert json.loads(command("evaluate", number_run.directory, "--data", folder / "a.jsonl", *named, "--json")[1]) == facts
     text = command("evaluate", class_run.directory, "--data", folder / "a.jsonl")[1]

@@ -37,6 +37,10 @@ def generate(
     network, tokens = load_with_tokenizer(model, tokenizer, dtype)
     if network.config.head is not None:
         raise UserError(f"{model} labels documents and does not continue texts: use `pellucid predict`")
+    length, most = len(tokens.encode(prompt)), network.config.max_position_embeddings
+    if length + max_new_tokens > most:
+        raise UserError(f"--prompt: its {length} tokens and --max-new-tokens {max_new_tokens} are more than the {most} that the model "
+                        "is meant for (max_position_embeddings)")  # fmt: skip
     print(prompt, end="", flush=True)
     pieces = generate_text(
         network, tokens, prompt, stop=stop or [], max_new_tokens=max_new_tokens, temperature=temperature,
@@ -66,6 +70,8 @@ def predict(
 
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise UserError(f"--out {out}: give a name that ends in .csv or .jsonl")
+    if out is not None and out.exists():
+        raise UserError(f"--out {out}: exists already; remove it, or choose another name")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     network, tokens = load_with_tokenizer(model, None, dtype)
@@ -107,12 +113,14 @@ def evaluate(
         return
     if label_field:
         raise UserError(f"--label-field: {model} is a language model, which labels no documents")
-    settings = trained_with(model)
+    settings, most = trained_with(model), network.config.max_position_embeddings
+    if context is not None and context > most:
+        raise UserError(f"--context {context}: the model is meant for at most {most} tokens (max_position_embeddings)")
     context = context or (settings and settings.sequence_length)
     if harness:
         from pellucid.measure.harness import run_harness
 
-        context = context or min(DEFAULT_CONTEXT, network.config.max_position_embeddings)
+        context = context or min(DEFAULT_CONTEXT, most)
         with progress() as shown:
             found = run_harness(network, tokens, harness, context, limit=limit, few_shot=few_shot, progress=shown.stage)
         print(in_json(found) if as_json else _measures(found))

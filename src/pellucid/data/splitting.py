@@ -54,8 +54,8 @@ class Splitter:
         if self.method == "content hash" and facts:
             least, most = min(fact["least"] for fact in facts), max(fact["most"] for fact in facts)
             if least == most:
-                raise UserError("data.validation_fraction: there is only one document, so none can be held out; give "
-                                "data.validation, or set data.validation_fraction = 0")
+                raise UserError("data.validation_fraction: there is only one document, or all are the same, so none can be held out; "
+                                "give data.validation, or set data.validation_fraction = 0")
             self.threshold = min(max(int(self.fraction * 2**64), least + 1), most)
 
     def split_of(self, document: Document, content_hash: bytes) -> str:

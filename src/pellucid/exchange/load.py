@@ -1,4 +1,4 @@
-"""`pellucid.load`: a model from wherever it lies: a run, a Hugging Face directory, an official `ckpt-0`, or a preset.
+"""`pellucid.load`: a model from wherever it lies: a run, a checkpoint of it, a Hugging Face directory, an official `ckpt-0`, a preset.
 
 Peak memory is the model and one of its tensors: weights are copied matrix by matrix out of memory-mapped files.
 """
@@ -20,7 +20,7 @@ from pellucid.exchange.leaves import ModelSource, Source, fill
 from pellucid.exchange.xai import XaiSource, official_folder
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
-from pellucid.training.checkpoint import newest_good
+from pellucid.training import checkpoint
 from pellucid.training.device import choose_device
 
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -54,6 +54,8 @@ def open_source(path: str | Path, config: ModelConfig | Config | dict[str, Any] 
     path, config = Path(path), _model_config(config)
     if not path.is_dir():
         raise UserError(f"{path}: a model is a folder: a run, a Hugging Face directory, or an official ckpt-0")
+    if (run := run_of(path)) != path:
+        return ModelSource(_model_of(run, checkpoint.load(path)))
     if (path / "model" / "config.json").exists():
         return HuggingFaceSource(path / "model", config)
     if (official := official_folder(path)) is not None:
@@ -68,6 +70,13 @@ def open_source(path: str | Path, config: ModelConfig | Config | dict[str, Any] 
     )
 
 
+def run_of(path: Path) -> Path:
+    """The run whose checkpoints/step-N this is; any other path as it is."""
+    folder = Path(os.path.abspath(path))
+    is_checkpoint = folder.parent.name == "checkpoints" and (folder.parents[1] / "config.toml").is_file()
+    return folder.parents[1] if is_checkpoint else path
+
+
 def find_tokenizer(path: Path) -> Any:
     """The tokenizer saved with the weights, or (for an unfinished run) with the data it trains on; else None."""
     found = find_tokenizer_folder(path)
@@ -76,6 +85,7 @@ def find_tokenizer(path: Path) -> Any:
 
 def find_tokenizer_folder(path: Path) -> Path | None:
     """Where that tokenizer lies."""
+    path = run_of(path)
     folders = [path / "model", path]
     if (path / "checkpoints").is_dir() and (path / "manifest.json").exists():
         data = read_json(path / "manifest.json").get("data")
@@ -94,9 +104,13 @@ def manifest_path(destination: str | Path) -> Path:
 def _newest_checkpoint(run: Path) -> Grok1:
     """The model of an unfinished run, as of its newest intact checkpoint."""
     bad: list[str] = []
-    saved = newest_good(run / "checkpoints", on_bad=lambda path, reason: bad.append(f"; {path}: {reason}"))
+    saved = checkpoint.newest_good(run / "checkpoints", on_bad=lambda path, reason: bad.append(f"; {path}: {reason}"))
     if saved is None:
         raise UserError(f"{run}: the run has neither a finished model nor an intact checkpoint{''.join(bad)}")
+    return _model_of(run, saved)
+
+
+def _model_of(run: Path, saved: checkpoint.Checkpoint) -> Grok1:
     weights = saved.tensors["model"]
     config = load_config(run / "config.toml").model
     config = config.model_copy(update={"vocab_size": weights["embedding.weight"].shape[0]})

@@ -21,6 +21,7 @@ from pellucid.data.sources import list_files, read_documents
 from pellucid.data.stages.normalize import normalize
 from pellucid.data.stages.textview import hash_text, mix
 from pellucid.exchange.folder import read_json
+from pellucid.exchange.load import run_of
 from pellucid.model.grok import Grok1
 from pellucid.training.losses import linear_cross_entropy
 
@@ -38,8 +39,8 @@ class Texts:
 
 
 def trained_with(place: str | Path) -> DataConfig | None:
-    """The data settings of a run; other formats do not say them."""
-    file = Path(place) / "config.toml"
+    """The data settings of a run or its checkpoint; other formats do not say them."""
+    file = run_of(Path(place)) / "config.toml"
     return load_config(file).data if file.is_file() else None
 
 

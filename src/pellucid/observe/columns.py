@@ -103,7 +103,8 @@ EVALUATION = (
     Stat("documents", "documents", low=0, high=1e6, meaning="Held-out labelled documents measured; null for text."),
     Stat("accuracy", "share", low=0, high=1, meaning="Classification: documents whose class was predicted."),
     Stat("macro_f1", low=0, high=1, meaning="Classification: mean F1 of the classes."),
-    Stat("rmse", scale="log", low=1e-3, high=1e3, meaning="Regression: root mean squared error, in the number's own unit."),
+    Stat("rmse", scale="log", low=1e-3, high=1e3,
+         meaning="Regression: root mean squared error, in the number's own unit; null for several numbers."),
     Stat("r2", low=-1, high=1, meaning="Regression: 1 - squared error / that of the mean."),
     Stat("spearman", low=-1, high=1, meaning="Regression: rank correlation of prediction and truth."),
 )
@@ -112,7 +113,7 @@ PHASES = ("data", "forward", "loss", "backward", "clip", "update", "observe", "b
 
 RUN = (
     Stat("loss", "nats", low=0, high=12, meaning="Cross-entropy of the step's batch, per token. Classification: per document. "
-         "Regression: squared error per document, in standard deviations squared."),
+         "Regression: squared (or Huber) error per document, in standard deviations. With class weights and smoothing, where set."),
     Stat("balance_loss", low=0, high=10, meaning="Load-balance loss, unweighted; 1 is balanced (switch)."),
     Stat("router_z_loss", low=0, high=10, meaning="Router z-loss, unweighted; null if it is off."),
     Stat("z_loss", low=0, high=1, meaning="z-loss of the output scores, weighted; null if it is off."),

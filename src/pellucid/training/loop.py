@@ -37,6 +37,7 @@ class Counters:
     skipped: int = 0  # steps not applied
     skipped_in_a_row: int = 0
     best_loss: float | None = None  # lowest held-out loss
+    best_step: int | None = None  # steps done when it was measured
 
 
 class Loop:
@@ -162,7 +163,7 @@ class Loop:
             result = self.evaluate(rows=settings.evaluate_rows)
             best = result is not None and result.loss < (self.counters.best_loss or math.inf)
             if best:
-                self.counters.best_loss = result.loss
+                self.counters.best_loss, self.counters.best_step = result.loss, step
         if (best and saving.keep_best) or (saving.every_steps and step % saving.every_steps == 0):
             self.save(best=best)
 
@@ -173,11 +174,13 @@ class Loop:
         before = [step for step in saved if step < first_skipped]
         same = ", ".join(folder.name for step, folder in saved.items() if step >= first_skipped)
         removing = f", after removing {same} of {self.checkpoints} (saved with the weights of these steps)" if same else ""
-        run = shlex.quote(str(self.run_dir))
+        run, optimizer = shlex.quote(str(self.run_dir)), self.config.optimizer
+        names = ["learning_rate"] + ["muon_learning_rate"] * (optimizer.name == "muon")
+        lower = " ".join(f"optimizer.{name}={getattr(optimizer, name) / 10:.3g}" for name in names)
         return (
             f"step {self.counters.step}: loss or gradient was not finite {self.counters.skipped_in_a_row} times in a row, and "
             f"none of them was applied; look at their data (pellucid trace {run} --step {first_skipped}), or go on with a lower "
-            f"optimizer.learning_rate from step {max(before, default=0)}{removing}: pellucid train --run-dir {run} --resume"
+            f"optimizer.learning_rate from step {max(before, default=0)}{removing}: pellucid train {lower} --run-dir {run} --resume"
         )
 
 

@@ -137,6 +137,7 @@ class LabelEvaluation:
             of_each = {name: getattr(metrics, name)(true_MK, outputs_MK) for name in names}
             facts |= {name: _number(values.mean()) for name, values in of_each.items()}
             if len(self.head.labels) > 1:
+                del facts["rmse"]  # each has a unit of its own
                 facts["numbers"] = {label: {name: _number(of_each[name][k]) for name in names}
                                     for k, label in enumerate(self.head.labels)}  # fmt: skip
             return facts
@@ -150,6 +151,7 @@ class LabelEvaluation:
         shown = [f"{label} {facts[key]:.3f}" for key, label in
                  (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("rmse", "RMSE"), ("r2", "R2"), ("spearman", "Spearman"))
                  if facts.get(key) is not None]  # fmt: skip
+        shown += [f"RMSE of {label} {each['rmse']:.4g}" for label, each in facts.get("numbers", {}).items()]
         return f"held-out loss {self.loss:.4f} ({', '.join(shown)})"
 
 

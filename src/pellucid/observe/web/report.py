@@ -39,6 +39,8 @@ def write_report(
 
     Raises UserError for what is not a run, has no telemetry, or cannot be written.
     """
+    if path is not None and Path(path).suffix not in (".html", ".htm"):
+        raise UserError(f"{path}: a report is a page; give it a name that ends in .html")
     check_assets()
     feed = Feed(run_dir)
     if feed.problem:
