@@ -286,7 +286,7 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
         if path == "events":
             return _json(feed.events())
         if path == "rules":
-            return _json([{name: getattr(rule, name) for name in ("name", "severity", "cause", "remedy", "source")}
+            return _json([{name: getattr(rule, name) for name in ("name", "severity", "cause", "remedy", "source", "steps")}
                           for rule in RULES])  # fmt: skip
         if path == "step":
             return _json(feed.step(int(query["step"])))

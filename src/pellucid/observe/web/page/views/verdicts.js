@@ -12,18 +12,30 @@ export function Verdicts({ events }) {
   const rules = useAnswer(`rules?run=${index}`).data ?? [];
   const { window } = useWindow(index, "run", "*");
   const found = useMemo(() => events.filter((event) => event.severity === "alarm" || event.severity === "warning"), [events]);
+  if (!window) return html`<p class="boot">Reading the steps …</p>`;
   const names = [...new Set(found.map((event) => event.rule))];
-  const quiet = rules.filter((rule) => !names.includes(rule.name));
+  const quiet = rules.filter((rule) => !names.includes(rule.name)), applied = appliedIn(run, window);
+  const judged = quiet.filter((rule) => rule.steps <= applied), early = quiet.filter((rule) => rule.steps > applied), skipped = (run.latest ?? 0) + 1 - applied;
+  const soon = early.length ? ` For ${plural(early.length, "rule")} it is too early to judge.` : "";
   return html`
     <${Panel} id="verdict-title" wide question="Is anything wrong?" answer=${found.length
-    ? `${plural(found.length, "finding")} by ${plural(names.length, "rule")} in ${count((run.latest ?? 0) + 1)} steps; the other ${quiet.length} rules are content.`
-    : `Nothing: ${plural(rules.length, "rule")} judged every one of ${count((run.latest ?? 0) + 1)} steps and found no fault.`}>
+    ? `${plural(found.length, "finding")} by ${plural(names.length, "rule")} in ${plural((run.latest ?? 0) + 1, "step")}; ${plural(judged.length, "other")} found no fault.${soon}`
+    : `Nothing so far: ${plural(judged.length, "rule")} judged ${plural((run.latest ?? 0) + 1, "step")} and found no fault.${soon}`}>
       ${names.map((name) => html`<${Card} key=${name} rule=${rules.find((rule) => rule.name === name) ?? { name, severity: "warning" }} events=${found.filter((event) => event.rule === name)}
         window=${window} run=${run} step=${step} />`)}
     <//>
     <${Panel} id="quiet-title" wide question="What is being watched?" answer="Every rule is a pure function of the recorded numbers, judged at each step while the run trains.">
-      ${quiet.length ? html`<ul class="rules">${quiet.map((rule) => html`<li><b><i class="fine" aria-hidden="true">✓</i>${rule.name.replaceAll("_", " ")}</b><span>${rule.cause}</span></li>`)}</ul>` : html`<${Nothing}>Every rule has found something.<//>`}
+      ${quiet.length ? html`<ul class="rules">${[...judged, ...early].map((rule) => html`<li class=${rule.steps > applied ? "early" : ""}><b><i class="fine" aria-hidden="true">${rule.steps > applied ? "…" : "✓"}</i>${rule.name.replaceAll("_", " ")}</b>
+        <span>${rule.cause}${rule.steps > applied ? `; too early to judge: it takes ${plural(rule.steps, "step")}, ${count(applied)} ${applied === 1 ? "was" : "were"} done${skipped ? ` and ${count(skipped)} skipped` : ""}` : ""}</span></li>`)}</ul>` : html`<${Nothing}>Every rule has found something.<//>`}
     <//>`;
+}
+
+/** How many steps were done, that is not skipped over a loss or gradient that is not finite. */
+function appliedIn(run, window) {
+  const stat = statIndex(run, "run", "applied");
+  let sum = 0;
+  for (let column = 0; column < window.columns; column++) sum += window.value(column, 0, stat) * (window.parts > 1 ? window.value(column, 0, stat, "measured") : 1);
+  return Math.round(sum);
 }
 
 function Card({ rule, events, window, run }) {
@@ -34,7 +46,7 @@ function Card({ rule, events, window, run }) {
   const expert = /^layers\.(\d+)\.experts\.(\d+)$/.exec(newest.subject ?? "");
   return html`<article class=${"verdict " + rule.severity}>
     <header><span class="severity">${alarm ? "▲ alarm" : "● warning"}</span><h3>${rule.name.replaceAll("_", " ")}</h3>
-      ${stat >= 0 && window && html`<${Spark} values=${window.series(0, stat, "max")} hue="var(--alarm)" width=${160} label=${`history of ${EVIDENCE[rule.name]}`} />`}</header>
+      ${stat >= 0 && html`<${Spark} values=${window.series(0, stat, "max")} hue="var(--alarm)" width=${160} label=${`history of ${EVIDENCE[rule.name]}`} />`}</header>
     <p class="evidence">Step ${count(newest.step)}, ${newest.subject}: ${newest.text}.</p>
     <dl class="why"><dt>Why</dt><dd>${rule.cause}</dd><dt>Try</dt><dd>${rule.remedy}</dd><dt>After</dt><dd class="source">${rule.source}</dd></dl>
     <p class="links"><button type="button" onClick=${() => open(newest)}>documents of step ${count(newest.step)}</button>
