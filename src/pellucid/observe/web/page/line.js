@@ -93,7 +93,7 @@ function options({ width, height, series, log, unit, theory, at, data, from, to,
   const numbers = (values) => values.map((v) => (v === null ? "" : log ? (Math.abs(Math.log10(v) % 1) < 1e-9 ? power(Math.round(Math.log10(v))) : "") : tickText(v)));
   return {
     width, height, bands, series: lines, legend: { show: false },
-    padding: [8, 8, 0, 0],
+    padding: [8, 16, 0, 0], // the last number of the axis is half to the right of its place
     scales: { x: { time: false, range: ({ data: [steps] }, low, high) => (from !== null ? stretch(from, to) : steps.length === 1 ? stretch(steps[0], steps[0]) : [low, high]) },
       y: { distr: log ? 3 : 1, range: (_, low, high) => (log ? decades(low, high, theory) : spread(low, high, theory, zero)) } },
     cursor: { y: false, points: { size: 7 } },

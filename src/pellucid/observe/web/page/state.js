@@ -128,7 +128,8 @@ export function useReading(run, stream, stat, step, recorded = 1) {
   const question = held ? null : `${path}&until=${step}&newest=${recorded}`;
   const [, again] = useState(0);
   const line = useRef({ asking: false, path, reading: undefined }).current; // a reading is kept until the next is here: it names its step
-  line.wanted = held ? null : { question, path, step, recorded };
+  line.wanted = held ? null : { question, answer: () => askWindow(question).then((found) => ({ path, reading: found.reading(step, recorded) }),
+    () => null) }; // a server that is gone is said above the view
   if (held && window) Object.assign(line, { path, reading: window.reading(at, recorded) });
   useEffect(() => { if (!line.asking) follow(line, () => again((n) => n + 1)); }, [question]);
   useEffect(() => () => { line.wanted = null; }, []);
@@ -136,14 +137,14 @@ export function useReading(run, stream, stat, step, recorded = 1) {
   return line.path === path ? line.reading : undefined;
 }
 
-/** Ask for what is wanted, one question at a time: of the steps that a drag runs over, those that there is time for and the last. */
+/** Ask for what is wanted, one question at a time: of the steps that a drag or a training runs over, those that there is time for and the last. */
 async function follow(line, changed) {
   line.asking = true;
   for (let asked = null; line.wanted !== null && line.wanted.question !== asked;) {
-    const { question, path, step, recorded } = line.wanted;
+    const { question, answer } = line.wanted;
     asked = question;
-    const found = await askWindow(question).catch(() => null); // a server that is gone is said above the view
-    if (found && line.wanted !== null) { Object.assign(line, { path, reading: found.reading(step, recorded) }); changed(); }
+    const found = await answer();
+    if (found && line.wanted !== null) { Object.assign(line, found); changed(); }
   }
   line.asking = false;
 }
@@ -173,14 +174,13 @@ async function grow(path, latest, from, to) {
 /** A JSON answer: {data, problem}; asked again when `version` changes, keeping the old one meanwhile; `keep`: also when
  * the question changes, for what follows the newest step. */
 export function useAnswer(path, version = 0, keep = false) {
-  const [state, set] = useState({ path: null, data: null, problem: null });
-  useEffect(() => {
-    if (path === null) return;
-    let alive = true;
-    ask(path).then((data) => alive && set({ path, data, problem: null }), (error) => alive && set({ path, data: null, problem: error.message }));
-    return () => { alive = false; };
-  }, [path, version]);
-  return state.path === path || (keep && path !== null && state.data) ? state : { data: null, problem: null };
+  const question = path === null ? null : `${path} ${version}`;
+  const [, again] = useState(0);
+  const line = useRef({ asking: false, path: null, data: null, problem: null }).current;
+  line.wanted = path === null ? null : { question, answer: () => ask(path).then((data) => ({ path, data, problem: null }), (error) => ({ path, data: null, problem: error.message })) };
+  useEffect(() => { if (!line.asking) follow(line, () => again((n) => n + 1)); }, [question]);
+  useEffect(() => () => { line.wanted = null; }, []);
+  return line.path === path || (keep && path !== null && line.data) ? { data: line.data, problem: line.problem } : { data: null, problem: null };
 }
 
 // --------------------------------------------------------------------------------------------- conveniences
@@ -195,5 +195,7 @@ export function useRun() {
   return { chosen, run, index, step, live: chosen.step === null, runs: known, connection: link };
 }
 
+/** Whether the one step of a reading of the stream "run" was skipped: its loss or gradient was not finite. */
+export const wasSkipped = (run, reading) => Boolean(reading) && reading.from === reading.to && reading.value(0, statIndex(run, "run", "applied")) === 0;
 export const statOf = (run, stream, name) => run?.streams?.[stream]?.stats.find((stat) => stat.name === name) ?? null;
 export const statIndex = (run, stream, name) => run?.streams?.[stream]?.stats.findIndex((stat) => stat.name === name) ?? -1;

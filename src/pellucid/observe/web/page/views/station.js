@@ -67,9 +67,9 @@ function Tokens({ tokenizer, splits: { train, validation } }) {
 function Rows({ stage, run, index, step, theme }) {
   const answer = useAnswer(`step?run=${index}&step=${step}`, 0, !isReport), length = stage.settings.sequence_length;
   const scale = useMemo(() => scaleOf({ name: "loss", scale: "linear", low: 0, high: Math.ceil(Math.log(run.config?.model?.vocab_size ?? 1000)) }, theme), [theme]);
-  if (answer.problem || answer.data?.problem) return html`<${Panel} id="station-title" wide question="How do documents fill the rows?"><${Nothing}>${answer.problem ?? answer.data.problem}<//><//>`;
-  const pieces = answer.data?.pieces ?? [], rows = [...new Set(pieces.map((piece) => piece.row))].sort((a, b) => a - b);
-  return html`<${Panel} id="station-title" wide question=${`How do documents fill the ${plural(rows.length, "row")} of step ${count(answer.data?.step ?? step)}?`}
+  if (!answer.data || answer.data.problem) return html`<${Panel} id="station-title" wide question="How do documents fill the rows?"><${Nothing}>${answer.problem ?? answer.data?.problem ?? `Reading step ${count(step)} …`}<//><//>`;
+  const { pieces } = answer.data, rows = [...new Set(pieces.map((piece) => piece.row))].sort((a, b) => a - b);
+  return html`<${Panel} id="station-title" wide question=${`How do documents fill the ${plural(rows.length, "row")} of step ${count(answer.data.step ?? step)}?`}
     answer=${`${plural(pieces.length, "piece")} of documents; ${percent(stage.splits.train.packing.utilization, 2)} of all positions predict a token. Coloured by loss, dark is known and bright surprising; choose a piece to follow its document.`}>
     <div class="rows">${rows.map((row) => html`<div class="row"><span>${row}</span><div>${pieces.filter((piece) => piece.row === row).map((piece) => html`<button type="button" class=${piece.loss == null ? "unmeasured" : ""}
       style=${{ left: `${(100 * piece.position_start) / length}%`, width: `${(100 * piece.length) / length}%`, ...(piece.loss == null ? {} : { background: css(colourAt(scale, piece.loss)) }) }}

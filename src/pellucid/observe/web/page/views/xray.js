@@ -1,6 +1,6 @@
 // View 1, the X-ray: every tensor by every step in one picture of the chosen statistic; two runs give their difference.
 import { Choice, Nothing, Panel, html, useMemo, useState } from "../ui.js";
-import { select, statOf, useReading, useRun, useWindow } from "../state.js";
+import { select, statOf, useReading, useRun, useWindow, wasSkipped } from "../state.js";
 import { ROLES, scaleOf } from "../colour.js";
 import { ColourBar, Heatmap, differ } from "../heatmap.js";
 import { Lines } from "../line.js";
@@ -19,6 +19,7 @@ export function XRay({ theme, alarms }) {
   const other = chosen.compare !== null && chosen.compare !== index ? runs[chosen.compare] : null;
   const compared = useWindow(chosen.compare ?? 0, "param", other ? stat?.name : null, range).window;
   const reading = useReading(index, "param", stat?.name, step), against = useReading(chosen.compare ?? 0, "param", other ? stat?.name : null, step);
+  const skipped = wasSkipped(run, useReading(index, "run", "*", reading?.to ?? step));
   const roles = useMemo(() => new Set(Object.keys(ROLES).filter((role) => !hidden.has(role))), [hidden]);
   const rows = useMemo(() => tensorRows(run, { roles, experts, other }), [run.streams, roles, experts, other?.streams]);
   const scale = useMemo(() => stat && scaleOf(stat, theme, Boolean(other)), [stat, theme, other !== null]);
@@ -36,7 +37,7 @@ export function XRay({ theme, alarms }) {
   };
   const rowHeight = Math.max(3, Math.min(12, Math.floor(Math.max(420, innerHeight - 330) / Math.max(1, rows.length))));
   return html`<${Panel} id="xray-title" wide question=${other ? `Where does ${run.name} differ from ${other.name}?` : "What is happening in every tensor, at every step?"}
-    answer=${summary({ reading, against, rows, stat, step, other, log })}>
+    answer=${summary({ reading, against, rows, stat, step, other, log, skipped })}>
     <div class="controls">
       <${StatPicker} run=${run} value=${stat.name} />
       ${window.parts > 1 && html`<${Choice} label="what a cell shows" value=${part} onChange=${setPart} options=${PARTS} />`}
@@ -57,7 +58,7 @@ export function XRay({ theme, alarms }) {
         <p class="hint">Click a cell to select it, drag to zoom in, double-click to open the tensor.</p>
       </div>
       <${Inspector} run=${run} window=${window} stat=${stat} scale=${scale} rows=${rows} step=${hover?.step ?? step} row=${hover?.row ?? rows.find((row) => row.label === selected)}
-        pinned=${rows.find((row) => row.label === selected)} theme=${theme} from=${from} to=${to} part=${part} other=${other} compared=${compared} />
+        theme=${theme} from=${from} to=${to} part=${part} other=${other} compared=${compared} />
     </div>
   <//>`;
 }
@@ -79,7 +80,7 @@ export function StatPicker({ run, value }) {
 }
 
 /** One sentence with the numbers of the selected step. */
-function summary({ reading, against, rows, stat, step, other, log }) {
+function summary({ reading, against, rows, stat, step, other, log, skipped }) {
   if (reading === null) return "Nothing was recorded at this step.";
   if (other && step > other.latest) return `${other.name} has no step ${count(step)}: its newest is step ${count(other.latest)}.`;
   if (reading === undefined || (other && against === undefined)) return `Reading step ${count(step)} …`;
@@ -93,24 +94,27 @@ function summary({ reading, against, rows, stat, step, other, log }) {
     if (!Number.isFinite(value)) bad++; else values.push([value, row]);
   }
   const when = capital(reading.when) + (other && against ? elsewhen(against, reading) : "");
+  if (!values.length && !bad && skipped) {
+    return html`“${title(stat.name)}” was not measured ${reading.when}: the step was skipped, as its loss or gradient was not finite. <a href="#view=verdicts" onClick=${(e) => { e.preventDefault(); select({ view: "verdicts" }); }}>See the verdicts</a>.`;
+  }
   if (!values.length) return bad ? `${when}, all of ${plural(bad, "tensor")} are NaN or infinite.` : `“${title(stat.name)}” was not measured ${reading.when}.`;
   values.sort((a, b) => a[0] - b[0]);
   const middle = values[values.length >> 1][0], top = values[values.length - 1];
   const warn = bad ? ` ${plural(bad, "tensor")} NaN or infinite.` : "";
   if (other) {
+    const far = values.reduce((a, b) => (Math.abs(b[0]) > Math.abs(a[0]) ? b : a));
     const way = log ? `${number(10 ** middle)} times` : number(middle, { signed: true });
-    return `${when} the middle tensor is ${way}${log ? "" : " apart"}; largest difference: ${describeRow(top[1].row)}.${warn}`;
+    return `${when} the middle tensor is ${way}${log ? "" : " apart"}; largest difference: ${describeRow(far[1].row)}.${warn}`;
   }
   return `${when} the middle tensor has ${withUnit(middle, stat.unit)}; the largest is ${withUnit(top[0], stat.unit)}, in ${describeRow(top[1].row)}.${warn}`;
 }
 
 /** What the cell under the pointer, or the selected one, says; and the meaning of the statistic, from the run's own file. */
-function Inspector({ run, window, stat, scale, row, pinned, step, theme, from, to, part, other, compared }) {
+function Inspector({ run, window, stat, scale, row, step, theme, from, to, part, other, compared }) {
   const extent = useMemo(() => (other ? null : extremes(window)), [window, other]);
   const column = window.columnOf(step);
   const value = row && column >= 0 ? window.value(column, row.index, 0, part) : null;
-  const shown = pinned ?? row;
-  const series = useMemo(() => (shown ? line(window, shown, compared, other, theme) : []), [window, shown, compared, theme]);
+  const series = useMemo(() => (row ? line(window, row, compared, other, theme) : []), [window, row, compared, theme]);
   return html`<aside class="inspector" aria-label="selected cell">
     <${ColourBar} scale=${scale} unit=${stat.unit} extent=${extent} />
     <h3>${title(stat.name)} ${stat.formula && html`<code>${stat.formula}</code>`}</h3>
@@ -126,9 +130,9 @@ function Inspector({ run, window, stat, scale, row, pinned, step, theme, from, t
       ${window.parts > 1 && column >= 0 && html`<dt>from … to</dt><dd>${number(window.value(column, row.index, 0, "min"))} … ${number(window.value(column, row.index, 0, "max"))}</dd>
         <dt>non-finite</dt><dd>${window.nonfinite(column, row.index)} of ${window.value(column, row.index, 0, "measured")}</dd>`}
     </dl>` : html`<p class="hint">Point at a cell to read it.</p>`}
-    ${shown && html`<${Lines} label=${`${title(stat.name)} of ${shown.label}`} series=${series} log=${stat.scale === "log"} unit=${stat.unit} height=${150}
+    ${row && html`<${Lines} label=${`${title(stat.name)} of ${row.label}`} series=${series} log=${stat.scale === "log"} unit=${stat.unit} height=${150}
       step=${step} theme=${theme} from=${from} to=${to} onPick=${(s) => select({ step: s })} />
-      <p class="links"><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "tensor", tensor: shown.label }); }}>open the tensor</a>
+      <p class="links"><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "tensor", tensor: row.label }); }}>open the tensor</a>
       <a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "learning" }); }}>documents of this step</a></p>`}
   </aside>`;
 }
