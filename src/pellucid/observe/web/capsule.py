@@ -69,8 +69,8 @@ class Plays:
         self._lock = threading.Lock()
 
     def list(self, latest: int | None) -> dict[str, Any]:
-        """Steps with a play, spans [first, last] of steps that can be replayed, and what is being made."""
-        return {"steps": staged_steps(self.run_dir), "spans": self._spans(latest), "making": self.making}
+        """Steps with a play, spans [first, last] of steps up to `latest` that can be replayed, and what is being made."""
+        return {"steps": staged_steps(self.run_dir), "spans": self._spans(latest), "latest": latest, "making": self.making}
 
     def _spans(self, latest: int | None) -> list[list[int]]:
         """From each checkpoint, and from the beginning, as far as a replay goes."""

@@ -2,7 +2,7 @@
 // update relative to the weights; both from the newest frames, redrawn at most four times a second.
 import { Nothing, Panel, html, useEffect, useMemo, useRef, useState, useWidth } from "./ui.js";
 import { select, statIndex, statOf, useAnswer, useReading, useRun } from "./state.js";
-import { colourAt, css, scaleOf } from "./colour.js";
+import { MAGENTA, NEUTRAL, colourAt, css, scaleOf } from "./colour.js";
 import { ColourBar } from "./heatmap.js";
 import { capital, count, elsewhen, number, percent } from "./format.js";
 import { visible } from "./play.js";
@@ -38,7 +38,7 @@ export function LiveNetwork({ theme }) {
   const sample = pickSample(kept.current?.rows ?? [], step, taskOf(run)), ends = { embedding: ratio(parts.embedding) };
   const all = layers.flatMap((l) => l.experts.map((x, e) => ({ ...x, e, layer: l.layer }))).filter((x) => x.load !== null);
   const busiest = all.reduce((a, b) => (b.load > (a?.load ?? -1) ? b : a), null);
-  const sentence = busiest ? `${capital(router.when)} expert ${busiest.e} of layer ${busiest.layer} carries most, ${number(busiest.load, { digits: 3 })} times its fair share; its weights moved by ${number(busiest.ratio)} of their size${elsewhen(updates, router)}.` : "No router was observed at this step.";
+  const sentence = busiest ? `${capital(router.when)} expert ${busiest.e} of layer ${busiest.layer} carries most, ${number(busiest.load, { digits: 3 })} times its fair share${busiest.ratio === null ? "" : `; its weights moved by ${number(busiest.ratio)} of their size${elsewhen(updates, router)}`}.` : "No router was observed at this step.";
   return html`<${Panel} id="live-title" wide question="How does text flow through the network?" answer=${sentence}
     aside=${html`<button type="button" class="quiet" aria-expanded=${table} onClick=${() => setTable(!table)}>${table ? "hide table" : "table"}</button>`}>
     <${Picture} layers=${layers} ends=${ends} sample=${sample} scale=${scale} live=${live} label=${`The network ${router.when}. ${sentence}`} />
@@ -60,8 +60,8 @@ function partsOf(run) {
 }
 
 function relative(rows, weights, updates) {
-  const w = weights?.norm(rows), dw = updates?.norm(rows) ?? null;
-  return rows.length && w && dw !== null ? dw / w : null;
+  const w = weights?.norm(rows) ?? null, dw = updates?.norm(rows) ?? null;
+  return rows.length && w !== null && w !== 0 && dw !== null ? dw / w : null;
 }
 
 /** A stretch of a recorded training row: tokens, what came next, and the probability the model gave it. Of labelled documents:
@@ -87,16 +87,18 @@ function Picture({ label, ...drawn }) {
 function Drawing({ layers, ends, sample, scale, width, live }) {
   const E = layers[0].experts.length, H = Math.max(380, (E > 12 ? 14 : 48) * E + 70), left = 130, right = 190, W = Math.max(width, left + right + layers.length * 96);
   const each = (W - left - right) / layers.length, middle = H / 2 + 10, ye = (e) => 52 + ((H - 84) * (e + 0.5)) / E, yt = (t) => 52 + ((H - 84) * (t + 0.5)) / TOKENS;
-  const paint = (ratio) => (ratio === null || !Number.isFinite(ratio) ? "none" : css(colourAt(scale, ratio))), band = (v) => 1 + 9 * Math.min(4, v ?? 0);
+  const paint = (ratio) => (ratio === null ? "url(#dotted)" : !Number.isFinite(ratio) ? "url(#hatched)" : ratio === 0 ? NEUTRAL[scale.theme] : css(colourAt(scale, ratio))), band = (v) => 1 + 9 * Math.min(4, v ?? 0);
   const tokens = sample?.pick ?? [], name = (text) => { const seen = visible(text); return seen.length > 11 ? seen.slice(0, 10) + "…" : seen; };
   return html`<svg class=${`scene living${live ? " is-live" : ""}`} viewBox=${`0 0 ${W} ${H}`} width=${W} height=${H} aria-hidden="true">
+    <defs><pattern id="dotted" width="5" height="5" patternUnits="userSpaceOnUse"><rect width="5" height="5" fill="var(--raised)"/><circle cx="2.5" cy="2.5" r="1" fill="var(--dot)"/></pattern>
+      <pattern id="hatched" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)"><rect width="6" height="6" fill=${css(MAGENTA.b)}/><rect width="3" height="6" fill=${css(MAGENTA.a)}/></pattern></defs>
     <text class="zone" x="8" y="22">tokens</text><text class="zone" x=${W - right + 40} y="22">${sample?.head ?? ""}</text>
     ${tokens.map((t, i) => html`<path class="ribbon faint" d=${curve(100, yt(i), left + 4, middle)} stroke-width="5"/><g class="token"><rect x="4" y=${yt(i) - 13} width="94" height="26" rx="6"/><text x="14" y=${yt(i) + 4}>${name(t.token)}</text></g>`)}
     <g class="part"><rect x=${left - 4} y=${middle - 30} width="12" height="60" rx="4" fill=${paint(ends.embedding)}><title>${`embedding: moved by ${number(ends.embedding)} of its size`}</title></rect></g>
-    ${layers.map((layer, n) => { const x = left + n * each, xa = x + each * 0.2, xr = x + each * 0.36, xe = x + each * 0.66, xo = x + each;
+    ${layers.map((layer, n) => { const x = left + n * each, xs = n ? x : x + 8, xa = x + each * 0.2, xr = x + each * 0.36, xe = x + each * 0.66, xo = x + each;
       return html`<g><text class="zone" x=${x + each * 0.5} y="22" text-anchor="middle">layer ${layer.layer}</text>
-        <path class="ribbon residual" d=${`M${x + 8} ${middle}C${x + each * 0.2} ${H - 14} ${x + each * 0.8} ${H - 14} ${xo} ${middle}`}/>
-        <path class="ribbon trunk" d=${`M${x + 8} ${middle}H${xr}`}/>
+        <path class="ribbon residual" d=${`M${xs} ${middle}C${x + each * 0.2} ${H - 14} ${x + each * 0.8} ${H - 14} ${xo} ${middle}`}/>
+        <path class="ribbon trunk" d=${`M${xs} ${middle}H${xr}`}/>
         ${layer.experts.map((x2, e) => html`<path class="ribbon" d=${curve(xr, middle, xe, ye(e))} stroke-width=${band(x2.load).toFixed(2)}/><path class="ribbon" d=${curve(xe, ye(e), xo, middle)} stroke-width=${band(x2.load).toFixed(2)}/>`)}
         <g class="part"><rect x=${xa - 13} y=${middle - 26} width="26" height="52" rx="7" fill=${paint(layer.attention)}/><text class="fine" x=${xa} y=${middle + 42} text-anchor="middle">attention</text><title>${`attention of layer ${layer.layer}: moved by ${number(layer.attention)} of its size`}</title></g>
         <g class="part"><circle cx=${xr} cy=${middle} r="9" fill=${paint(layer.routed)}/><title>${`router of layer ${layer.layer}: moved by ${number(layer.routed)} of its size`}</title></g>

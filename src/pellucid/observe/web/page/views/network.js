@@ -12,10 +12,10 @@ export function Network({ theme }) {
 }
 
 /** Plays of the run, and the one that is being made; asked again while it is. */
-function usePlays(index, latest) {
+function usePlays(index, step) {
   const [turn, again] = useState(0);
   const kept = useRef(null);
-  const { data } = useAnswer(`plays?run=${index}`, isReport ? 0 : `${turn}.${Math.floor((latest ?? 0) / 20)}`);
+  const { data } = useAnswer(`plays?run=${index}`, isReport ? 0 : `${turn}.${step}`);
   if (data) kept.current = data;
   const plays = kept.current, busy = plays?.making && !plays.making.problem;
   useEffect(() => {
@@ -29,7 +29,7 @@ function usePlays(index, latest) {
 function Theatre() {
   const { chosen, run, index, step: newest } = useRun();
   const step = useCalm(newest);
-  const [plays, refresh] = usePlays(index, run.latest);
+  const [plays, refresh] = usePlays(index, step);
   const [problem, say] = useState(null);
   const steps = (plays?.steps ?? []).filter((s) => holds(`play?run=${index}&step=${s}`));
   const nearest = steps.length ? steps.reduce((a, b) => (Math.abs(b - step) < Math.abs(a - step) || (Math.abs(b - step) === Math.abs(a - step) && b > a) ? b : a)) : null;
@@ -42,7 +42,8 @@ function Theatre() {
     } catch { say("The server does not answer."); }
     refresh();
   };
-  const able = (plays?.spans ?? []).some(([first, last]) => first <= step && step <= last), making = plays?.making;
+  const known = Math.min(step, plays?.latest); // a step that the answer is too old for is near the last that it knows
+  const able = (plays?.spans ?? []).some(([first, last]) => first <= known && known <= last), making = plays?.making;
   const picker = html`<div class="controls plays">
     ${steps.length > 0 && html`<label>play of step <select value=${nearest} onChange=${(e) => select({ step: Number(e.target.value), edge: null })}>${steps.map((s) => html`<option value=${s} selected=${s === nearest}>${count(s)}</option>`)}</select></label>`}
     ${!isReport && !steps.includes(step) && (making && !making.problem
