@@ -1,6 +1,6 @@
 // View 7, one tensor: the sizes of its values over time, its norms, its step against theory, and the anatomy of an update.
 import { Choice, Nothing, Panel, html, useEffect, useMemo, useRef, useState, useWidth } from "../ui.js";
-import { select, statOf, useAnswer, useReading, useRun, useWindow } from "../state.js";
+import { select, statOf, useAnswer, useReading, useRun, useWindow, wasSkipped } from "../state.js";
 import { ROLES, colourAt, roleOf, scaleOf } from "../colour.js";
 
 import { Lines } from "../line.js";
@@ -16,19 +16,19 @@ export function Tensor({ theme }) {
   const row = rows[at];
   const there = (name) => (statOf(run, "param", name) ? name : null);
   const windows = Object.fromEntries(NAMES.map((name) => [name, useWindow(index, "param", there(name)).window])); // a fixed list: hooks keep their order
-  const readings = Object.fromEntries(NAMES.map((name) => [name, useReading(index, "param", there(name), step)]));
+  const readings = useTogether(windows, index, step, there), ran = useReading(index, "run", "*", readings?.weight_norm?.to ?? step);
   if (!row) return html`<${Nothing}>This run recorded no tensors.<//>`;
-  const value = (name) => readings[name]?.value(at) ?? null;
+  const value = (name) => readings?.[name]?.value(at) ?? null;
   const line = (name, hue, dash) => (windows[name]?.columns ? [{ label: name.replaceAll("_", " "), hue, dash, ...windows[name].line(at) }] : []);
-  const when = readings.update_ratio?.when ?? `at step ${count(step)}`;
+  const any = Object.values(readings ?? {}).find(Boolean), when = any?.when ?? `at step ${count(step)}`, skipped = wasSkipped(run, ran) && any?.to === ran.to;
   const r = value("update_ratio"), theory = theoryLine(run, value("learning_rate"), value("weight_decay"));
   const choose = (name) => { const next = rows.find((x) => x.name === name); select({ tensor: name, layer: next.layer, expert: next.expert }); };
   return html`
     <${Panel} id="tensor-title" wide question=${`How does ${describeRow(row)} change?`}
-      answer=${readings.update_ratio === undefined ? `Reading step ${count(step)} …` : r !== null ? `${capital(when)} it moved by ${number(r)} of its size${theory ? `; AdamW in equilibrium would give ${number(theory)}` : ""}.` : "Its update was not measured at this step."}
+      answer=${!readings ? `Reading step ${count(step)} …` : skipped ? `${capital(any.steps)} was skipped, as its loss or gradient was not finite: nothing moved.` : r !== null ? `${capital(when)} it moved by ${number(r)} of its size${theory ? `; AdamW in equilibrium would give ${number(theory)}` : ""}.` : "Its update was not measured at this step."}
       aside=${html`<label><span class="sr">tensor</span><select class="mono tensor-picker" value=${row.name} onChange=${(e) => choose(e.target.value)}>${rows.map((x) => html`<option value=${x.name} selected=${x === row}>${x.name}</option>`)}</select></label>`}>
       <p class="facts-line"><i class="swatch" style=${{ background: ROLES[roleOf(row)].hue }}></i><span class="mono">${row.name}</span><span>${row.shape}</span><span>${row.dtype}</span><span>${count(row.numel)} elements</span></p>
-      <${Anatomy} value=${value} when=${when} run=${run} />
+      <${Anatomy} value=${value} when=${when} run=${run} skipped=${skipped} />
     <//>
     <div class="columns">
       <${Panel} id="norms-title" question="How large are weight, gradient and change?" answer="All three on one logarithmic axis: their distance is what matters.">
@@ -36,12 +36,21 @@ export function Tensor({ theme }) {
       <${Panel} id="ratio-title" question="Is the step the right size?" answer=${`Update over weight${theory ? ", with the line that AdamW's rates and decay lead to" : ""}; about 10⁻³ is usual.`}>
         <${Lines} label="update over weight" log series=${line("update_ratio", "#009E73")} height=${230} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
           theory=${[{ value: 1e-3, label: "rule of thumb, 10⁻³" }, ...(theory ? [{ value: theory, label: "√(2ηλ(1−β₁)/(1+β₁))" }] : [])]} /><//>
-      <${Panel} id="angle-title" question="Does it keep its direction?" answer=${`cos(−g, Δw) ${number(value("cos_descent"))} ${when}: ${!Number.isFinite(value("cos_descent")) ? "no direction is known" : value("cos_descent") > 0 ? "downhill on this batch" : "momentum walks uphill on this batch"}.`}>
-        <${Lines} label="directions" series=${[...line("cos_descent", "#0072B2"), ...line("cos_previous", "#E69F00"), ...line("cos_gradient", "#999999", [3, 3])]} height=${200} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} theory=${[{ value: 0, label: "at right angles" }]} /><//>
+      <${Panel} id="angle-title" question="Does it keep its direction?" answer=${!readings ? "" : `cos(−g, Δw) ${number(value("cos_descent"))} ${when}: ${!Number.isFinite(value("cos_descent")) ? "no direction is known" : value("cos_descent") > 0 ? "downhill on this batch" : "momentum walks uphill on this batch"}.`}>
+        <${Lines} label="directions" series=${[...line("cos_descent", "#0072B2"), ...line("cos_previous", "#E69F00"), ...line("cos_gradient", "#999999", [3, 3])].filter((s) => s.values.some((v) => v !== null))} height=${200} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} theory=${[{ value: 0, label: "at right angles" }]} /><//>
       <${Panel} id="credit-title" question="Did it help?" answer="First-order change of the batch's loss by this tensor's step; below zero it helped.">
         <${Lines} label="credit" unit="nats" series=${line("credit", "#009E73")} height=${200} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} theory=${[{ value: 0, label: "no effect" }]} /><//>
     </div>
     <${Histograms} index=${index} at=${at} row=${row} run=${run} theme=${theme} step=${step} />`;
+}
+
+/** Readings of all statistics for one and the same step: the newest that every one has. Until they agree, those that last did. */
+function useTogether(windows, index, step, there) {
+  const latest = Math.min(step, ...Object.values(windows).filter(Boolean).map((window) => window.header.latest)), kept = useRef(null);
+  const asked = Object.fromEntries(NAMES.map((name) => [name, useReading(index, "param", there(name), latest)]));
+  const [first, ...others] = Object.values(asked).filter((reading) => reading !== null);
+  if (first && others.every((reading) => reading?.when === first.when)) kept.current = asked;
+  return kept.current;
 }
 
 /** Relative step that AdamW tends to (Kosson et al. 2023); null under other rules or without decay. */
@@ -52,12 +61,12 @@ function theoryLine(run, rate, decay) {
 }
 
 /** From gradient to change, as a row of measured quantities with what stands between them. */
-function Anatomy({ value, when, run }) {
+function Anatomy({ value, when, run, skipped }) {
   const g = value("gradient_norm"), c = value("clipped_norm"), rate = value("learning_rate"), dw = value("update_norm"), w = value("weight_norm");
   const rms = value("adam_rms"), name = run.config?.optimizer?.name ?? "the optimizer";
   const stages = [["gradient", "‖g‖", g, "after backward"], ["clipped", "c‖g‖", c, g && c !== null ? `× ${number(c / g, { digits: 3 })}` : ""],
-    ["learning rate", "η", rate, rms !== null ? `Adam's step has RMS ${number(rms, { digits: 3 })}` : `${name} decides the direction`], ["change", "‖Δw‖", dw, rate && dw !== null ? `‖Δw‖ / η = ${number(dw / rate, { digits: 3 })}` : ""],
-    ["weight", "‖w‖", w, w && dw !== null ? `moved by ${number(dw / w, { digits: 3 })} of it` : ""]];
+    ["learning rate", "η", rate, rms !== null ? `Adam's step has RMS ${number(rms, { digits: 3 })}` : `${name} decides the direction`], ["change", "‖Δw‖", dw, skipped ? "the step was skipped" : rate && dw !== null ? `‖Δw‖ / η = ${number(dw / rate, { digits: 3 })}` : ""],
+    ["weight", "‖w‖", w, w && dw !== null && !skipped ? `moved by ${number(dw / w, { digits: 3 })} of it` : ""]];
   return html`<ol class="anatomy" aria-label=${`anatomy of the update ${when}`}>${stages.map(([label, symbol, v, note]) => html`<li><span>${label}</span><b>${number(v)}</b><code>${symbol}</code><small>${note}</small></li>`)}</ol>`;
 }
 
