@@ -147,7 +147,8 @@ def test_learning_shows_losses_documents_and_texts(open_page, address, reader, n
     shown = page.locator("[aria-label='texts the model wrote'] h3").all_inner_texts()
     assert shown == [f"after step {at}" for at in (47, 31, 15)] + ["before training"]
     held = reader.series("held-out", "loss", stream="evaluation")
-    assert f"Held-out: {number(float(held[1][-1]))}" in page.locator("#loss-title + .answer").inner_text()
+    at = float(held[1][list(held[0]).index(31)])  # the newest at or before the selected step
+    assert f"Held-out: {number(at)} after step 31" in page.locator("#loss-title + .answer").inner_text()
     page.locator("figure button", has_text="table").first.click()
     assert number(float(losses[-1])) in page.locator(".lines table").first.inner_text()
 
@@ -309,6 +310,7 @@ def test_experts_show_the_tokens_their_newest_checkpoint_sends_them(open_page, a
             shown_as = re.sub("^ | $", "␣", name.replace("\n", "⏎").replace("\t", "⇥"))
             counted += segment > 0 and 2 in taken and shown_as == text
     assert counted == times > 0
+    assert "the checkpoint after step 47;" in page.locator(".hint", has_text="checkpoint").inner_text()
     stacked = (model.layers[1].moe.gate_up_proj.detach(), model.layers[1].moe.down_proj.detach())
     rows = [torch.cat([p[e].flatten() for p in stacked]) for e in range(4)]
     cosines = {e: float(torch.cosine_similarity(rows[2].double(), rows[e].double(), dim=0)) for e in (0, 1, 3)}
@@ -349,11 +351,12 @@ def test_the_loss_said_at_a_step_is_that_steps_own(long_page, long_run, number):
     loss = number(long_run.loss(STEP))
     page = long_page("view=learning")
     says(page, "loss-title", f"At step 1,505 the batch's loss is {loss} nats")
-    says(page, "loss-title", f"Held-out: {number(long_run.held_out(2599))} after step 2,599.")
+    says(page, "loss-title", f"Held-out: {number(long_run.held_out(1499))} after step 1,499.")
     page.locator(".where", has_text=f"loss {loss}").wait_for()
     assert page.locator(".where b").inner_text() == "step 1,505"
     page = long_page("view=learning&from=2&to=5")  # zoomed in elsewhere
     says(page, "loss-title", f"At step 1,505 the batch's loss is {loss} nats")
+    says(page, "loss-title", f"Held-out: {number(long_run.held_out(1499))} after step 1,499.")
 
 
 def test_what_was_thinned_out_is_told_of_the_step_that_was_kept(long_page, long_run, number):

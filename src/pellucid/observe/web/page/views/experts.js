@@ -4,7 +4,7 @@ import { select, statIndex, statOf, useAnswer, useReading, useRun, useWindow } f
 import { ROLES, colourAt, css, scaleOf } from "../colour.js";
 import { ColourBar, Heatmap } from "../heatmap.js";
 import { Lines } from "../line.js";
-import { capital, count, elsewhen, number, percent, plural, withUnit } from "../format.js";
+import { capital, count, elsewhen, number, percent, plural, when as after, withUnit } from "../format.js";
 import { visible } from "../play.js";
 
 const SHOWN = [["load", "load"], ["per_token", "gradient per token"], ["ratio", "update / weight"], ["credit", "credit"], ["mean_gate", "mean gate"], ["ghost", "ghost"], ["ghost_share", "ghost share"], ["idle_steps", "idle steps"]];
@@ -112,12 +112,12 @@ function sentence(ledger, rows, layers) {
 /** The same statistic over all steps: the history of every expert in one picture. */
 function Movie({ run, index, shown, rows, router, theme, step, pick, layer, expert }) {
   const name = OWN[shown] ? "load" : shown, stat = statOf(run, "router", name), at = statIndex(run, "router", name);
-  const scale = useMemo(() => scaleOf(stat, theme), [stat, theme]);
+  const scale = useMemo(() => scaleOf(stat, theme), [stat, theme]), part = name === "load" ? "mean" : "max"; // a fault of one step is not averaged away
   const shownRows = useMemo(() => rows.map((row, i) => ({ index: i, row, label: row.name, short: `expert ${row.expert}`, group: `layer ${row.layer}`, hue: ROLES.experts.hue })), [rows]);
   const height = Math.max(3, Math.min(12, Math.floor(420 / rows.length)));
-  const describe = (row, s) => { const c = router.columnOf(s); return `layer ${row.row.layer}, expert ${row.row.expert} · ${c < 0 ? `step ${count(s)}` : router.stepsOf(c)} · ${router.span > 1 ? "at most " : ""}${withUnit(c < 0 ? null : router.value(c, row.index, at, "max"), stat.unit)}`; };
-  return html`<${Panel} id="movie-title" wide question=${`How did the ${name.replaceAll("_", " ")} of each expert come about?`} answer=${OWN[shown] ? "This cell is formed from several streams; its history is shown for the load." : ""}>
-    <${Heatmap} window=${router} rows=${shownRows} stat=${at} part="max" scale=${scale} log=${stat.scale === "log"} from=${router.steps[0]} to=${run.latest} rowHeight=${height}
+  const describe = (row, s) => { const c = router.columnOf(s); return `layer ${row.row.layer}, expert ${row.row.expert} · ${c < 0 ? `step ${count(s)}` : router.stepsOf(c)} · ${router.span === 1 ? "" : part === "mean" ? "on average " : "at most "}${withUnit(c < 0 ? null : router.value(c, row.index, at, part), stat.unit)}`; };
+  return html`<${Panel} id="movie-title" wide question=${`How did the ${name.replaceAll("_", " ")} of each expert come about?`} answer=${(OWN[shown] ? "This cell is formed from several streams; its history is shown for the load. " : "") + (router.span > 1 ? `Of ${router.span} steps in a column you see the ${part === "mean" ? "mean" : "largest"}.` : "")}>
+    <${Heatmap} window=${router} rows=${shownRows} stat=${at} part=${part} scale=${scale} log=${stat.scale === "log"} from=${router.steps[0]} to=${run.latest} rowHeight=${height}
       label=${`${name} of ${rows.length} experts over steps`} selected=${`layers.${layer}.experts.${expert}`} step=${step} describe=${describe}
       onPick=${(row, s) => { pick(row.row.layer, row.row.expert); select({ step: s }); }} gutter=${150} /><//>`;
 }
@@ -155,7 +155,7 @@ function Preference({ run, index, layer, expert }) {
   if (problem ?? data?.problem) return html`<${Nothing}>${problem ?? data.problem}<//>`;
   const own = data?.layers[run.streams.router.rows.findIndex((row) => row.layer === layer) < 0 ? 0 : [...new Set(run.streams.router.rows.map((row) => row.layer))].indexOf(layer)]?.[expert];
   if (!own) return html`<p class="hint">Reading the newest checkpoint …</p>`;
-  return html`<h3>Tokens it prefers</h3><p class="hint">${count(data.tokens)} ${data.held_out ? "held-out" : "training"} tokens through the checkpoint of step ${count(data.step)}; × how much more often than tokens on the whole.</p>
+  return html`<h3>Tokens it prefers</h3><p class="hint">${count(data.tokens)} ${data.held_out ? "held-out" : "training"} tokens through the checkpoint ${after(data.step - 1)}; × how much more often than tokens on the whole.</p>
     <p class="preferred">${own.tokens.length ? own.tokens.map((token) => html`<span title=${`${plural(token.count, "time")}`}><code>${visible(token.text)}</code> × ${number(token.lift, { digits: 3 })}</span>`) : "none more than others"}</p>
     <p class="sibling">Its weights are most like those of <button type="button" class="link" onClick=${() => select({ layer, expert: own.sibling })}>expert ${own.sibling}</button>, cosine ${number(own.cosine, { signed: true })}${own.cosine > 0.9 ? ": nearly the same expert twice" : own.cosine < 0.2 ? ": nothing alike" : ""}.</p>`;
 }

@@ -14,7 +14,7 @@ export function Learning({ theme }) {
   const { chosen, run, index, step, runs } = useRun();
   const range = { from: chosen.from, to: chosen.to };
   const { window } = useWindow(index, "run", "*", range), reading = useReading(index, "run", "*", step);
-  const held = useWindow(index, "evaluation", "*", range).window;
+  const held = useWindow(index, "evaluation", "*", range).window, evaluations = useWindow(index, "evaluation", "*").window;
   const other = chosen.compare !== null && chosen.compare !== index ? runs[chosen.compare] : null;
   const otherRun = useWindow(chosen.compare ?? 0, "run", other ? "*" : null, range).window;
   const otherHeld = useWindow(chosen.compare ?? 0, "evaluation", other ? "*" : null, range).window;
@@ -29,18 +29,18 @@ export function Learning({ theme }) {
   if (!window || !reading) return html`<p class="boot">Reading the losses …</p>`;
   const now = reading.value(0, loss), task = taskOf(run);
   const lr = statIndex(run, "run", "learning_rate"), norm = statIndex(run, "run", "gradient_norm");
-  const evaluated = held?.columns ? held.columns - 1 : -1;
+  const evaluated = evaluations ? evaluations.columnOf(step) : -1;
   const measures = task.head?.problem_type === "regression" ? [["r2", "held-out R²", "#009E73"], ["spearman", "held-out rank correlation", "#CC79A7"]] : [["accuracy", "held-out accuracy", "#009E73"], ["macro_f1", "held-out macro-F1", "#CC79A7"]];
   const answer = `${capital(reading.when)} the batch's loss is ${number(now)} ${task.unit} per ${task.each}: ${task.meaning(now)}.`
     + (task.guess ? ` ${task.guess.words}` : "")
-    + (evaluated >= 0 ? ` Held-out: ${number(held.value(evaluated, 0, heldLoss))} ${when(held.steps[evaluated])}${task.labelled ? ` (${measures.map(([stat, label]) => `${label.replace("held-out ", "")} ${number(held.value(evaluated, 0, statIndex(run, "evaluation", stat)))}`).join(", ")})` : ""}.` : "");
+    + (evaluated >= 0 ? ` Held-out: ${number(evaluations.value(evaluated, 0, heldLoss))} ${when(evaluations.steps[evaluated])}${task.labelled ? ` (${measures.map(([stat, label]) => `${label.replace("held-out ", "")} ${number(evaluations.value(evaluated, 0, statIndex(run, "evaluation", stat)))}`).join(", ")})` : ""}.` : "");
   return html`
     <${Panel} id="loss-title" wide question="Is it learning, and does that hold for text it has not seen?" answer=${answer}
       aside=${(chosen.from !== null || chosen.to !== null) && html`<button type="button" onClick=${() => select({ from: null, to: null })}>all steps</button>`}>
       <${Lines} label="loss" series=${series} unit=${task.unit} height=${260} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
         theory=${task.guess ? [task.guess] : []} />
       <${Epochs} run=${run} index=${index} step=${step} />
-      ${task.labelled && held?.columns && html`<${Lines} label="held-out measures" series=${measures.map(([stat, label, hue]) => ({ label, hue, ...held.line(0, statIndex(run, "evaluation", stat)), points: true }))}
+      ${task.labelled && held?.columns > 0 && html`<${Lines} label="held-out measures" series=${measures.map(([stat, label, hue]) => ({ label, hue, ...held.line(0, statIndex(run, "evaluation", stat)), points: true }))}
         height=${140} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} />`}
     <//>
     <div class="columns">
@@ -97,7 +97,7 @@ function BySource({ run, index, step, theme }) {
 /** The batch of the selected step: pieces of documents with the loss on each, the worst on top. */
 export function Documents({ run, index, step }) {
   const { data, problem } = useAnswer(`step?run=${index}&step=${step}`, 0, !isReport);
-  const [open, show] = useState(null);
+  const [open, show] = useState(null), name = (i) => `${data.step}.${i}`; // of this step: another has other documents
   const question = `Which documents were in step ${count(data?.step ?? step)}?`;
   if (problem || data?.problem) return html`<${Panel} id="documents-title" wide question=${question}><${Nothing}>${problem ?? data.problem}<//><//>`;
   if (!data) return null;
@@ -106,9 +106,9 @@ export function Documents({ run, index, step }) {
     answer=${measured.length ? `${plural(data.pieces.length, "piece")} of documents; the hardest is ${measured[0].source} with ${number(measured[0].loss)} ${task.unit}${task.labelled ? "" : " per token"}.` : `${plural(data.pieces.length, "piece")} of documents; their losses were not recorded at this step.`}>
     <div class="columns">
       <div class="scroll tall" tabindex="0" role="region" aria-label="documents of the step"><table><thead><tr><th class="left" scope="col">document</th><th scope="col">bytes</th><th scope="col">tokens</th><th scope="col">loss</th><th scope="col">${task.labelled ? "label" : "worst token"}</th></tr></thead>
-        <tbody>${data.pieces.map((piece, i) => html`<tr class=${open === i ? "chosen" : ""}><td class="left"><button type="button" class="link" aria-expanded=${open === i} onClick=${() => show(open === i ? null : i)}>${piece.source}</button>
-          ${open === i && html`<p><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "river", document: piece.document }); }}>follow this document through the river</a></p><pre class="text">${piece.excerpt ?? "(its text is shown for the twelve hardest)"}</pre>`}</td>
-          <td>${count(piece.byte_start)}–${count(piece.byte_end)}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${task.labelled ? piece.label : number(piece.worst)}</td></tr>`)}</tbody></table></div>
+        <tbody>${data.pieces.map((piece, i) => html`<tr class=${open === name(i) ? "chosen" : ""}><td class="left"><button type="button" class="link" aria-expanded=${open === name(i)} onClick=${() => show(open === name(i) ? null : name(i))}>${piece.source}</button>
+          ${open === name(i) && html`<p><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "river", document: piece.document }); }}>follow this document through the river</a></p><pre class="text">${piece.excerpt ?? "(its text is shown for the twelve hardest)"}</pre>`}</td>
+          <td>${count(piece.byte_start)}–${count(piece.byte_end)}${piece.exact === false && html`<br /><small>of its whole document, that was changed</small>`}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${task.labelled ? piece.label : number(piece.worst)}</td></tr>`)}</tbody></table></div>
       <div><h3>${task.labelled ? "The documents it was most wrong about, and what they are" : "The tokens it expected least"}</h3>
         <ol class="worst">${data.tokens.map((worst) => html`<li><span class="loss">${number(worst.loss)}</span><span class="mono">…${visible(worst.before.slice(-60))}<mark>${token(worst.label ?? worst.target_text)}</mark></span></li>`)}</ol></div>
     </div><//>`;
@@ -117,6 +117,7 @@ export function Documents({ run, index, step }) {
 /** Texts the model wrote, and kept rows whose tokens carry the colour of their loss. */
 function Samples({ run, index, step }) {
   const { data } = useAnswer(`samples?run=${index}`, Math.floor(step / 100));
+  const held = useAnswer(`river?run=${index}`).data?.splits?.validation;
   const [at, pick] = useState(null);
   if (!data) return null;
   const rows = data.rows, row = rows[at ?? rows.length - 1], { labelled, unit, share } = taskOf(run);
@@ -126,7 +127,7 @@ function Samples({ run, index, step }) {
       ${row ? html`<label>kept row of <select value=${at ?? rows.length - 1} onChange=${(e) => pick(Number(e.target.value))}>${rows.map((r, i) => html`<option value=${i} selected=${i === (at ?? rows.length - 1)}>step ${count(r.step)}</option>`)}</select></label>
         <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${count(row.step)}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${!labelled ? `${JSON.stringify(text)}: ${told(row.losses[i])}` : (row.labels?.[i] ?? null) === null ? null : `${row.labels[i]}: ${told(row.losses[i])}`}>${text}</span>`)}</p>`
     : html`<${Nothing}>No row with the loss of each token was kept yet.<//>`}<//>
-    <${Panel} id="written-title" question=${labelled ? "What does it say of documents?" : "What does it write?"} answer=${data.texts.length ? `${labelled ? "Held-out documents, what they are, and what the model says" : "The same words continued by the model"}, ${plural(data.texts.length, "time")} over the run; the newest on top.` : ""}>
+    <${Panel} id="written-title" question=${labelled ? "What does it say of documents?" : "What does it write?"} answer=${data.texts.length ? `${labelled ? `${held ? "Held-out documents" : "Documents"}, what they are, and what the model says` : "The same words continued by the model"}, ${plural(data.texts.length, "time")} over the run; the newest on top.` : ""}>
       ${data.texts.length ? html`<div class="scroll tall" tabindex="0" role="region" aria-label="texts the model wrote">${data.texts.toReversed().map((text) => html`<h3>${when(text.step)}</h3>
         <pre class="text">${text.prompt}<mark class="written">${text.text}</mark></pre>`)}</div>`
     : html`<${Nothing}>No text was written during this run yet.<//>`}<//>
