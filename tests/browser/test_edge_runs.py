@@ -1,0 +1,163 @@
+"""What the page says of runs that are young, that went wrong, and whose answers are slow."""
+
+import re
+
+import numpy as np
+import pytest
+
+from pellucid.observe.columns import INDEX, PARAM, ROUTER, RUN
+from pellucid.observe.store import MISSING, Record, Row, Writer
+from pellucid.observe.web.feed import Feed
+
+STEPS = 40
+TENSORS = [Row("embedding.weight", None, None, "embedding", "[8, 8]", 64, "float32"),
+           *(Row(f"layers.0.moe.down_proj[{e}]", 0, e, "down_proj", "[8, 8]", 64, "float32") for e in range(2))]  # fmt: skip
+SLOW = """async ([question, milliseconds]) => {
+    const real = window.fetch; window.asked = []; window.waiting = window.most = 0;
+    window.fetch = async (path, ...rest) => {
+        if (!path.includes(question)) return real(path, ...rest);
+        window.asked.push(path); window.waiting++; window.most = Math.max(window.most, window.waiting);
+        await new Promise((done) => setTimeout(done, milliseconds));
+        try { return await real(path, ...rest); } finally { window.waiting--; }
+    };
+}"""
+
+
+def make_run(folder, ratios, *, skipped_last: bool = False):
+    """A run of 40 steps whose tensors move by `ratios` of their size; its last step may be one that was skipped."""
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("[model]\nnum_experts = 2\n[optimizer]\nname = 'adamw'\n[training]\nbatch_size = 4\n")
+    writer = Writer(folder)
+    writer.define("run", [Row("run")], RUN, row_is="run")
+    writer.define("param", TENSORS, PARAM, row_is="tensor")
+    writer.define("router", [Row(f"layers.0.experts.{e}", 0, e) for e in range(2)], ROUTER, row_is="expert")
+    for step in range(STEPS):
+        frames = {name: np.full((rows, len(stats)), 0.5, np.float32) for name, rows, stats in
+                  (("run", 1, RUN), ("param", 3, PARAM), ("router", 2, ROUTER))}  # fmt: skip
+        frames["run"][0, INDEX["run"]["applied"]] = 1
+        frames["param"][:, INDEX["param"]["weight_norm"]] = 10
+        frames["param"][:, INDEX["param"]["update_norm"]] = 10 * np.array(ratios, np.float32)
+        frames["param"][:, INDEX["param"]["update_ratio"]] = ratios
+        if skipped_last and step == STEPS - 1:
+            frames["run"][0, INDEX["run"]["applied"]] = 0
+            frames["param"][:, INDEX["param"]["update_norm"]] = 0
+            frames["param"][:, INDEX["param"]["update_ratio"]] = MISSING
+        writer.write(Record(step, frames))
+    writer.close()
+    return Feed(folder)
+
+
+@pytest.fixture
+def watched(tmp_path, serving, open_page):
+    """A function: a page that shows some runs, given by their make_run arguments."""
+    opened = []
+
+    def watch(rest: str, *runs, **options):
+        context = serving([make_run(tmp_path / f"run-{i}", ratios, **options) for i, ratios in enumerate(runs)])
+        opened.append(context)
+        return open_page(context.__enter__() + rest, wait="main .panel")
+
+    yield watch
+    for context in opened:
+        context.__exit__(None, None, None)
+
+
+def answer(page, title: str):
+    return page.locator(f"#{title} + .answer")
+
+
+def test_documents_are_asked_for_one_step_at_a_time_and_the_last_ones_stay_meanwhile(open_page, address):
+    page = open_page(f"{address}#view=learning&step=1", wait="#documents-title")
+    page.evaluate(SLOW, ["/api/step?", 400])
+    for step in range(2, 12):
+        page.evaluate(f"location.hash = '#view=learning&step={step}'")
+        page.wait_for_timeout(40)
+        assert page.locator("#documents-title").count() == 1
+    page.locator("#documents-title", has_text="in step 11?").wait_for()
+    assert page.evaluate("window.most") == 1
+    assert page.evaluate("window.asked.length") < 8 and page.evaluate("window.asked.at(-1)").endswith("step=11")
+
+
+def test_an_opened_document_belongs_to_its_step(open_page, address):
+    page = open_page(f"{address}#view=learning&step=33", wait="#documents-title")
+    page.locator("[aria-label='documents of the step'] button").first.click()
+    page.locator("[aria-label='documents of the step'] pre").wait_for()
+    page.evaluate("location.hash = '#view=learning&step=34'")
+    page.locator("#documents-title", has_text="in step 34?").wait_for()
+    assert page.locator("[aria-label='documents of the step'] pre").count() == 0
+
+
+def test_the_rows_of_a_batch_are_not_counted_before_they_are_here(open_page, address):
+    page = open_page(f"{address}#view=river&step=3", wait="#river-title")
+    page.evaluate(SLOW, ["/api/step?", 800])
+    page.locator("[data-stage=batch]").click()
+    page.locator("section[aria-labelledby=station-title]", has_text="Reading step 3").wait_for()
+    page.locator("#station-title", has_text=re.compile("fill the 8 rows of step 3")).wait_for()
+
+
+def test_a_tensor_is_told_with_numbers_of_one_step_alone(open_page, long_run, serving, number):
+    with serving([Feed(long_run.directory)]) as address:
+        page = open_page(f"{address}#view=tensor&step=100", wait=".anatomy")
+        told = lambda step: f"At step {step} it moved by {number(long_run.ratio(step))} of its size"
+        answer(page, "tensor-title").filter(has_text=told(100)).wait_for()
+        page.evaluate(SLOW, ["stat=update_norm", 1500])
+        page.evaluate("location.hash = '#view=tensor&step=105'")
+        page.wait_for_timeout(700)  # all are here but the change
+        assert told(100) in answer(page, "tensor-title").inner_text()
+        assert f"moved by {number(long_run.ratio(100), digits=3)} of it" in page.locator(".anatomy").inner_text()
+        answer(page, "tensor-title").filter(has_text=told(105)).wait_for()
+        assert f"moved by {number(long_run.ratio(105), digits=3)} of it" in page.locator(".anatomy").inner_text()
+
+
+def test_the_tensor_that_differs_most_may_be_the_smaller_one(watched):
+    page = watched("#compare=1", [1e-3, 2e-3, 1e-5], [1e-3, 1e-3, 1e-3])
+    answer(page, "xray-title").filter(has_text="largest difference: layer 0, experts' output, expert 1").wait_for()
+
+
+def test_a_rule_that_needs_more_steps_is_not_said_to_be_content(watched):
+    page = watched("#view=verdicts", [1e-3] * 3)
+    judged = page.locator(".rules li", has_text="loss spike")
+    early = page.locator(".rules li", has_text="dead expert")
+    assert "✓" in judged.inner_text() and "too early" not in judged.inner_text()
+    assert "✓" not in early.inner_text() and "too early to judge: it takes 100 steps, 40 were done" in early.inner_text()
+    ticks, rules = page.locator(".rules li", has_text="✓").count(), page.locator(".rules li").count()
+    assert f"{ticks} rules judged 40 steps" in answer(page, "verdict-title").inner_text() and ticks < rules
+
+
+def test_of_a_skipped_step_the_page_says_that_it_was_skipped(watched):
+    page = watched("#view=tensor", [1e-3] * 3, skipped_last=True)
+    answer(page, "tensor-title").filter(has_text="Step 39 was skipped, as its loss or gradient was not finite").wait_for()
+    assert "moved by" not in page.locator(".anatomy").inner_text()
+    page.evaluate("location.hash = '#view=xray'")
+    answer(page, "xray-title").filter(has_text="not measured at step 39: the step was skipped").wait_for()
+    answer(page, "xray-title").locator("a").click()
+    page.wait_for_selector("main.view-verdicts .panel")
+
+
+def test_the_network_is_coloured_by_its_legend(watched):
+    page = watched("#view=network", [0, np.nan, MISSING])
+    page.locator(".living .pick").first.wait_for()
+    fills = page.eval_on_selector_all(".living .pick circle", "found => found.map((circle) => circle.getAttribute('fill'))")
+    assert fills == ["url(#hatched)", "url(#dotted)"]
+    assert page.locator(".living .part rect").first.get_attribute("fill") == "#F3F3F1"  # exactly 0, as in the legend
+
+
+def test_an_update_that_was_not_measured_is_left_out_of_the_sentence(watched):
+    page = watched("#view=network", [MISSING] * 3)
+    sentence = answer(page, "live-title").filter(has_text="carries most").inner_text()
+    assert "its fair share." in sentence and "–" not in sentence
+
+
+def test_a_new_step_can_be_played_before_the_next_question(open_page, address):
+    """The answer that the page has may be of a step before."""
+    page = open_page(f"{address}#view=network&step=20", wait=".plays")
+    page.evaluate(SLOW, ["/api/plays?", 0])
+    page.evaluate("location.hash = '#view=network&step=21'")
+    page.wait_for_function("window.asked.length > 0")
+    assert page.get_by_role("button", name="play step 21").is_enabled()
+
+
+def test_the_history_of_experts_says_that_a_column_is_a_mean(open_page, long_run, serving):
+    with serving([Feed(long_run.directory)]) as address:
+        page = open_page(f"{address}#view=experts", wait="#movie-title")
+        assert "steps in a column you see the mean" in answer(page, "movie-title").inner_text()
