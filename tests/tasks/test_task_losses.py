@@ -9,13 +9,14 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from pellucid.config import HeadConfig, ModelConfig, OptimizerConfig, TrainingConfig, UserError
 from pellucid.data.dataset import Batch
+from pellucid.data.labels import encode
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.observe.observer import SilentObserver
 from pellucid.run_files import Run
 from pellucid.training.optimizers import build_optimizer
 from pellucid.training.step import training_step
-from pellucid.training.tasks import class_cross_entropy, number_error
+from pellucid.training.tasks import as_told, class_cross_entropy, number_error
 
 V, D = 50, 16
 KIND = {"classification": "single_label_classification", "regression": "regression"}
@@ -125,3 +126,14 @@ def test_class_weights_that_leave_nothing_to_learn_are_refused(tables, tmp_path)
     with pytest.raises(UserError, match=r"training\.class_weights: all are 0"):
         train(tables(max_steps=1, class_weights={"animal": 0, "metal": 0, "colour": 0}), run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_label_is_told_as_it_was_given_and_not_as_float32_left_it():
+    head = HeadConfig(problem_type="regression", labels=["a", "b"], mean=[0.3285, 32.9675], std=[0.7801203432804538, 42.5866815301451],
+                      max_length=16)  # fmt: skip
+    given = np.array([[0, 0], [1, 33], [-2, 1024], [0.25, 3.5]])
+    known = encode([str(row) for row in given.tolist()], "number", head.labels, head.mean, head.std)
+    told = as_told(head, known)
+    assert [f"{v:.12g}" for v in told.ravel()] == [f"{v:g}" for v in given.ravel()]
+    broken = as_told(head, np.array([[np.nan, np.inf]], dtype=np.float32))
+    assert np.isnan(broken[0, 0]) and broken[0, 1] == np.inf

@@ -156,9 +156,17 @@ class LabelEvaluation:
 
 
 def as_told(head: HeadConfig, values_MK: np.ndarray) -> np.ndarray:
-    """Numbers in their own unit, from standard deviations; classes as they are. float64."""
-    values_MK = values_MK.astype(np.float64)
-    return values_MK * head.std + head.mean if head.problem_type == "regression" else values_MK
+    """Numbers in their own unit, from standard deviations (float32); classes as they are. float64.
+
+    To the decimals that float32 could tell apart: a label of 0 is 0 again, not what its rounding left.
+    """
+    told_MK = values_MK.astype(np.float64)
+    if head.problem_type != "regression":
+        return told_MK
+    told_MK = told_MK * head.std + head.mean
+    with np.errstate(invalid="ignore"):  # NaN and infinities stay what they are
+        grid_MK = 10 ** np.ceil(np.log10(np.spacing(np.abs(values_MK).astype(np.float32)) * np.float64(head.std)))
+        return np.where(np.isfinite(told_MK), np.round(told_MK / grid_MK) * grid_MK + 0.0, told_MK)  # + 0.0: no -0
 
 
 def _number(value: float) -> float | None:
