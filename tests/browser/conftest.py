@@ -205,6 +205,20 @@ def open_page(chromium):
     assert not wrong, wrong
 
 
+@pytest.fixture
+def changed():
+    """A function: from now on a page gets the answers of `question` as `change` makes them."""
+
+    def change_answers(page, question: str, change):
+        def answer(route):
+            response = route.fetch()
+            route.fulfill(response=response, json=change(response.json()))
+
+        page.route(f"**/api/{question}*", answer)
+
+    return change_answers
+
+
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory) -> str:
     """axe-core, of the version in package-lock.json."""

@@ -190,6 +190,9 @@ def test_river_counts_what_the_stages_counted(open_page, address, runs, feeds):
     page = open_page(f"{address}#view=river", wait=".station")
     names = [button.get_attribute("data-stage") for button in page.locator(".station").all()]
     assert names == ["source", "read", "normalize", "length", "deduplicate", "split", "augment", "tokenize", "pack", "batch", "loop"]
+    made = next(stage for stage in manifest["stages"] if stage["name"] == "augment")
+    said = page.locator(".station[data-stage=augment]").inner_text()
+    assert f"{made['documents_out']} versions" in said and f"+{made['bytes_out']:,} bytes" in said
     for stage in manifest["stages"]:
         page.locator(f".station[data-stage={stage['name']}]").click()
         page.wait_for_selector(".panel h2:has-text('did')")
@@ -234,13 +237,40 @@ def test_river_follows_a_document_from_its_file_to_the_steps_that_read_it(open_p
     assert "has the very hash that was trained on" in page.locator("#follow-title + .answer").inner_text()
 
 
+def test_epochs_are_those_of_the_data_in_every_view(open_page, address, changed):
+    """A source of weight 2 makes an epoch of more rows than there are different ones."""
+    page = open_page(address)
+    changed(page, "river", lambda answer: answer | {"rows_per_epoch": 100})
+    said = [("learning", ".epochs", "3.280 epochs"), ("river", ".station.loop", "3.28 epochs"),
+            ("learn", "section[aria-labelledby=idea-data]", "3.28 epochs")]  # fmt: skip
+    for view, place, epochs in said:
+        page.goto(f"{address}#view={view}&step=40")
+        page.locator(place, has_text=epochs).wait_for()
+
+
+def test_a_document_read_often_lists_the_steps_around_the_chosen_one(open_page, address, changed):
+    page = open_page(address)
+    changed(page, "document", lambda answer: answer | {"steps": list(range(0, 2000, 2)), "step_count": 1000})
+    page.goto(f"{address}#view=river&step=30")
+    page.wait_for_selector(".journey .chip")
+    assert page.locator(".journey .chip").all_inner_texts() == [f"step {step}" for step in range(0, 80, 2)]
+    assert "1,000 steps of this run have read from it; the 40 around step 30:" in page.locator(".journey").inner_text()
+    assert "It is read again in step 32." in page.locator("#follow-title + .answer").inner_text()
+
+
 def test_two_runs_fit_a_telephone(open_page, address):
     page = open_page(address)
-    page.set_viewport_size({"width": 420, "height": 800})
+    page.set_viewport_size({"width": 390, "height": 800})
     for view, last in (("learning", "#written-title"), ("river", ".journey"), ("tensor", ".anatomy")):
         page.goto(f"{address}#view={view}")
         page.wait_for_selector(last)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 420, view
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+        link = page.locator("nav [aria-current]").bounding_box()
+        assert link["x"] >= 0 and link["x"] + link["width"] <= 390, f"{view}: the chosen view is seen among the others"
+    page.wait_for_function("() => [...document.querySelectorAll('.anatomy b')].at(-1).innerText !== '–'")
+    assert page.evaluate("[...document.querySelectorAll('.anatomy b')].every((b) => b.scrollWidth <= b.clientWidth)"), "whole numbers"
+    axis, hint = page.locator(".spread .step-axis").bounding_box(), page.locator(".spread .hint").bounding_box()
+    assert hint["y"] >= axis["y"] + axis["height"]
     status = page.locator(".status").bounding_box()
     for picker in page.locator(".runs select").all():
         box = picker.bounding_box()
@@ -265,6 +295,10 @@ def test_imported_tokens_are_not_tokenised_again(open_page, runs, tmp_path, serv
 def test_the_chosen_theme_is_kept_and_both_follow_the_system(open_page, address):
     page = open_page(address, theme="dark")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function("() => document.documentElement.dataset.theme === 'light'")
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("() => document.documentElement.dataset.theme === 'dark'")
     page.locator("button.theme").click()
     page.reload()
     page.wait_for_selector("main .panel")

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import pellucid
+from pellucid.data.dataset import Dataset
+from pellucid.data.river import river
 from pellucid.observe import observer as observing
 from pellucid.observe.columns import INDEX
 from pellucid.observe.noise import NoiseScale
@@ -145,6 +147,7 @@ def test_the_data_river_goes_from_the_data_s_manifest_to_the_rows(run, run_dir):
     tokens = sum(split["tokens"] for split in splits)
     assert [(s["tokens_in"], s["tokens_out"]) for s in stages] == [(None, None)] * 3 + [(None, tokens), (tokens, tokens)]
     assert stages[-1]["detail"]["rows"] == sum(split["packing"]["rows"] for split in splits)
+    assert stages[-1]["detail"]["rows_per_epoch"] == dataset.train.rows_per_epoch
 
 
 def test_the_page_draws_the_recorded_stages_between_the_source_and_the_batch(run, run_dir):
@@ -154,6 +157,36 @@ def test_the_page_draws_the_recorded_stages_between_the_source_and_the_batch(run
     assert all(before["out"] == after["into"] for before, after in itertools.pairwise(drawn[:-1])), "as wide here as there"
     elsewhere = River(run_dir, {"data": manifest["data"] | {"directory": "/not/on/this/machine"}})
     assert elsewhere.describe(run)["stages"] == drawn[1:] and "is not on this machine" in elsewhere.problem
+
+
+def test_an_epoch_has_as_many_rows_as_the_weights_of_the_sources_make_of_it(run, run_dir):
+    known = pellucid.Run(run_dir)
+    wanted = known.config.data.model_copy(deep=True)
+    for source in wanted.sources:
+        source.weight = 2.0
+    doubled = Dataset(known.dataset().directory, run=wanted)
+    stages = river(doubled)
+    assert stages[-1]["rows_per_epoch"] == 2 * len(doubled.train) == doubled.train.rows_per_epoch
+    assert River(run_dir, known.manifest).describe(Recorded(stages))["rows_per_epoch"] == doubled.train.rows_per_epoch
+    stages[-1].pop("rows_per_epoch")
+    assert River(run_dir, known.manifest).describe(Recorded(stages))["rows_per_epoch"] == len(doubled.train), "a run that recorded none"
+
+
+def test_a_file_cut_to_hold_out_its_end_says_so(run_dir):
+    size = {"settings": {}, "bytes_in": 9, "bytes_out": 9}
+    counted = [{"name": name, "documents_in": n, "documents_out": n, **size} for name, n in (("read", 1), ("normalize", 2))]
+    stages = River(run_dir, {}).describe(Recorded(counted))["stages"]
+    assert [(stage["title"], stage.get("cut")) for stage in stages] == [("read", 2), ("normalize", None)]
+
+
+class Recorded:
+    """What a reader has of a run's data."""
+
+    def __init__(self, stages):
+        self.found = stages
+
+    def stages(self):
+        return [{"detail": dict(stage)} for stage in self.found]
 
 
 def test_noise_scale_finds_the_variance_of_known_gradients():

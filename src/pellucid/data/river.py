@@ -53,14 +53,18 @@ def _tokenize(dataset: Dataset, texts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pack(dataset: Dataset, splits: dict[str, Any]) -> dict[str, Any]:
-    """tokens_out is what the rows predict: less than came in where labelled documents are cut to a row."""
+    """tokens_out is what the rows predict: less than came in where labelled documents are cut to a row.
+
+    rows_per_epoch counts the training rows of an epoch of this run: where sources have weights, not its different rows.
+    """
     config, packing = dataset.config, [split["packing"] for split in splits.values()]
     length, rows = config.sequence_length, sum(counts["rows"] for counts in packing)
     used = sum(round(counts["utilization"] * counts["rows"] * length) for counts in packing)
     documents, tokens = _sum(splits, "documents"), _sum(splits, "tokens")
     settings = {"packing": config.packing, "sequence_length": length, "cross_document_attention": config.cross_document_attention}
     counts = {"documents_in": documents, "documents_out": documents, "tokens_in": tokens, "tokens_out": used}
-    return _stage("pack", settings, splits, **counts) | {"rows": rows, "positions": rows * length}
+    said = {"rows": rows, "positions": rows * length, "rows_per_epoch": dataset.train.rows_per_epoch}
+    return _stage("pack", settings, splits, **counts) | said
 
 
 def _stage(name: str, settings: dict[str, Any], splits: dict[str, Any], **counts: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from pellucid.observe.trace import height
 from pellucid.observe.web.journey import EXCERPT, journey
 
 TOKENS = 600  # tokens of a document shown as chips
-SHOWN = 400  # rows and steps of a document listed
-TITLES = {"normalize": "normalise", "held_out": "decontaminate", "split": "hold out", "tokenize": "tokenise"}  # where not the name
+SHOWN = 400  # rows of a document listed
+TITLES = {"held_out": "decontaminate", "split": "hold out"}  # where not the name
 
 
 class River:
@@ -48,11 +48,17 @@ class River:
     def describe(self, reader: Any) -> dict[str, Any]:
         """What the page draws: the stages that the run recorded (data/river.py) between the source and the batch.
 
-        `into` and `out` of each are bytes of the text that goes on to be trained on; `splits` are those of `pack`.
+        `into` and `out` of each are bytes of the text that goes on to be trained on; `splits` and `rows_per_epoch` (of
+        training; None without them) are those of `pack`. `cut`: into how many documents those that were read were cut, to hold
+        out the end.
         """
         stages = [stage["detail"] for stage in reader.stages()] if reader else []
         splits = stages[-1].get("splits", {}) if stages else {}
         stages = [stage for stage in stages if stage["name"] != "split" or "validation" in splits]
+        if len(stages) > 1 and stages[1]["documents_in"] > stages[0]["documents_out"]:
+            stages[0]["cut"] = stages[1]["documents_in"]
+        rows = splits["train"]["packing"]["rows"] if splits else None  # of a run that did not record how many make an epoch
+        epoch = stages[-1].get("rows_per_epoch", rows) if stages else None
         text = stages[0]["bytes_in"] if stages else 0
         source = [self._source(text)] if self.dataset else []
         for stage in stages:
@@ -62,7 +68,7 @@ class River:
             stage |= {"title": title, "filter": stage["name"] in FilterConfig.model_fields, "into": text, "out": out}
             text = out
         batch = [{**stages[-1], "name": "batch", "title": "batch", "into": 0, "out": 0}] if splits else []
-        return {"problem": self.problem, "stages": [*source, *stages, *batch], "splits": splits}
+        return {"problem": self.problem, "stages": [*source, *stages, *batch], "splits": splits, "rows_per_epoch": epoch}
 
     def _source(self, text: int) -> dict[str, Any]:
         files = sorted(self.dataset.manifest["sources"], key=lambda file: -file["size"])
@@ -138,5 +144,5 @@ class River:
         return {**document, **journey(self.dataset, split_name, document),
                 "split": split_name, "index": index, "characters": len(text), "text": text[:EXCERPT],
                 "documents": int(split.plan.document.max()) + 1, "tokens": tokens, "token_count": len(ids),
-                "rows": sorted(rows)[:SHOWN], "row_count": len(rows), "steps": steps[:SHOWN], "step_count": len(steps),
+                "rows": sorted(rows)[:SHOWN], "row_count": len(rows), "steps": steps, "step_count": len(steps),
                 "version": bool(document["augmentation"])}  # fmt: skip

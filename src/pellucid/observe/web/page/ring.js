@@ -24,7 +24,7 @@ export function Ring({ phases, x, y, chosen, radius = RADIUS, width = 20 }) {
       const share = phase.seconds / whole, from = angle, middle = from + share * Math.PI, label = share > 0.07;
       angle += share * 2 * Math.PI;
       return html`<path d=${arc(x, y, radius, width, from, angle)} fill=${phase.hue}><title>${phase.name}: ${number(phase.seconds * 1000)} ms</title></path>
-        ${label && html`<text x=${x + Math.cos(middle) * (radius + 18)} y=${y + Math.sin(middle) * (radius + 18) + 4} text-anchor=${Math.abs(Math.cos(middle)) < 0.35 ? "middle" : Math.cos(middle) > 0 ? "start" : "end"}>${phase.name}</text>`}`;
+        ${label && html`<text x=${x + Math.cos(middle) * (radius + 16)} y=${y + Math.sin(middle) * (radius + 16) + 4} text-anchor=${Math.abs(Math.cos(middle)) < 0.35 ? "middle" : Math.cos(middle) > 0 ? "start" : "end"}>${phase.name}</text>`}`;
     })}
     <text class="ring-value" x=${x} y=${y + 2} text-anchor="middle">${number(whole * 1000, { digits: 4 })}</text><text x=${x} y=${y + 20} text-anchor="middle">ms a step</text>
   </g>`;

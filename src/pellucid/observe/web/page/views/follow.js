@@ -5,6 +5,13 @@ import { count, plural, visible } from "../format.js";
 import { Difference } from "../diff.js";
 
 const HUES = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7"];
+const CHIPS = 40; // steps listed
+
+/** As many of some steps as are listed, as near to `step` as they are. */
+function around(steps, step) {
+  const before = steps.filter((s) => s < step).length, first = Math.max(0, Math.min(steps.length - CHIPS, before - CHIPS / 2));
+  return steps.slice(first, first + CHIPS);
+}
 
 export function Follow({ run, index, step }) {
   const chosen = useSelection(), at = chosen.document ?? 0;
@@ -23,8 +30,8 @@ export function Follow({ run, index, step }) {
       <li><h3>Source</h3><p><span class="mono">${data.source}</span>, ${data.byte_end - data.byte_start > 0 ? `bytes ${count(data.byte_start)} to ${count(data.byte_end)}` : ""}${data.ordinal ? `, document ${count(data.ordinal)} of the file` : ""}.</p></li>
       ${data.stations.length ? data.stations.map((station) => html`<${Stop} station=${station} />`) : html`<li><h3>Stages</h3><${Nothing}>${data.problem}<//></li>`}
       <li><h3>Tokens</h3><p>${plural(data.token_count, "token")} of ${plural(data.characters, "character")}. Point at one for its number.</p><p class="tokens" tabindex="0" role="region" aria-label="tokens">${data.tokens.map((token, i) => html`<span style=${{ borderColor: HUES[i % 4] }} title=${`token ${token.id}`}>${visible(token.text)}</span>`)}${data.token_count > data.tokens.length ? " …" : ""}</p></li>
-      <li><h3>Pack</h3><p>It lies in ${plural(data.row_count, "row")}: ${data.rows.slice(0, 24).map(count).join(", ")}${data.row_count > 24 ? " …" : ""}.</p></li>
-      <li><h3>Batch</h3>${data.steps.length ? html`<p>${plural(data.step_count, "step")} of this run ${data.step_count === 1 ? "has" : "have"} read from it:</p><p class="chips">${data.steps.slice(0, 40).map((s) => html`<button type="button" class="chip" aria-pressed=${s === step ? "true" : undefined} onClick=${() => select({ step: s, stage: "batch" })}>step ${count(s)}</button>`)}</p>`
+      <li><h3>Pack</h3><p>It lies in ${plural(data.row_count, "row")}: ${data.rows.slice(0, 24).map(count).join(", ")}${data.row_count > 24 ? " …" : "."}</p></li>
+      <li><h3>Batch</h3>${data.steps.length ? html`<p>${plural(data.step_count, "step of this run has", "steps of this run have")} read from it${data.step_count > CHIPS ? `; the ${CHIPS} around step ${count(step)}` : ""}:</p><p class="chips">${around(data.steps, step).map((s) => html`<button type="button" class="chip" aria-pressed=${s === step ? "true" : undefined} onClick=${() => select({ step: s, stage: "batch" })}>step ${count(s)}</button>`)}</p>`
     : html`<p>No step has read it yet.</p>`}</li>
     </ol><//>`;
 }

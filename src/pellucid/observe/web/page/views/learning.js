@@ -3,6 +3,7 @@ import { Nothing, Panel, html, useMemo, useState } from "../ui.js";
 import { select, statIndex, useAnswer, useReading, useRun, useWindow } from "../state.js";
 import { RUNS } from "../colour.js";
 import { Lines } from "../line.js";
+import { epochsOf } from "../epochs.js";
 import { isReport } from "../source.js";
 import { capital, count, number, percent, plural, visible, when } from "../format.js";
 import { visible as token } from "../play.js";
@@ -59,10 +60,10 @@ export function Learning({ theme }) {
 /** How far through the data the step is. */
 function Epochs({ run, index, step }) {
   const river = useAnswer(`river?run=${index}`).data;
-  const rows = river?.splits?.train?.packing?.rows, batch = run.config?.training?.batch_size;
-  if (!rows || !batch) return null;
-  const seen = ((step + 1) * batch) / rows, total = run.meta?.max_steps ? (run.meta.max_steps * batch) / rows : seen;
-  return html`<p class="epochs"><span>After step ${count(step)} the model has read ${number(seen)} epochs: ${count((step + 1) * batch)} rows${seen > 1 ? `, so each of the ${count(rows)} more than once` : ` of ${count(rows)}`}.</span>
+  const seen = epochsOf(river, run, step);
+  if (seen === null) return null;
+  const total = run.meta?.max_steps ? epochsOf(river, run, run.meta.max_steps - 1) : seen;
+  return html`<p class="epochs"><span>After step ${count(step)} the model has read ${number(seen)} epochs: ${count((step + 1) * run.config.training.batch_size)} rows; an epoch has ${count(river.rows_per_epoch)}.</span>
     <progress max=${Math.max(1, total)} value=${Math.min(seen, Math.max(1, total))} aria-label="epochs read"></progress></p>`;
 }
 

@@ -3,18 +3,20 @@ import { Nothing, Panel, html, useWidth } from "../ui.js";
 import { select, statIndex, useAnswer, useReading, useRun, useWindow } from "../state.js";
 import { bytes, capital, count, number, percent, plural } from "../format.js";
 import { RADIUS, Ring, phasesOf } from "../ring.js";
+import { epochsOf } from "../epochs.js";
 import { Follow } from "./follow.js";
 import { Station } from "./station.js";
 
-const WIDEST = 132, MIDDLE = 92, RING = 310; // pixels of the widest water, its middle line, the loop's place
-const documents = (s) => [`${count(s.documents_out)} docs`, bytes(s.out)];
+const WIDEST = 132, MIDDLE = 92, STATION = 79, RING = 308; // pixels of the widest water, its middle line, the places of a station and the loop
+const documents = (s) => [plural(s.documents_out, "doc"), bytes(s.out)];
 /** What a stage says below the river, where that is not its documents. */
 const SAID = {
   source: (s) => [plural(s.files, "file"), bytes(s.into)],
-  split: ({ splits: { validation } }) => [`${count(validation.documents)} docs`, bytes(validation.text_bytes)],
-  augment: (s) => [`${count(s.documents_out)} versions`, bytes(s.out)],
-  tokenize: ({ splits: { train } }) => [`${count(train.tokens, true)} tokens`, `${number(train.text_bytes / train.tokens, { digits: 3 })} bytes each`],
-  pack: ({ splits: { train } }) => [`${count(train.packing.rows)} rows`, `${percent(train.packing.utilization, 2)} full`],
+  read: (s) => [`${plural(s.documents_out, "doc")}${s.cut ? `, cut in ${count(s.cut)}` : ""}`, bytes(s.out)], // its end is held out
+  split: ({ splits: { validation } }) => [plural(validation.documents, "doc"), bytes(validation.text_bytes)],
+  augment: (s) => [plural(s.documents_out, "version"), `+${bytes(s.bytes_out)}`],
+  tokenize: ({ splits: { train } }) => [`${count(train.tokens, true)} tokens`, `${number(train.text_bytes / train.tokens, { digits: 3 })} B each`],
+  pack: ({ splits: { train } }) => [plural(train.packing.rows, "row"), `${percent(train.packing.utilization, 2)} full`],
   batch: (s, run, step) => [`${count(run.config?.training?.batch_size)} × ${count(s.settings.sequence_length)}`, `step ${count(step)}`],
 };
 /** What leaves the river at a stage, in a word. */
@@ -40,18 +42,18 @@ export function River({ theme }) {
 function sentence(data, phases, reading) {
   const train = data.splits.train, first = data.stages.find((s) => s.documents_in);
   const from = first ? `Of ${plural(first.documents_in, "document")} (${bytes(first.bytes_in)}) ` : "";
-  const to = train ? `${plural(train.documents, "training document")} remain or were made, ${count(train.tokens, true)} tokens in ${count(train.packing.rows)} rows. ` : "";
+  const to = train ? `${plural(train.documents, "training document remains or was made", "training documents remain or were made")}, ${count(train.tokens, true)} tokens in ${plural(train.packing.rows, "row")}. ` : "";
   const wait = phases.find((phase) => phase.key === "data_seconds"), whole = phases.reduce((sum, phase) => sum + phase.seconds, 0);
   return from + to + (whole ? `${capital(reading.when)} the loop waits ${percent(wait?.seconds / whole)} of its time for data.` : "");
 }
 
 function Diagram({ data, phases, chosen, run, step, reading, live }) {
   const [box, width] = useWidth();
-  const field = Math.max(width - RING, data.stages.length * 84), gap = field / Math.max(1, data.stages.length);
+  const field = Math.max(width - RING, data.stages.length * STATION), gap = field / Math.max(1, data.stages.length);
   const most = Math.max(1, ...data.stages.flatMap((s) => [s.into, s.out])), thick = (size) => (size > 0 ? Math.max(3, (size / most) * WIDEST) : 5);
   const x = (i) => (i + 0.5) * gap, flood = (s) => Math.max(3, Math.min(40, ((s.into - s.out) / most) * WIDEST));
   const drawn = data.stages.map((s, i) => ({ ...s, x: x(i), a: thick(s.into), b: thick(s.out), label: labelOf(s), said: (SAID[s.name] ?? documents)(s, run, step) }));
-  const rows = data.splits.train?.packing.rows, batch = run.config?.training?.batch_size, epochs = rows && batch ? ((step + 1) * batch) / rows : null;
+  const epochs = epochsOf(data, run, step);
   const tokens = reading?.value(0, statIndex(run, "run", "tokens_per_second")) ?? null;
   return html`<div class="river-scroll" ref=${box}><div class="river" style=${{ width: `${field + RING}px` }}>
     <svg width=${field + RING} height="216" role="img" aria-label=${`${drawn.length} stations from source to batch, then the loop`}>
