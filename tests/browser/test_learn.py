@@ -65,3 +65,41 @@ def test_links_lead_to_the_views(page, play):
     page.get_by_role("link", name="Play it").click()
     page.wait_for_selector(".theatre .scene.phase-update")
     assert f"step={play['step']}" in page.url
+
+
+def test_what_is_said_of_memorising_follows_from_the_losses(page, open_page, address, feeds):
+    text = page.locator("#idea-generalise ~ p").nth(1)
+    gained, held = shown(page, "idea-generalise")[-2:]
+    assert 0 < gained < 6 and 0.5 < held <= 1 and "of that holds for new text" in text.inner_text()
+    page.goto(f"{address}#view=learn&step=3")
+    page.locator("section[aria-labelledby=idea-generalise]", has_text="Then nothing was learned yet.").wait_for()
+    told = """async (cases) => { const m = await import("/page/views/learn.js"); return cases.map(m.verdict); }"""
+    guessing = {"guess": {"value": 6.2, "label": "guessing"}}
+    cases = [{**guessing, "out": 7e8, "train": 6e8, "first": 6.24},
+             {"guess": {"value": 1, "label": "the mean"}, "out": 1.3, "train": 0.01, "first": 1.1},
+             {"guess": None, "out": 0.5, "train": 0.4, "first": 0.5}, {"guess": None, "out": 0.5, "train": 0.4, "first": None},
+             {**guessing, "out": "nan", "train": 2, "first": 6.3}]  # fmt: skip
+    assert page.evaluate(told, cases) == [
+        "Training is no better than guessing: there is nothing that could hold for new text.",
+        *(f"On new text that is no better than {than}: what it gained on the training text, it only remembers."
+          for than in ("always saying the mean", "the first measure")), "", ""]  # fmt: skip
+
+
+def test_explanations_are_those_of_the_runs_settings(open_page, address, changed):
+    def other(runs):
+        for run in runs:
+            run["config"]["optimizer"]["name"], run["config"]["training"]["balance_loss"] = "sgd", "none"
+            run["config"]["data"]["cross_document_attention"] = True
+        return runs
+
+    page = open_page(address)
+    section = lambda idea: page.locator(f"section[aria-labelledby='{idea}']").inner_text()
+    for as_usual in (True, False):
+        if not as_usual:
+            changed(page, "runs", other)
+        page.goto("about:blank")
+        page.goto(f"{address}#view=learn&run=1")
+        page.wait_for_selector("#idea-update")
+        assert ("Adam keeps" in section("idea-update")) is ("Kingma" in section("idea-update")) is as_usual
+        assert ("A balance loss keeps all of them in use" in section("idea-experts")) is as_usual
+        assert ("or another document" in section("idea-attention")) is as_usual

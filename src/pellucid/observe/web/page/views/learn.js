@@ -2,9 +2,10 @@
 // sources here are the same. What a run has not recorded is said in general words, never with made-up numbers.
 import { Panel, html } from "../ui.js";
 import { select, statIndex, useAnswer, useReading, useRun, useWindow } from "../state.js";
+import { epochsOf } from "../epochs.js";
 import { holds } from "../source.js";
 import { Spark } from "../line.js";
-import { bytes, capital, count, number, percent, when } from "../format.js";
+import { bytes, capital, count, number, percent, plural, when } from "../format.js";
 import { Mark, answerOf, derivation, fansOf, pair, percents, place, proofsOf, quoted, updateFormula, visible } from "../play.js";
 import { taskOf } from "../task.js";
 
@@ -25,7 +26,7 @@ const p = (value, digits = 1) => html`<b data-value=${value}>${percent(value, di
 
 /** A card: one idea, its formula, and what it is in this run. */
 function Idea({ id, title, formula, children, sources }) {
-  return html`<section class="panel idea" aria-labelledby=${id}><h2 id=${id}>${title}</h2><div class="formula">${formula}</div>${children}${cite(...sources)}</section>`;
+  return html`<section class="panel idea" aria-labelledby=${id}><h2 id=${id}>${title}</h2><div class="formula">${formula}</div>${children}${sources.length ? cite(...sources) : ""}</section>`;
 }
 
 export function Learn() {
@@ -44,7 +45,7 @@ export function Learn() {
   return html`
     <${Panel} id="learn-title" wide question="What is happening here, and why does it work?"
       answer=${`Two pictures: a network that predicts ${labelled ? "what a document is" : "the next token"} and is adjusted by its errors, and the river of text that teaches it. Each idea with this run's own numbers.`}>
-      <p class="learn-way"><b>Picture 1.</b> tokens → layers of attention and experts → ${labelled ? "predicted label" : "predicted token"} → loss → backward → update, again and again. <b>Picture 2.</b> source → normalise → filter → augment → tokenise → pack → train.</p><//>
+      <p class="learn-way"><b>Picture 1.</b> tokens → layers of attention and experts → ${labelled ? "predicted label" : "predicted token"} → loss → backward → update, again and again. <b>Picture 2.</b> source → normalize → filter → augment → tokenize → pack → train.</p><//>
     <div class="ideas"><${Forward} ...${facts} /><${Attention} ...${facts} /><${Experts} ...${facts} /><${Loss} ...${facts} /><${Backward} ...${facts} /><${Update} ...${facts} /><${Data} ...${facts} /><${Generalise} ...${facts} /></div>
     <${Panel} id="sources-title" wide question="Where does this come from?" answer="The papers and the book behind the two pictures.">
       <ul class="sources">${SOURCES.map(([who, title, url]) => html`<li><b>${who}</b> <a href=${url} rel="noopener noreferrer" target="_blank">${title}</a></li>`)}</ul><//>`;
@@ -57,20 +58,24 @@ function Forward({ run, play }) {
   const token = play?.tokens.at(-1), output = play?.outputs.at(-1), first = output?.choices[0];
   return html`<${Idea} id="idea-forward" title="Tokens in, a prediction out" sources=${[2, 3, 6]}
     formula=${html`h = √D · E[token]<br/>h = h + norm(attention(norm(h)))<br/>h = h + norm(moe(norm(h)))`}>
-    <p>A token is a number that stands for a piece of text; this run knows ${count(model.vocab_size)} of them. Each picks its row of ${count(model.hidden_size)} numbers from a table, and ${count(model.num_hidden_layers)} layers read those numbers and add to them${total ? html`, with ${count(total)} weights in all` : ""}. Grok-1 has the same shape, with 64 layers and 314 billion weights. There are no biases anywhere.</p>
+    <p>A token is a number that stands for a piece of text; this run knows ${count(model.vocab_size)} of them. Each picks its row of ${count(model.hidden_size)} numbers from a table, and ${plural(model.num_hidden_layers, "layer reads those numbers and adds to them", "layers read those numbers and add to them")}${total ? html`, with ${count(total)} weights in all` : ""}. Grok-1 has the same shape, with 64 layers and 314 billion weights. There are no biases anywhere.</p>
     ${play ? html`<p>In step ${count(play.step)} it read ${play.tokens.slice(-8).map((t) => html`<span class="piece">${visible(t.text)}</span>`)} and ${play.shape.head ? html`said ${answerOf(output)}. The truth is ${quoted(token.target_text)}.` : html`thought ${quoted(first.text)} most likely, with ${p(first.p, 2)}. What came was ${quoted(token.target_text)}, to which it gave ${p(output.p, 2)}.`}</p>` : unplayed}<//>`;
 }
 
-function Attention({ play }) {
+function Attention({ run, play }) {
   let best = null;
   play?.layers.forEach((layer, l) => layer.attention.weights.forEach((head, h) => head.at(-1).forEach((weight, s) => {
     if (s < play.tokens.length - 1 && weight > (best?.weight ?? 0)) best = { l, h, s, weight }; // itself left out
   })));
   return html`<${Idea} id="idea-attention" title="Attention: read what came before" sources=${[2]}
     formula=${html`logit = 30 · tanh(q·k / √d / 30)<br/>weight = softmax(logit)<br/>output = Σ weight · v`}>
-    <p>Every token asks a question (q) and offers a key (k) and a value (v). Where question and key fit, the value is read. Several heads ask different questions at once. Nobody reads a later token, or another document.</p>
+    <p>Every token asks a question (q) and offers a key (k) and a value (v). Where question and key fit, the value is read. Several heads ask different questions at once. Nobody reads a later token${run.config?.data?.cross_document_attention ? "; the documents of a row do read those before them" : ", or another document"}.</p>
     ${best ? html`<p>In step ${count(play.step)}, ${quoted(play.tokens.at(-1).text)} read ${quoted(play.tokens[best.s].text)} most: head ${best.h} of layer ${best.l} gave it ${p(best.weight)} of its attention. ${see("network", "Look at all heads", { layer: best.l, step: play.step })}.</p>` : unplayed}<//>`;
 }
+
+/** What keeps all experts in use. */
+const inUse = (training) => (training.balance_loss !== "none" ? "A balance loss keeps all of them in use."
+  : training.balance_bias_rate ? "A bias on the router's choice keeps all of them in use." : "Nothing keeps all of them in use: this run has no balance loss.");
 
 function Experts({ run, play, router }) {
   const rows = run.streams.router?.rows ?? [], load = statIndex(run, "router", "load");
@@ -80,7 +85,7 @@ function Experts({ run, play, router }) {
   const model = run.config?.model ?? {};
   return html`<${Idea} id="idea-experts" title="Experts: many specialists, few at work" sources=${[6]}
     formula=${html`p = softmax(x Wᵀ) over ${count(model.num_experts)} experts, the best ${count(model.num_experts_per_tok)} serve<br/>y = Σ p · down(gelu(gate(x)) · up(x))`}>
-    <p>Each layer holds ${count(model.num_experts)} small networks, and a router that sends every token to ${count(model.num_experts_per_tok)} of them. So the model can know more without every token paying for all of it. A balance loss keeps all of them in use.</p>
+    <p>Each layer holds ${count(model.num_experts)} small networks, and a router that sends every token to ${count(model.num_experts_per_tok)} of them. So the model can know more without every token paying for all of it. ${inUse(run.config?.training ?? {})}</p>
     ${most && html`<p>${capital(router.when)}, expert ${most.row.expert} of layer ${most.row.layer} carried ${n(most.load, { digits: 3 })} times its fair share, expert ${least.row.expert} of layer ${least.row.layer} ${n(least.load, { digits: 3 })} times. ${see("experts", "See the ledger")}.</p>`}
     ${play ? html`<p>For ${quoted(play.tokens.at(-1).text)} the last layer's router chose ${chosen.map((e, i) => html`${i ? " and " : ""}expert ${e} (${p(probs[e])})`)}.</p>` : ""}<//>`;
 }
@@ -118,31 +123,48 @@ function Backward({ run, play }) {
       ${proofs.length ? html`<ul class="proofs">${proofs.map(([claim, holds, detail]) => html`<li class=${holds ? "holds" : "fails"}><${Mark} holds=${holds} /><span>${claim}<small>${detail}</small></span></li>`)}</ul>` : ""}` : unplayed}<//>`;
 }
 
+/** What a rule makes of the gradient, in a sentence, and which of SOURCES it is from. */
+const ADAM = ["Adam keeps what the gradient usually is (m) and how large it usually is (v): weights whose gradients agree move, those whose gradients cancel hardly do.", [1]];
+const RULES = { adam: ADAM, adamw: ADAM, sgd: ["Plain gradient descent takes the gradient itself; with momentum, what earlier gradients agreed on as well.", [0]],
+  muon: ["Muon makes all directions of a matrix's momentum equally long, so that no few of them take the whole step.", []] };
+
 function Update({ run, play }) {
   const chosen = example(play), edge = chosen && play.edges[chosen.term.edge], rule = edge ? play.optimizer[edge.tensor].rule : run.config?.optimizer?.name;
-  const [before, after] = edge ? pair(edge.before, edge.after) : [], output = play?.outputs.at(-1), adam = rule === "adam" || rule === "adamw";
+  const [before, after] = edge ? pair(edge.before, edge.after) : [], output = play?.outputs.at(-1), [about, sources] = RULES[rule] ?? ["", []];
   const terms = edge ? derivation(play, chosen).filter(([, formula]) => formula === "Δw") : [];
-  return html`<${Idea} id="idea-update" title="Update: what is adjusted, and by how much" sources=${[1]}
-    formula=${adam ? html`m ← β₁ m + (1−β₁) g<br/>v ← β₂ v + (1−β₂) g²<br/>w ← w − η m̂ / (√v̂ + ε)` : html`w ← w − η · step of ${rule ?? "the optimizer"}`}>
-    <p>Each weight takes a small step against its gradient. Adam keeps what the gradient usually is (m) and how large it usually is (v): weights whose gradients agree move, those whose gradients cancel hardly do. This run uses ${rule}.</p>
+  return html`<${Idea} id="idea-update" title="Update: what is adjusted, and by how much" sources=${sources}
+    formula=${RULES[rule] === ADAM ? html`m ← β₁ m + (1−β₁) g<br/>v ← β₂ v + (1−β₂) g²<br/>w ← w − η m̂ / (√v̂ + ε)` : html`w ← w − η · step of ${rule ?? "the optimizer"}`}>
+    <p>Each weight takes a small step against its gradient. ${about} ${edge ? html`The weight below is moved by ${rule}` : html`This run uses ${rule}`}.</p>
     ${edge ? html`<p>The same weight went from ${n(edge.before)} to <b data-value=${edge.after}>${after}</b> (${terms.map(([what, , value], i) => html`${i ? ", " : ""}${what.replace(/:.*/, "")} ${n(value, { signed: true })}`)}).</p><div class="formula">${updateFormula(play, edge, n)}</div>
       <p>With all weights moved, ${play.shape.head ? html`the head says ${answerOf(output, "_after")} instead of ${answerOf(output)}` : html`${quoted(play.tokens.at(-1).target_text)} went from ${percents(output.p, output.p_after)[0]} to ${percents(output.p, output.p_after)[1]}`}. ${see("network", "Play it", { step: play.step, phase: 5 })}.</p>` : unplayed}<//>`;
 }
 
-function Data({ run, river, value, step }) {
+function Data({ run, river, step }) {
   const stages = (river?.stages ?? []).filter((s) => s.documents_in !== undefined && !s.splits), train = river?.splits?.train;
-  const rows = train?.packing?.rows, batch = run.config?.training?.batch_size;
+  const read = stages.find((s) => s.cut), epochs = epochsOf(river, run, step);
   return html`<${Idea} id="idea-data" title="Data: what text becomes before it teaches" sources=${[4, 3]}
     formula="source → normalize → (filter, deduplicate, augment) → tokenize → pack → loader">
     <p>Simple models with much text beat clever ones with little; so nothing of the text may disappear unseen.</p>
     ${stages.length ? html`<table class="stages"><thead><tr><th scope="col" class="left">stage</th><th scope="col">documents in</th><th scope="col">out</th></tr></thead><tbody>${stages.map((s) => html`<tr><th scope="row" class="left">${s.name}</th><td data-value=${s.documents_in}>${count(s.documents_in)}</td><td data-value=${s.documents_out}>${count(s.documents_out)}</td></tr>`)}</tbody></table>` : html`<p class="hint">${river?.problem ?? "This run's stages are not recorded."}</p>`}
-    ${train ? html`<p>${bytes(train.text_bytes)} of text became ${count(train.tokens)} tokens in ${count(train.documents)} documents${rows ? html`, packed into ${count(rows)} rows with ${p(train.packing.utilization, 2)} of their places filled; ${batch} rows a step make ${n((batch * (step + 1)) / rows, { digits: 3 })} epochs so far` : ""}. ${see("river", "Follow a document")}.</p>` : ""}<//>`;
+    ${read ? html`<p>Once read, ${plural(read.documents_out, "document was", "documents were")} cut into ${count(read.cut)}: the end of the text is held out.</p>` : ""}
+    ${train ? html`<p>${bytes(train.text_bytes)} of text became ${count(train.tokens)} tokens in ${plural(train.documents, "document")}, packed into ${plural(train.packing.rows, "row")} with ${p(train.packing.utilization, 2)} of their places filled${epochs === null ? "" : html`; ${plural(run.config.training.batch_size, "row")} a step make ${n(epochs, { digits: 3 })} epochs so far`}. ${see("river", "Follow a document")}.</p>` : ""}<//>`;
 }
 
-function Generalise({ heldLosses, held, recent, loss, step }) {
-  const at = held?.columns ? held.columnOf(step) : -1, train = recent?.value(0, loss) ?? null, out = at < 0 ? null : heldLosses[at];
+/** What the losses tell of that, in a sentence; first: the held-out loss of the first measure, where `out` is of a later one. */
+export function verdict({ guess, unit, each, out, train, first }) {
+  const ignorant = Math.min(guess?.value ?? Infinity, first ?? Infinity); // the loss of who has learned nothing
+  if (![ignorant, out, train].every(Number.isFinite)) return "";
+  const than = ignorant !== guess?.value ? "the first measure" : guess.label === "guessing" ? "guessing" : "always saying the mean";
+  if (train >= ignorant) return `Training is no better than ${than}: there is nothing that could hold for new text.`;
+  if (out >= ignorant) return `On new text that is no better than ${than}: what it gained on the training text, it only remembers.`;
+  return html`Against ${than}, training gained ${n(ignorant - train)} ${unit} per ${each}; ${p(Math.min(1, (ignorant - out) / (ignorant - train)))} of that holds for new text.`;
+}
+
+function Generalise({ run, heldLosses, held, recent, loss, step }) {
+  const at = held?.columns ? held.columnOf(step) : -1, train = recent?.value(0, loss) ?? null, out = at < 0 ? null : heldLosses[at], task = taskOf(run);
+  const said = at < 0 ? "" : held.steps[at] < 0 ? "Then nothing was learned yet." : verdict({ ...task, out, train, first: at > 0 ? heldLosses[0] : null });
   return html`<${Idea} id="idea-generalise" title="Learning or memorising?" sources=${[5]}
     formula=${html`gap = held-out loss − training loss${out !== null && train !== null ? html` = ${n(out)} − ${n(train)} = ${n(out - train, { signed: true })}` : ""}`}>
     <p>A model can find what holds for the language, or remember these very sentences. On text it never saw, only the first helps. So a part of the documents is held out and measured again and again.</p>
-    ${out !== null ? html`<p>The held-out loss was ${n(out)} ${when(held.steps[at])}; at the first measure it was ${n(heldLosses[0])}. The training loss is ${n(train)} ${recent?.when ?? ""}. ${!Number.isFinite(out - train) ? "" : out - train > 0.5 ? "The gap is wide: it remembers more than it understands." : "The two go together: what it learns holds for new text."}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
+    ${out !== null ? html`<p>The held-out loss was ${n(out)} ${task.unit} per ${task.each} ${when(held.steps[at])}${at > 0 ? html`; ${when(held.steps[0])} it was ${n(heldLosses[0])}` : ""}. The training loss is ${n(train)} ${recent?.when ?? ""}. ${said}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
 }
