@@ -153,3 +153,15 @@ def test_only_the_page_itself_may_ask_for_a_play(address):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request)
     assert refused.value.code == 400 and "only the dashboard's own page" in refused.value.read().decode()
+
+
+def test_a_played_step_fits_its_frame(page):
+    """All of the picture from 1024 pixels on; on a telephone it is scrolled, and the page is not."""
+    page.set_viewport_size({"width": 1024, "height": 768})
+    box = ".theatre .scene-box"
+    page.wait_for_function("(box) => document.querySelector(box).scrollWidth <= document.querySelector(box).clientWidth", arg=box)
+    right = lambda selector: max(place["x"] + place["width"] for place in map(lambda e: e.bounding_box(), page.locator(selector).all()))
+    assert right(f"{box} .choice-row") <= right(box)
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("(box) => document.querySelector(box).scrollWidth > document.querySelector(box).clientWidth", arg=box)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,5 +1,5 @@
 // The frame of the page: views, runs, theme and the time line; every view shares the one selection in the URL.
-import { Guard, html, render, useEffect, useState } from "./ui.js";
+import { Guard, html, render, useEffect, useRef, useState } from "./ui.js";
 import { connect, select, useAnswer, useRun } from "./state.js";
 import { isReport } from "./source.js";
 import { count } from "./format.js";
@@ -24,15 +24,20 @@ const VIEWS = [ // in reading order; an entry's key is its name in the URL and i
   ["learn", "Learn", Learn],
 ];
 
+const SYSTEM = matchMedia("(prefers-color-scheme: dark)");
+
+/** The colours that were asked for or, while none were, those of the system; and how to ask for others. */
 function useTheme() {
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  const [theme, set] = useState(() => {
-    const asked = new URLSearchParams(location.search).get("theme") ?? read("pellucid-theme");
-    return asked === "light" || asked === "dark" ? asked : system.matches ? "dark" : "light";
-  });
-  useEffect(() => { document.documentElement.dataset.theme = theme; }, [theme]);
+  const [asked, choose] = useState(() => new URLSearchParams(location.search).get("theme") ?? read("pellucid-theme"));
+  const [system, follow] = useState(SYSTEM.matches ? "dark" : "light");
+  useEffect(() => {
+    const turned = () => follow(SYSTEM.matches ? "dark" : "light");
+    SYSTEM.addEventListener("change", turned);
+    return () => SYSTEM.removeEventListener("change", turned);
+  }, []);
+  const theme = asked === "light" || asked === "dark" ? asked : system;
   document.documentElement.dataset.theme = theme;
-  return [theme, (next) => { write("pellucid-theme", next); set(next); }];
+  return [theme, (next) => { write("pellucid-theme", next); choose(next); }];
 }
 const read = (key) => { try { return localStorage.getItem(key); } catch { return null; } };
 const write = (key, value) => { try { localStorage.setItem(key, value); } catch { /* a report opened as a file may not remember */ } };
@@ -43,6 +48,8 @@ function App() {
   const events = useAnswer(run && !run.problem ? `events?run=${index}` : null, run?.event ?? 0).data ?? [];
   const alarms = events.filter((event) => event.severity === "alarm" || event.severity === "warning" || event.severity === "error");
   const view = VIEWS.find(([key]) => key === chosen.view) ?? VIEWS[0];
+  const nav = useRef(null);
+  useEffect(() => { nav.current.querySelector("[aria-current]").scrollIntoView({ block: "nearest", inline: "center" }); }, [view]); // on a telephone they lie in a row
   useEffect(() => { document.title = run ? `${view[1]} · ${run.name} · Pellucid` : "Pellucid"; }, [view, run?.name]);
   return html`<a class="skip" href="#main" onClick=${(e) => { e.preventDefault(); document.getElementById("main").focus(); }}>Skip to the view</a>
     <header class="top">
@@ -52,7 +59,7 @@ function App() {
       <button type="button" class="quiet theme" onClick=${() => setTheme(theme === "dark" ? "light" : "dark")}
         aria-label=${`switch to ${theme === "dark" ? "light" : "dark"} colours`}>${theme === "dark" ? "☀" : "☾"}</button>
     </header>
-    <nav class="side" aria-label="views">${VIEWS.map(([key, name]) => html`<a href=${`#view=${key}`} class="view-link"
+    <nav class="side" ref=${nav} aria-label="views">${VIEWS.map(([key, name]) => html`<a href=${`#view=${key}`} class="view-link"
       aria-current=${key === view[0] ? "page" : undefined} onClick=${(e) => { e.preventDefault(); select({ view: key }); }}>
       <${Glyph} name=${key} /><span>${name}</span>${key === "verdicts" && alarms.length > 0 && html`<b class="badge">${alarms.length}</b>`}</a>`)}</nav>
     <main id="main" tabindex="-1" class=${"view-" + view[0]}>

@@ -5,7 +5,7 @@ import { html } from "./ui.js";
 import { number, percent } from "./format.js";
 import { PHASES, pair, percents, taskIn, visible } from "./play.js";
 
-const TOP = 64, ROW = 40, TOKENS = 128, OUTPUT = 208, SMALL = 84;
+const TOP = 76, ROW = 40, TOKENS = 128, OUTPUT = 208, SMALL = 84;
 const sign = (v) => (v < 0 ? "negative" : "positive");
 const curve = (x0, y0, x1, y1) => { const m = (x0 + x1) / 2; return `M${x0} ${y0}C${m} ${y0} ${m} ${y1} ${x1} ${y1}`; };
 const mean = (matrices, t, s) => matrices.reduce((sum, head) => sum + head[t][s], 0) / matrices.length;
