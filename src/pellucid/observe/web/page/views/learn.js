@@ -74,7 +74,7 @@ function Attention({ run, play }) {
 }
 
 /** What keeps all experts in use. */
-const inUse = (training) => (training.balance_loss !== "none" ? "A balance loss keeps all of them in use."
+const inUse = (training) => (training.balance_loss !== "none" && training.balance_loss_weight !== 0 ? "A balance loss keeps all of them in use."
   : training.balance_bias_rate ? "A bias on the router's choice keeps all of them in use." : "Nothing keeps all of them in use: this run has no balance loss.");
 
 function Experts({ run, play, router }) {
