@@ -115,18 +115,18 @@ function Stage({ play, picker, chosen: selection }) {
 
 /** One weighted sum as a table: the same numbers as on the picture's edges, and the node of all others. */
 function Lens({ play, fans, chosen, layer, token, phase, onEdge }) {
-  const { fan, title, gate } = chosen.fan, rows = fan.terms, sum = rows.reduce((total, t) => total + t.wa, 0);
+  const { fan, title, gate } = chosen.fan, rounded = play.precision === "bf16", rows = fan.terms, sum = rows.reduce((total, t) => total + t.wa, 0);
   const shown = { forward: "wa", backward: "gradient", update: "after", after: "after" }[PHASES[phase][0]], mark = (name) => name + (name === shown ? " now" : "");
   return html`<${Panel} id="lens-title" question=${`How is ${sumName(fan, play)} made?`} answer=${fan.kind === "output" ? `From the final state, by its row of the ${play.shape.head ? "head" : "embedding table"}.` : `In layer ${layer}, for ${quoted(play.tokens[token].text)}: the largest terms of the sum, and all others as one.`}>
     <${Choice} label="which sum" value=${chosen.fan.key} onChange=${(key) => onEdge(fans.find((f) => f.key === key).fan.terms[0].edge)} options=${fans.map((f) => [f.key, f.title])} />
-    <div class="scroll whole" tabindex="0" role="region" aria-label=${`terms of ${sumName(fan, play)}, ${title}`}><table class="terms"><thead><tr><th scope="col" class="left">from</th><th scope="col">w</th><th scope="col">a</th><th scope="col" class=${mark("wa")}>w·a</th><th scope="col" class=${mark("gradient")}>∂L/∂w</th><th scope="col" class=${mark("after")}>w after</th></tr></thead>
+    <div class="scroll whole" tabindex="0" role="region" aria-label=${`terms of ${sumName(fan, play)}, ${title}`}><table class="terms"><thead><tr><th scope="col" class="left">from</th><th scope="col">w${rounded ? " in bf16" : ""}</th><th scope="col">a</th><th scope="col" class=${mark("wa")}>w·a</th><th scope="col" class=${mark("gradient")}>∂L/∂w</th><th scope="col" class=${mark("after")}>w after</th></tr></thead>
       <tbody>${rows.map((t) => { const edge = play.edges[t.edge], after = pair(edge.before, edge.after)[1];
         return html`<tr class=${chosen.term.edge === t.edge ? "chosen" : ""}><th scope="row" class="left"><button type="button" class="link" aria-pressed=${chosen.term.edge === t.edge} onClick=${() => onEdge(t.edge)}>${inputName(fan.kind, t.j, play)}</button></th>
           <td title=${float32(t.w)}>${number(t.w)}</td><td title=${float32(t.a)}>${number(t.a)}</td><td class=${mark("wa")} data-value=${t.wa}>${number(t.wa, { signed: true })}</td><td class=${mark("gradient")} title=${float32(edge.gradient)}>${number(edge.gradient, { signed: true })}</td><td class=${mark("after")} title=${float32(edge.after)}>${after}</td></tr>`; })}
         <tr class="others-row"><th scope="row" class="left">+ ${count(fan.others.count)} others</th><td></td><td></td><td class=${mark("wa")} data-value=${fan.others.sum}>${number(fan.others.sum, { signed: true })}</td><td></td><td></td></tr></tbody>
       <tfoot><tr><th scope="row" class="left">= sum</th><td></td><td></td><td data-value=${sum + fan.others.sum}>${number(sum + fan.others.sum)}</td><td></td><td></td></tr>
         <tr><th scope="row" class="left">the model computed</th><td></td><td></td><td data-value=${fan.value}>${number(fan.value)}</td><td></td><td></td></tr></tfoot></table></div>
-    <p class="hint">${Math.abs(fan.rounding) > 1e-14 ? `The two differ by ${number(fan.rounding)}: rounding of ${play.precision}.` : "The sum is taken in float64, as the model's own kernel keeps its parts to itself."}${gate === undefined ? "" : ` The answer counts ${number(gate)} times, the router's probability of this expert.`}</p>
+    <p class="hint">${Math.abs(fan.rounding) > 1e-14 ? `The two differ by ${number(fan.rounding)}: rounding of ${play.precision}.` : "The sum is taken in float64, as the model's own kernel keeps its parts to itself."}${gate === undefined ? "" : ` The answer counts ${number(gate)} times, the router's probability of this expert.`}${rounded ? " The products read the fp32 weights rounded to bf16; what the step adds to them, and the proofs, are in fp32." : ""}</p>
   <//>`;
 }
 

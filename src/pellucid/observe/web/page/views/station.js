@@ -8,6 +8,8 @@ import { Lines } from "../line.js";
 import { isReport } from "../source.js";
 import { PHASES } from "../ring.js";
 
+const CHOSEN = { "content hash": "chosen by the hash of their content", tail: "the end of it", sources: "which data.validation names" };
+
 export function Station({ stage, loop, phases, reading, window, run, index, step, theme }) {
   if (loop) return html`<${Loop} phases=${phases} reading=${reading} window=${window} run=${run} step=${step} theme=${theme} />`;
   if (!stage) return null;
@@ -15,7 +17,7 @@ export function Station({ stage, loop, phases, reading, window, run, index, step
   if (name === "source") return html`<${Sources} source=${stage} />`;
   if (name === "tokenize") return html`<${Tokens} tokenizer=${settings} splits=${splits} />`;
   if (name === "pack" || name === "batch") return html`<${Rows} stage=${stage} run=${run} index=${index} step=${step} theme=${theme} />`;
-  if (name === "split") return html`<${Panel} id="station-title" wide question="What is held out?" answer=${`${plural(splits.validation.documents, "document")} (${bytes(splits.validation.text_bytes)}) are never trained on; they are chosen by ${settings.method}, ${percent(settings.fraction)} of all.`} />`;
+  if (name === "split") return html`<${Panel} id="station-title" wide question="What is held out?" answer=${`${plural(splits.validation.documents, "document is", "documents are")} never trained on: ${bytes(splits.validation.text_bytes)}, ${percent(splits.validation.text_bytes / stage.bytes_in)} of the text, ${CHOSEN[settings.method]}.`} />`;
   return html`<${Stage} stage=${stage} />`;
 }
 
@@ -23,8 +25,8 @@ export function Station({ stage, loop, phases, reading, window, run, index, step
 function Stage({ stage }) {
   const reasons = Object.entries(stage.dropped ?? {}).sort((a, b) => b[1] - a[1]), most = reasons[0]?.[1] ?? 1;
   const changed = stage.bytes_out - stage.bytes_in, versions = stage.name === "augment";
-  const answer = versions ? `${plural(stage.documents_in, "training document")} went in, ${count(stage.documents_out)} changed versions came out (${bytes(stage.bytes_out)}); ${count(stage.dropped?.unchanged ?? 0)} came out equal and were not kept twice.`
-    : `${plural(stage.documents_in, "document")} went in, ${count(stage.documents_out)} came out${changed ? `; the text became ${bytes(Math.abs(changed))} ${changed < 0 ? "shorter" : "longer"}` : ", unchanged"}.`;
+  const answer = versions ? `${plural(stage.documents_in, "training document")} went in, ${plural(stage.documents_out, "changed version")} came out (${bytes(stage.bytes_out)}); ${count(stage.dropped?.unchanged ?? 0)} came out equal and were not kept twice.`
+    : `${plural(stage.documents_in, "document")} went in, ${count(stage.documents_out)} came out${changed ? `; the text became ${bytes(Math.abs(changed))} ${changed < 0 ? "shorter" : "longer"}` : ", unchanged"}${stage.cut ? `; then cut in ${count(stage.cut)}, to hold out an end` : ""}.`;
   return html`<${Panel} id="station-title" wide question=${`What did “${stage.title}” do?`} answer=${answer}>
     <div class="columns station-detail"><div>
       <h3>Settings</h3><p class="settings">${settingsOf(stage.settings).map(([key, value]) => html`<span><i>${key}</i> ${value}</span>`)}${stage.version && html`<span><i>version</i> ${stage.version}</span>`}</p>
@@ -53,7 +55,7 @@ function settingsOf(settings, prefix = "") {
 
 function Sources({ source }) {
   const most = source.largest[0]?.size ?? 1;
-  return html`<${Panel} id="station-title" wide question="Where does the text come from?" answer=${`${plural(source.files, "file")}, ${bytes(source.into)}; ${plural(source.documents, "document")} were read from them. The largest:`}>
+  return html`<${Panel} id="station-title" wide question="Where does the text come from?" answer=${`${plural(source.files, "file")}, ${bytes(source.into)}; ${plural(source.documents, "document was", "documents were")} read from them. The largest:`}>
     <div class="scroll" tabindex="0" role="region" aria-label="source files"><table class="bars"><thead><tr><th class="left" scope="col">file</th><th class="left" scope="col">size</th><th scope="col"></th><th scope="col">documents</th><th scope="col">sha256</th></tr></thead>
       <tbody>${source.largest.map((file) => html`<tr><td class="left mono">${file.uri}</td><td class="left narrow"><div class="bar-cell"><i style=${{ width: `${(100 * file.size) / most}%`, background: "var(--river)" }}></i></div></td><td>${bytes(file.size)}</td><td>${count(file.documents)}</td><td class="mono">${file.sha256?.slice(0, 12) ?? "–"}</td></tr>`)}</tbody></table></div><//>`;
 }
