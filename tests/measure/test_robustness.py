@@ -54,6 +54,16 @@ def test_gap_is_held_out_minus_training_loss():
     assert [point["epochs"] for point in gap["curve"]] == [2.5, 5.0]
 
 
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_curves_are_joined_by_step(seed):
+    """Where the record of a run that an earlier version resumed lacks the points before the stop."""
+    jobs, results = made({})
+    _, whole = verdicts({})
+    del results[f"off-{seed}"]["curve"][0]
+    outcome = robustness_outcome(jobs, results, FACTS)
+    assert outcome.numbers["gaps"][0]["curve"] == whole.numbers["gaps"][0]["curve"][1:]
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Half the documents of one kind of words, half of twelve other kinds."""

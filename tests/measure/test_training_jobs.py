@@ -1,6 +1,8 @@
 """A run as a job against the same run by the front door, and the made-up texts that jobs train on."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from pellucid.measure.random_tokens import RandomTokens
 from pellucid.measure.training import document_losses, estimate, train_once
+from pellucid.training.checkpoint import saved_steps
 
 
 def job(tables, dataset, **more):
@@ -36,6 +39,27 @@ def test_points_are_at_equal_shares_of_training_when_steps_do_not_divide(tiny_ru
     settings = job(tiny_tables(max_steps=13), tiny_run.dataset(), points=4)
     result = train_once(settings, tmp_path / "job", lambda done: None)
     assert [point["step"] for point in result["curve"]] == [3, 6, 10, 13]
+
+
+def killed():
+    raise KeyboardInterrupt
+
+
+def asked_to_stop():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("how", "saved"), [(asked_to_stop, 9), (killed, 5)])
+def test_a_job_that_was_stopped_gives_the_result_of_an_unbroken_one(tiny_run, tiny_tables, tmp_path, how, saved):
+    """With all points of its curve, also that of step 8 where steps from 5 on are done again."""
+    settings = job(tiny_tables(max_steps=12), tiny_run.dataset(), points=6)
+    settings["config"]["checkpoint"] = {"every_steps": 5}
+    unbroken = train_once(settings, tmp_path / "unbroken", lambda share: None)
+    assert [point["step"] for point in unbroken["curve"]] == [2, 4, 6, 8, 10, 12]
+    with pytest.raises(KeyboardInterrupt):
+        train_once(settings, tmp_path / "job", lambda share: how() if share == 9 / 12 else None)
+    assert max(saved_steps(tmp_path / "job" / "checkpoints")) == saved
+    assert train_once(settings, tmp_path / "job", lambda share: None) == unbroken
 
 
 def test_losses_by_document_are_those_of_each_document_alone(tiny_run):

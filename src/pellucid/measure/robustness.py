@@ -193,10 +193,12 @@ def _verdict(difference: dict[str, float]) -> dict[str, Any]:
 
 
 def _mean_curve(curves: Sequence[list[dict]], amount: int, trained: int) -> list[dict[str, float]]:
-    last = curves[0][-1]["step"]
-    mean = lambda n, key: float(np.mean([curve[n][key] for curve in curves]))
-    return [{"epochs": point["step"] / last * trained / amount, "train": mean(n, "train"), "held_out": mean(n, "held_out")}
-            for n, point in enumerate(curves[0])]
+    """Over seeds, at the steps that all have: runs that an earlier version resumed lack those before the stop."""
+    by_step = [{point["step"]: point for point in curve} for curve in curves]
+    steps = sorted(set.intersection(*map(set, by_step)))
+    mean = lambda step, key: float(np.mean([points[step][key] for points in by_step]))
+    return [{"epochs": step / steps[-1] * trained / amount, "train": mean(step, "train"), "held_out": mean(step, "held_out")}
+            for step in steps]
 
 
 def _begin(arm: str) -> str:

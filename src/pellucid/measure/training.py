@@ -5,6 +5,7 @@ Held-out losses come per document, so that runs can be compared document by docu
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 
 from pellucid.config import Config, UserError, make_config
 from pellucid.data.dataset import IGNORE, Dataset, Split
+from pellucid.measure.outcome import replace
 from pellucid.measure.random_tokens import RandomTokens
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
@@ -43,11 +45,12 @@ def train_once(settings: dict[str, Any], scratch: Path, tell: Callable[[float], 
     dataset = open_data(settings["data"], settings["config"])
     config = fitted(settings["config"], dataset)
     model, optimizer = build(config)
-    curve = _Curve(model, dataset, config, settings["rows"])
+    curve = _Curve(model, dataset, config, settings["rows"], scratch / "curve.json")
     loop = Loop(config, model, optimizer, _Unheld(dataset), scratch, curve, _Told(tell))
     points = settings["points"]
     curve.wanted = {round(loop.max_steps * n / points) for n in range(1, points)}
     loop.resume()
+    curve.resume(loop.counters.step)
     if loop.run() is not None:
         raise KeyboardInterrupt  # a signal: what was done is in scratch
     result = {"steps": loop.max_steps, "tokens": loop.counters.tokens, "parameters": parameter_counts(config.model),
@@ -139,9 +142,10 @@ def document_losses(model: Grok1, split: Split, rows_at_once: int = 32) -> tuple
 
 
 class _Curve(SilentObserver):
-    """Takes held-out and training loss after the wanted steps."""
+    """Takes held-out and training loss after the wanted steps, and keeps them in a file, that a stop may not lose them."""
 
-    def __init__(self, model: Grok1, dataset: Any, config: Config, rows: int):
+    def __init__(self, model: Grok1, dataset: Any, config: Config, rows: int, file: Path):
+        self.file = file
         self.model, self.dataset, self.rows, self.size = model, dataset, rows, config.training.micro_batch_size
         self.wanted: set[int] = set()
         self.points: list[dict[str, float | None]] = []
@@ -150,6 +154,16 @@ class _Curve(SilentObserver):
         if step + 1 in self.wanted:
             losses = {name: self.loss(split, self.rows) for name, split in (("train", "train"), ("held_out", "validation"))}
             self.points.append({"step": step + 1, **losses})
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            replace(self.file, json.dumps(self.points))
+
+    def resume(self, step: int) -> None:
+        """The points of so many steps; those of later ones, which are done again, are taken again."""
+        try:
+            kept = json.loads(self.file.read_bytes())
+        except (OSError, ValueError):  # none was taken, or a power cut took them
+            kept = []
+        self.points = [point for point in kept if point["step"] <= step]
 
     def loss(self, name: str, rows: int | None) -> float | None:
         """On the first rows of a split in its fixed order; None: all of them."""
