@@ -64,6 +64,19 @@ def test_intervals_hold_the_truth():
         assert table[name]["low"] < table[name]["mean"] < table[name]["high"]
 
 
+def test_an_E_of_nothing_is_as_unsure_as_the_runs_leave_it():
+    """Losses of nine runs of 200 to 600 steps: the best law has no E, and other draws of them have one of more than two nats."""
+    N, D = np.repeat([14480, 46880, 175344], 3), np.tile([3296, 6592, 9888], 3)
+    loss = np.array([4.5352, 4.1815, 3.9746, 4.2485, 3.9030, 3.6267, 4.1320, 3.7040, 3.4435])
+    results = {f"run-{i}": {"parameters": {"active": int(n)}, "tokens": int(d), "held_out": float(v)}
+               for i, (n, d, v) in enumerate(zip(N, D, loss, strict=True))}
+    trial = {"parameters": {"active": 448576}, "tokens": 13184, "held_out": 3.22}
+    outcome = scaling_outcome({**results, "trial": trial}, draws=15)
+    E = outcome.numbers["law"]["E"]
+    assert E["mean"] < 1e-6 and E["low"] < 1e-6 and E["high"] > 1
+    assert any("hardly fix E, A, alpha" in sentence for sentence in outcome.findings)
+
+
 def test_outcome_predicts_the_trial_run():
     N, D, _ = runs(SMALL, [2e4, 6e4, 2e5], [1e5, 4e5, 1.6e6])
     of = lambda n, d: {"parameters": {"active": int(n)}, "tokens": int(d), "held_out": float(SMALL.loss(n, d))}

@@ -117,7 +117,7 @@ def still_falling(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> bool:
 def _describe(outcome: Outcome, law: Any) -> None:
     found = outcome.numbers
     trial, budgets, table = found["trial"], found["budgets"], found["law"]
-    wide = [name for name, value in table.items() if value["high"] > 3 * max(value["low"], 1e-9)]
+    wide = [name for name, value in table.items() if value["high"] > 3 * value["low"]]
     outcome.findings += [
         f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f} over {len(found['runs']) - 1} runs; "
         f"it misses them by {found['residual']:.2%} (root mean square).",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from pellucid.config import UserError
 from pellucid.measure import intervals
 
 DELTA = 1e-3  # of the Huber loss, in log L
-EXPONENTS = (0.1, 0.3, 0.5, 0.8, 1.2)
+GRID = tuple(product((0.1, 0.3, 0.5, 0.8, 1.2), repeat=2))  # pairs of alpha and beta
 LEAST_RUNS = 6  # five constants, and one run more
 LEAST_EACH = 3  # sizes, and amounts: through two points goes a power law with any exponent
 
@@ -42,26 +43,25 @@ class Law:
         return N, flops / 6 / N
 
 
-def fit(N: Sequence[float], D: Sequence[float], loss: Sequence[float], starts: Sequence[Law] = ()) -> Law:
-    """The law of the lowest Huber loss over all starts (by default a grid). Raises UserError for too few runs."""
+def fit(N: Sequence[float], D: Sequence[float], loss: Sequence[float], exponents: Sequence[tuple[float, float]] = GRID) -> Law:
+    """The law of the lowest Huber loss over starts from all pairs of exponents. Raises UserError for too few runs."""
     N, D, loss = (np.asarray(values, float) for values in (N, D, loss))
     if min(len(np.unique(N)), len(np.unique(D))) < LEAST_EACH or len(np.unique([N, D], axis=1).T) < LEAST_RUNS:
         raise UserError(f"a scaling law has five constants: {LEAST_RUNS} different runs or more are needed, of three sizes and three "
                         "amounts of text at least")  # fmt: skip
-    best = min((_minimise(start, N, D, loss) for start in starts or _grid(N, D, loss)), key=lambda found: found[0])
+    best = min((_minimise(start, N, D, loss) for start in _starts(N, D, loss, exponents)), key=lambda found: found[0])
     return best[1]
 
 
 def bootstrap(N, D, loss, law: Law, draws: int = 200, seed: int = 0, progress: Callable[[int], None] = lambda n: None) -> list[Law]:
-    """Laws of the same runs drawn with replacement; each fitted from `law` and two neighbours of it."""
+    """Laws of the same runs drawn with replacement; each fitted from the exponents of `law` and two pairs beside them."""
     random, found = np.random.default_rng(seed), []
     N, D, loss = (np.asarray(values, float) for values in (N, D, loss))
-    starts = [law, *(Law(law.E, law.A * N.min() ** (a - law.alpha), law.B * D.min() ** (b - law.beta), a, b)
-                     for a, b in ((law.alpha * 1.5, law.beta / 1.5), (law.alpha / 1.5, law.beta * 1.5)))]
+    exponents = [(law.alpha, law.beta), (law.alpha * 1.5, law.beta / 1.5), (law.alpha / 1.5, law.beta * 1.5)]
     while len(found) < draws:
         drawn = random.integers(0, len(N), len(N))
         try:
-            found.append(fit(N[drawn], D[drawn], loss[drawn], starts))
+            found.append(fit(N[drawn], D[drawn], loss[drawn], exponents))
         except UserError:  # too few different runs were drawn
             continue
         progress(len(found))
@@ -83,15 +83,16 @@ def constants(law: Law, laws: Sequence[Law]) -> dict[str, dict[str, float]]:
     return table
 
 
-def _grid(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> list[Law]:
-    """For each pair of exponents the law is linear in E, A and B: least squares on relative error, kept positive."""
-    found = []
-    for alpha in EXPONENTS:
-        for beta in EXPONENTS:
-            table = np.stack([np.ones_like(N), N**-alpha, D**-beta], 1)
-            E, A, B = np.linalg.lstsq(table / loss[:, None], np.ones_like(loss), rcond=None)[0].tolist()
-            least = 1e-2 * float(loss.min())
-            found.append(Law(max(E, least), max(A, least * N.min() ** alpha), max(B, least * D.min() ** beta), alpha, beta))
+def _starts(N: np.ndarray, D: np.ndarray, loss: np.ndarray, exponents: Sequence[tuple[float, float]]) -> list[Law]:
+    """For each pair of exponents the law is linear in E, A and B: least squares on relative error.
+
+    Kept well above 0: near it their logarithms have no gradient, and a start there never leaves.
+    """
+    found, least = [], 1e-2 * float(loss.min())
+    for alpha, beta in exponents:
+        table = np.stack([np.ones_like(N), N**-alpha, D**-beta], 1)
+        E, A, B = np.linalg.lstsq(table / loss[:, None], np.ones_like(loss), rcond=None)[0].tolist()
+        found.append(Law(max(E, least), max(A, least * N.min() ** alpha), max(B, least * D.min() ** beta), alpha, beta))
     return found
 
 
