@@ -53,12 +53,22 @@ def test_bits_are_entropy_minus_cross_entropy():
     assert "1.60 bits a parameter, 55.6 % below" in low.findings[0] and low.numbers["models"][0]["per_parameter"]["low"] is None
 
 
+@pytest.mark.parametrize(("count", "loss", "says"), [
+    (50, 0.1 * math.log(2), "4.64 bits a parameter of the 4.80 there were: the load bounds it"),  # nearly all there was
+    (20, math.log(4), "0.64 bits a parameter of the 1.92 there were: the load bounds it"),  # 3.6 there never were
+    (50, 0.5 * math.log(2), "4.00 bits a parameter, 11.1 % above the published 3.6")])  # fmt: skip
+def test_what_the_load_bounds_is_not_compared_with_the_published_figure(count, loss, says):
+    (sentence,) = capacity_outcome(*made_jobs({(1.0, 0): (count, loss)})).findings
+    assert says in sentence and ("below" in sentence or "above" in sentence) is ("bounds" not in says)
+
+
 def test_a_few_sequences_are_remembered_nearly_whole(tmp_path):
     jobs = capacity_jobs([38_400], [0.02], epochs=300, seeds=1)
     outcome = capacity_outcome(jobs, Plan(jobs, tmp_path).run())
     (run,) = outcome.numbers["runs"]
     assert run["random_bits"] == jobs[0].settings["data"]["count"] * LENGTH * math.log2(VOCABULARY - 1)
     assert 0.9 * run["random_bits"] < run["bits"] < run["random_bits"]
+    assert outcome.numbers["models"][0]["bounded"]
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -23,6 +23,7 @@ from pellucid.measure.training import TRAINING, estimate
 from pellucid.model.size import parameter_counts
 
 REFERENCE = 3.6  # bits per parameter, Morris et al. 2025
+NEARLY = 0.9  # share of the random bits from which on what is remembered says more of the load than of the model
 VOCABULARY, LENGTH, HEAD = 2048, 64, 16  # the first two as in the paper
 EXPERTS, CHOSEN = 4, 2  # of the mixtures
 BATCH = 64  # sequences
@@ -108,7 +109,7 @@ def _settings(entry: dict[str, Any], count: int, epochs: int, seed: int) -> dict
 
 
 def capacity_outcome(jobs: Sequence[Job], results: dict[str, Any]) -> Outcome:
-    """Remembered bits of every run, the plateau of every model, and bits per parameter with intervals over seeds."""
+    """Remembered bits of every run; of every model the most, per parameter with intervals over seeds, and if the load bounds it."""
     runs = []
     for job in jobs:
         result, data = results[job.name], job.settings["data"]
@@ -122,10 +123,12 @@ def capacity_outcome(jobs: Sequence[Job], results: dict[str, Any]) -> Outcome:
     for name, size in dict.fromkeys((run["model"], run["size"]) for run in runs):
         mine = [run for run in runs if (run["model"], run["size"]) == (name, size)]
         by_load = {load: [run["bits"] for run in mine if run["load"] == load] for load in dict.fromkeys(r["load"] for r in mine)}
-        plateau = max(by_load, key=lambda load: np.mean(by_load[load]))
-        bits, first = np.array(by_load[plateau]), mine[0]
-        gain = [run["bits"] / run["earlier"] - 1 for run in mine if run["load"] == plateau and run["earlier"]]
-        models.append({"model": name, "size": size, "total": first["total"], "active": first["active"], "load": plateau,
+        most = max(by_load, key=lambda load: np.mean(by_load[load]))
+        bits, first = np.array(by_load[most]), mine[0]
+        given = float(np.mean([run["random_bits"] for run in mine if run["load"] == most])) / first["total"]
+        gain = [run["bits"] / run["earlier"] - 1 for run in mine if run["load"] == most and run["earlier"]]
+        models.append({"model": name, "size": size, "total": first["total"], "active": first["active"], "load": most,
+                       "given": given, "bounded": bool(bits.mean() / first["total"] > NEARLY * given or given < NEARLY * REFERENCE),
                        "per_parameter": student(bits / first["total"]), "per_active": student(bits / first["active"]),
                        "seeds": len(bits), "last_quarter": float(np.mean(gain)) if gain else None})
     numbers = {"reference": REFERENCE, "vocabulary": VOCABULARY, "length": LENGTH, "runs": runs, "models": models}
@@ -138,22 +141,27 @@ def _describe(outcome: Outcome) -> None:
     found = outcome.numbers
     words = lambda i: f"{i['mean']:.2f}" if i["low"] is None else spread(i, 2)
     for model in found["models"]:
-        if model["model"] == "dense":
+        name = f"{model['model'].capitalize()}, {model['total']:,} parameters"
+        if model["bounded"]:
+            outcome.findings.append(
+                f"{name}: {words(model['per_parameter'])} bits a parameter of the {model['given']:.2f} there were: the load bounds it, "
+                f"so it is no capacity to compare with the published {REFERENCE}; give larger --loads.")
+        elif model["model"] == "dense":
             away = model["per_parameter"]["mean"] / REFERENCE - 1
             still = model["last_quarter"]
             outcome.findings.append(
-                f"Dense, {model['total']:,} parameters: {words(model['per_parameter'])} bits a parameter, {100 * abs(away):.1f} % "
-                f"{'below' if away < 0 else 'above'} the published 3.6"
+                f"{name}: {words(model['per_parameter'])} bits a parameter, {100 * abs(away):.1f} % "
+                f"{'below' if away < 0 else 'above'} the published {REFERENCE}"
                 + (f"; the last quarter of training still added {100 * still:.1f} %." if still is not None else "."))
         else:
-            outcome.findings.append(f"{model['model'].capitalize()}, {model['total']:,} parameters, {model['active']:,} active: "
-                                    f"{words(model['per_parameter'])} bits a parameter, {words(model['per_active'])} an active one.")
+            outcome.findings.append(f"{name}, {model['active']:,} active: {words(model['per_parameter'])} bits a parameter, "
+                                    f"{words(model['per_active'])} an active one.")
     ends = ("mean", "low", "high")
     outcome.tables.append({
-        "title": "Bits a parameter at the plateau",
-        "columns": ["model", "parameters", "active", "a parameter", "low", "high", "an active one", "low", "high", "seeds"],
-        "rows": [[m["model"], m["total"], m["active"], *(m["per_parameter"][e] for e in ends), *(m["per_active"][e] for e in ends),
-                  m["seeds"]] for m in found["models"]]})
+        "title": "Most bits a parameter remembered",
+        "columns": ["model", "parameters", "active", "given", "a parameter", "low", "high", "an active one", "low", "high", "seeds"],
+        "rows": [[m["model"], m["total"], m["active"], m["given"], *(m["per_parameter"][e] for e in ends),
+                  *(m["per_active"][e] for e in ends), m["seeds"]] for m in found["models"]]})
     lines, several = [], len({run["load"] for run in found["runs"]}) > 1
     for model in found["models"]:
         mine = [run for run in found["runs"] if (run["model"], run["size"]) == (model["model"], model["size"])]
