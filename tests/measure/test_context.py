@@ -64,6 +64,23 @@ def test_the_drop_is_from_the_fiftieth_to_the_five_hundredth_token_where_the_win
     assert found["drop"]["mean"] == pytest.approx(-0.5 * math.log2(500 / 50), abs=0.01)
 
 
+@pytest.mark.parametrize("context", [16, 17, 24, 31, 32])
+def test_the_early_and_the_late_band_of_a_short_window_share_no_position(context):
+    found = measure(by_position, context=context)["drop"]
+    early, late = (range(found[at] - found["band"], found[at] + found["band"]) for at in ("early", "late"))
+    assert 0 <= early[0] and early[-1] < late[0] and late[-1] < context
+    mean = lambda band: np.mean([5 - 0.5 * math.log2(p + 1) for p in band])
+    assert found["mean"] == pytest.approx(mean(late) - mean(early))
+
+
+@pytest.mark.parametrize(("model", "says"), [
+    (by_position, "All of the window of 128 tokens is used: every smaller amount tried is clearly worse; with 1 token the loss is 3.5"),
+    (bigram, "After 1 tokens of context more of it makes no difference")])  # fmt: skip
+def test_it_says_how_much_of_the_window_is_used(model, says):
+    outcome = measure_context(model, documents(), V, context=T, predictions=200, copies=16)
+    assert outcome.findings[1].startswith(says)
+
+
 def copier(inputs, targets):
     """Certain of a token that followed an earlier copy of the last one; else uniform."""
     losses = np.full(inputs.shape, math.log(V - 4))

@@ -19,7 +19,7 @@ from pellucid.measure.outcome import Outcome, spread
 Losses = Callable[[np.ndarray, np.ndarray], np.ndarray]  # inputs [B, T], targets [B, T] (< 0: none) -> nats [B, T]
 NEAR = 16  # tokens left in place before the predicted one, where the far context is replaced
 EARLY, LATE = 50, 500  # positions of Olsson et al.
-BAND = 8  # positions on either side that are averaged with them: their text corpora were larger
+BAND = 8  # positions on either side, or a quarter of a short window, averaged with them: their text corpora were larger
 KINDS = ("true", "near only", "far shuffled", "far foreign", "all shuffled", "all foreign")
 ROWS = 64  # windows or predicted tokens between two reports of progress
 
@@ -76,12 +76,13 @@ def by_position(losses: Losses, streams: Sequence[np.ndarray], T: int, progress:
 
 def drop(sums_GT: np.ndarray, counts_GT: np.ndarray, T: int) -> dict:
     """Loss late minus loss early, each over a band of positions: negative where context helps. Late: the 500th if there."""
-    early, late = min(EARLY, T // 4), min(LATE, T - BAND)
-    band = lambda table, at: table[:, max(0, at - BAND) : at + BAND].sum(1)
+    width = min(BAND, T // 4)  # so that no position is in both bands
+    early, late = min(EARLY, T // 4), min(LATE, T - width)
+    band = lambda table, at: table[:, at - width : at + width].sum(1)
     count_early, count_late = band(counts_GT, early), band(counts_GT, late)
     # each window has all positions, so that the difference of means is the mean of differences per token
     difference = band(sums_GT, late) / (count_late / count_early) - band(sums_GT, early)
-    return {"early": early, "late": late, "band": BAND, **intervals.ratio(difference, count_early)}
+    return {"early": early, "late": late, "band": width, **intervals.ratio(difference, count_early)}
 
 
 def by_amount_and_kind(losses: Losses, streams, T: int, predictions: int, random, progress: Callable[..., None]) -> tuple:
@@ -154,21 +155,22 @@ def induction(losses: Losses, vocab_size: int, T: int, copies: int, random, prog
 
 
 def useful_tokens(amount: Sequence[dict]) -> int:
-    """The fewest tokens from which all context is not clearly better: the interval of the difference reaches 0."""
+    """The fewest tokens from which all context is not clearly better: the interval of the difference reaches 0. At most all."""
     return next(row["tokens"] for row in amount if row["to_full"]["low"] <= 0)
 
 
 def _describe(outcome: Outcome) -> None:
     found = outcome.numbers
     curve, amount, kinds, copied, fall = (found[k] for k in ("by_position", "amount", "kinds", "induction", "drop"))
-    enough = useful_tokens(amount)
+    enough, most = useful_tokens(amount), found["context"]
+    used = (f"After {enough} tokens of context more of it makes no difference that {found['predictions']} predicted tokens can show"
+            if enough < most else f"All of the window of {most} tokens is used: every smaller amount tried is clearly worse")
     verdict = ("context helps" if fall["high"] < 0 else "no gain from context can be shown" if fall["low"] <= 0
                else "more context makes it worse")
     shorter = "" if fall["late"] == LATE else f" (the window of {found['context']} tokens does not reach token 500)"
     outcome.findings += [
         f"From token {fall['early']} to token {fall['late']} the loss changes by {spread(fall)} nats: {verdict}{shorter}.",
-        f"After {enough} tokens of context more of it makes no difference that {found['predictions']} predicted tokens can show; "
-        f"with 1 token the loss is {amount[0]['to_full']['mean']:.3f} higher than with {found['context']}.",
+        f"{used}; with 1 token the loss is {amount[0]['to_full']['mean']:.3f} higher than with {most}.",
         f"Against the true context, foreign text before the last {found['near']} tokens costs "
         f"{spread(kinds['far foreign']['to_true'])}, "
         f"the same words shuffled {spread(kinds['far shuffled']['to_true'])}, none at all {spread(kinds['near only']['to_true'])}.",
