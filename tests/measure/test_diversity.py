@@ -75,7 +75,7 @@ def test_near_duplicate_rate_is_the_share_of_planted_copies():
         copies.append(" ".join(parts))
     found = near_duplicates([TextView(text) for text in own + copies + ["too short"]])
     assert found["documents"] == 10 and found["judged"] == 50
-    assert found["rate"]["mean"] == pytest.approx(10 / 51)
+    assert found["rate"]["mean"] == pytest.approx(10 / 50), "of those that could be judged"
     assert near_duplicates([TextView(text) for text in own])["documents"] == 0
     assert near_duplicates([TextView(own[0])] * 7)["documents"] == 6, "seven copies are one and six more"
 
@@ -111,6 +111,16 @@ def test_overlap_is_the_share_of_copied_runs():
     assert found["judged"] == 2
     assert found["touched"]["mean"] == 0.5
     assert found["overlap"]["mean"] == pytest.approx((50 - 12) / (400 - 12 + 100 - 12))
+
+
+def test_documents_too_short_to_be_judged_are_told():
+    short, long = ["one of four words"] * 300, ["six words are enough for it"] * 2
+    says = lambda texts, held_out=None: measure_diversity(Texts(texts, ["a"] * len(texts)), held_out).findings
+    assert "Near-duplicates cannot be told: every document has under five words." in says(short)
+    found = says(short + long, Texts(["a few"], ["b"]))
+    assert "50.0% of 2 documents (1) are near-duplicates of another; 300 of under five words cannot be judged." in found
+    assert "Held-out text: none of its 1 documents has 13 words, so none can be judged." in found
+    assert "50.0% of 2 documents (1) are near-duplicates of another." in says([word * 1000 for word in ("a b c d e ", "a b c d e ")])
 
 
 def test_too_little_text_is_refused():

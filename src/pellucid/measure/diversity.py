@@ -138,28 +138,29 @@ def near_duplicates(views: Sequence[TextView]) -> dict:
     """Share of documents that are near-duplicates of one kept: Jaccard of word 5-grams estimated at 0.8 or more.
 
     Pairs come from equal MinHash bands; their similarity is estimated from all 112 hashes. Documents of under five
-    words cannot be judged and count as different.
+    words cannot be judged.
     """
     hasher, signatures, owners = MinHash(), [], []
     for number, view in enumerate(views):
         if (signature := hasher.signature(view)) is not None:
             signatures.append(signature)
             owners.append(number)
+    if not owners:
+        return {"documents": 0, "judged": 0}
     pairs: set[tuple[int, int]] = set()
-    if signatures:
-        keys = np.stack([hasher.band_keys(signature) for signature in signatures])
-        for band in keys.T:
-            order = np.argsort(band, kind="stable")
-            same = np.flatnonzero(band[order][1:] == band[order][:-1])
-            heads = order[np.maximum.accumulate(np.where(np.isin(np.arange(len(order)), same + 1), 0, np.arange(len(order))))]
-            pairs |= {tuple(sorted((int(order[i + 1]), int(other)))) for i in same for other in (order[i], heads[i])}
+    keys = np.stack([hasher.band_keys(signature) for signature in signatures])
+    for band in keys.T:
+        order = np.argsort(band, kind="stable")
+        same = np.flatnonzero(band[order][1:] == band[order][:-1])
+        heads = order[np.maximum.accumulate(np.where(np.isin(np.arange(len(order)), same + 1), 0, np.arange(len(order))))]
+        pairs |= {tuple(sorted((int(order[i + 1]), int(other)))) for i in same for other in (order[i], heads[i])}
     alike = lambda a, b: float(np.mean(signatures[a] == signatures[b]))
     edges = np.array([[owners[a], owners[b]] for a, b in sorted(pairs) if alike(a, b) >= SIMILAR], np.int64).reshape(-1, 2)
     extra = np.zeros(len(views))
     with tempfile.TemporaryDirectory() as folder:
         for rows in components([edges.astype(np.uint64)], Path(folder)):
             extra[rows[rows[:, 0] != rows[:, 1], 0].astype(np.int64)] = 1.0
-    return {"rate": intervals.share(extra, np.ones(len(views))), "documents": int(extra.sum()), "judged": len(owners)}
+    return {"rate": intervals.share(extra[owners], np.ones(len(owners))), "documents": int(extra.sum()), "judged": len(owners)}
 
 
 def mixture(texts: Texts) -> dict:
@@ -237,6 +238,14 @@ def contamination(train: Sequence[TextView], held_out: Sequence[str], n: int, se
 # ------------------------------------------------------------------------------------------ in words
 
 
+def _near_duplicates_in_words(twins: dict, short: int) -> str:
+    """short: how many documents were not judged."""
+    if not twins["judged"]:
+        return "Near-duplicates cannot be told: every document has under five words."
+    return (f"{twins['rate']['mean']:.1%} of {twins['judged']:,} documents ({twins['documents']:,}) are near-duplicates of another"
+            f"{f'; {short:,} of under five words cannot be judged' if short else ''}.")
+
+
 def _describe(outcome: Outcome) -> None:
     found = outcome.numbers
     heap, vendis, twins, blend = found["heaps"], found["vendi"], found["near_duplicates"], found["mixture"]
@@ -247,7 +256,7 @@ def _describe(outcome: Outcome) -> None:
         f"before is known; xz needs {found['compression']['bits_per_byte']:.2f} bits per byte "
         f"({found['compression']['ratio']:.2f} times smaller).",
         f"Vocabulary grows as n^{spread(heap['beta'])}.",
-        f"{twins['rate']['mean']:.1%} of documents ({twins['documents']:,}) are near-duplicates of another.",
+        _near_duplicates_in_words(twins, found["documents"] - twins["judged"]),
         f"Vendi score: {vendis['documents']:,} documents are as varied as {spread(vendis, 1)} wholly different ones.",
     ]
     if "vendi_model" in found:
@@ -261,6 +270,9 @@ def _describe(outcome: Outcome) -> None:
             f"{common['ngram']} words with the training text, {common['overlap']['mean']:.2%} "
             f"({common['overlap']['low']:.2%} to {common['overlap']['high']:.2%}) of their runs in all"
             f"{'' if found['whole'] else '; at least, for only a sample of the training text was looked at'}.")
+    elif "overlap" in found:
+        outcome.findings.append(f"Held-out text: none of its {found['overlap']['documents']:,} documents has "
+                                f"{found['overlap']['ngram']} words, so none can be judged.")
     orders = [row["n"] for row in found["ngrams"]]
     outcome.tables.append({
         "title": "Word n-grams", "columns": ["n", "bits", "bits of the last word", "distinct", "seen once"],
