@@ -59,7 +59,7 @@ def open_dataset(place: str | Path) -> Dataset | None:
 def file_texts(
     places: Sequence[str], limit: int, option: str, text_field: str = "text", normalization: NormalizeConfig | None = None
 ) -> Texts:
-    """Documents of files, folders, globs or builtins; of more than `limit` bytes a sample.
+    """Documents of files, folders, globs or builtins; of more than `limit` bytes a sample. Raises UserError where none has text.
 
     normalization: of the training text, so that both are read alike; None takes the defaults.
     """
@@ -74,6 +74,9 @@ def file_texts(
             if chosen and (text := normalize(document.text, config)).strip():
                 found.texts.append(text)
                 found.sources.append(places[file.source_index])
+    if not found.texts:
+        raise UserError(f"{option}: {', '.join(places)} holds no text" if found.whole else
+                        f"{option}: the sample of {', '.join(places)} holds no text; raise --megabytes")
     return found
 
 
