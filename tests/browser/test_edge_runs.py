@@ -148,15 +148,6 @@ def test_an_update_that_was_not_measured_is_left_out_of_the_sentence(watched):
     assert "its fair share." in sentence and "–" not in sentence
 
 
-def test_a_new_step_can_be_played_before_the_next_question(open_page, address):
-    """The answer that the page has may be of a step before."""
-    page = open_page(f"{address}#view=network&step=20", wait=".plays")
-    page.evaluate(SLOW, ["/api/plays?", 0])
-    page.evaluate("location.hash = '#view=network&step=21'")
-    page.wait_for_function("window.asked.length > 0")
-    assert page.get_by_role("button", name="play step 21").is_enabled()
-
-
 def test_the_history_of_experts_says_that_a_column_is_a_mean(open_page, long_run, serving):
     with serving([Feed(long_run.directory)]) as address:
         page = open_page(f"{address}#view=experts", wait="#movie-title")

@@ -33,6 +33,15 @@ def waits(settings, scratch, tell):
     time.sleep(600)
 
 
+def goes_on(settings, scratch, tell):
+    """Counts how often it was begun in this scratch folder; stops the first time of the first settings."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / f"begun-{len(list(scratch.iterdir()))}").touch()
+    if settings["stop"]:
+        raise KeyboardInterrupt
+    return len(list(scratch.iterdir()))
+
+
 def fails(settings, scratch, tell):
     raise UserError("this job cannot be done")
 
@@ -140,6 +149,13 @@ def test_an_interrupted_plan_says_how_far_it_came(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["test_plan"] if "test_plan" in sys.modules else __import__("test_plan"), "fails", interrupt)
     with pytest.raises(UserError, match=r"interrupted: 2 of 3 jobs are finished"):
         Plan([*jobs(tmp_path, 2), Job("bad", "test_plan:fails", {})], tmp_path).run()
+
+
+def test_no_job_goes_on_from_what_other_settings_left(tmp_path):
+    with pytest.raises(UserError, match="interrupted"):
+        Plan([Job("one", "test_plan:goes_on", {"stop": True})], tmp_path).run()
+    assert Plan([Job("one", "test_plan:goes_on", {"stop": False})], tmp_path).run() == {"one": 1}
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["one.json"]
 
 
 def test_a_long_plan_asks_first_and_a_finished_one_does_not(tmp_path):

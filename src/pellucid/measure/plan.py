@@ -87,14 +87,16 @@ class Plan:
         clock.jump(done)
         (self.folder / "jobs").mkdir(parents=True, exist_ok=True)
         waiting = [job for job in self.jobs if job.name not in done]
-        scratch = lambda job: str((self.folder / "jobs" / f"{job.name}.work").absolute())
+        jobs = (self.folder / "jobs").absolute()
+        scratch = lambda job: str(jobs / f"{job.name}.{job.fingerprint[:12]}.work")  # no job goes on from what other settings left
         runner = on_ray(ray, at_once) if ray is not None and waiting else in_processes(at_once) if at_once > 1 else here
         try:
             for job, result, seconds in runner(waiting, scratch, clock):
                 record = {"fingerprint": job.fingerprint, "function": job.function, "settings": job.settings,
                           "seconds": round(seconds, 3), "result": result}
                 replace(self.folder / "jobs" / f"{job.name}.json", json.dumps(record, indent=1) + "\n")
-                shutil.rmtree(scratch(job), ignore_errors=True)
+                for begun in jobs.glob(f"{job.name}.{'[0-9a-f]' * 12}.work"):
+                    shutil.rmtree(begun, ignore_errors=True)
                 done[job.name] = json.loads(json.dumps(record))  # what a resumed plan would read
                 clock.jump(done)
         except KeyboardInterrupt:
