@@ -29,7 +29,14 @@ from pellucid.observe.replay import forget_capsules
 from pellucid.observe.theatre import stage_last
 from pellucid.run_files import Run, note_changes, resolved_config, run_name, write_run_files
 from pellucid.training.checkpoint import diff_settings, saved_steps
-from pellucid.training.device import choose_device, choose_precision, keep_threads, keeping_freed_memory, resolve_precision
+from pellucid.training.device import (
+    choose_device,
+    choose_precision,
+    keep_threads,
+    keeping_freed_memory,
+    other_kernels,
+    resolve_precision,
+)
 from pellucid.training.lock import only_trainer
 from pellucid.training.loop import Loop, budget_in_steps
 from pellucid.training.optimizers import build_optimizer
@@ -111,6 +118,8 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
         held.enter_context(only_trainer(folder))
     run = Run(folder)
     if resume and device.type == "cpu" and (note := keep_threads(run.threads)):
+        progress.say(note)
+    if resume and device.type == "cpu" and (note := other_kernels(run.manifest.get("machine", {}).get("kernels"))):
         progress.say(note)
     loop = Loop(config, model, optimizer, dataset, folder, SilentObserver(), progress)
     if resume:

@@ -22,6 +22,7 @@ from pellucid.config import Config, UserError, is_of_a_run, load_config, resolve
 from pellucid.data.dataset import Dataset
 from pellucid.exchange.load import load
 from pellucid.model.grok import Grok1
+from pellucid.model.kernels import native
 from pellucid.model.size import parameter_counts
 from pellucid.training.checkpoint import diff_settings
 
@@ -74,6 +75,7 @@ def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dat
         "libraries": {name: installed_version(name) for name in REPORTED_PACKAGES},
         "machine": {
             "platform": platform.platform(), "processors": os.cpu_count(), "threads": torch.get_num_threads(),
+            "kernels": native.serving(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "seed": config.training.seed,

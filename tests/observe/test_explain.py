@@ -1,5 +1,6 @@
 """An explanation is proven: replay = record, terms = change, gradient = chain rule = finite difference."""
 
+import dataclasses
 import shutil
 import sqlite3
 
@@ -12,11 +13,13 @@ from rich.console import Console
 
 import pellucid
 from pellucid.config import UserError
+from pellucid.model.kernels import native
 from pellucid.observe import explain as explaining
 from pellucid.observe.columns import INDEX
 from pellucid.observe.explain import explain
 from pellucid.observe.explain_text import explain_text
 from pellucid.observe.explain_view import render
+from pellucid.observe.proofs import independent_tokens
 from pellucid.observe.replay import capsule_path, state_before
 from pellucid.observe.theatre import theatre_path
 from pellucid.training import checkpoint
@@ -66,6 +69,8 @@ def test_a_term_left_out_and_a_replay_that_went_another_way_are_not_proven(run_d
         values[INDEX["run"]["gradient_norm"]] *= 1 + 1e-6
         file.execute("UPDATE frame SET data = ? WHERE stream = 'run' AND step = 31", (values.tobytes(),))
     assert explain(run_dir, 31).proofs[0].holds is False
+    monkeypatch.setattr(explaining, "other_kernels", lambda recorded: f"not the kernels called {recorded}")
+    assert explain(run_dir, 31).proofs[0].detail.endswith(f"; not the kernels called {native.serving()}")
     with sqlite3.connect(run_dir / "run.sqlite") as file:
         file.execute("UPDATE frame SET data = ? WHERE stream = 'run' AND step = 31", (blob,))
 
@@ -90,6 +95,19 @@ def test_a_difference_quotient_too_unsure_to_tell_proves_nothing():
     assert agreement("", 1.04, 1.0, 0.045).holds and agreement("", 1.04, 1.0, 0.01).holds is False
     unsure = agreement("", 1.6, 1.0, 1.5)
     assert unsure.holds is None and "too unsure" in unsure.detail
+
+
+def test_the_difference_quotient_of_a_text_that_repeats_itself_claims_no_more_than_it_knows(run_dir):
+    """All tokens round alike: as if there were but one of each."""
+    replay = state_before(run_dir, 30)
+    (ordinary, *_) = replay.micro_batches()
+    assert 10 < independent_tokens([ordinary], 256) < 256
+    same = replay.dataset.tokenizer.encode("ab" * 32)
+    tokens = torch.tensor([same] * 4)
+    repetitive = dataclasses.replace(ordinary, tokens_BT=tokens, targets_BT=tokens.roll(-1, dims=1))
+    assert independent_tokens([repetitive], 256) == pytest.approx(2)
+    labelled = dataclasses.replace(repetitive, labels_BTK=torch.zeros(4, 64, 1))
+    assert independent_tokens([labelled], 4) == 4
 
 
 def test_of_a_bf16_run_the_steps_own_gradient_stands_beside_the_one_that_is_proven(tmp_path):
@@ -168,6 +186,9 @@ def test_rendering_shows_numbers_and_proofs(run_dir):
     e = explain_text(run_dir, "a dog")
     console.print(render(e))
     shown = console.export_text()
+    e.predictions[0].expected_before, e.predictions[0].expected_after = " ", "a"
+    console.print(render(e))
+    assert "' ' -> 'a'" in console.export_text()
     assert f"{e.weight_after:.9g}" in shown and "proven" in shown and "first choice" in shown
 
 

@@ -8,6 +8,7 @@ On a sentence instead of a step: explain_text.py.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -25,11 +26,12 @@ from pellucid.model.size import flops_per_token
 from pellucid.observe import theatre
 from pellucid.observe.columns import INDEX
 from pellucid.observe.observer import SilentObserver
-from pellucid.observe.proofs import chain_rule, finite_difference, fixed_choices, gradients_of, objective
+from pellucid.observe.proofs import chain_rule, finite_difference, fixed_choices, gradients_of, independent_tokens, objective
 from pellucid.observe.reader import Reader
 from pellucid.observe.replay import Replay, save_capsule, state_before
 from pellucid.observe.statistics import ParameterProbe
 from pellucid.training import checkpoint
+from pellucid.training.device import other_kernels
 from pellucid.training.optimizers import Update, explain_update, optimizer_parameters, update_settings
 from pellucid.training.step import StepResult, count_predictions, idle_experts
 
@@ -235,6 +237,7 @@ def _gradient_proofs(
     weight = dict(model.named_parameters())[catcher.name]
     tokens = count_predictions(batches, settings)
     rule = chain_rule(model, catcher.name, settings, batches, tokens)
+    independent = independent_tokens(batches, tokens)
     try:
         with fixed_choices(model) as rewind:
             gradients_of(model, batches, settings)
@@ -250,10 +253,10 @@ def _gradient_proofs(
             scale = weight.detach().double().square().mean().sqrt().item()
             one = torch.zeros_like(weight)
             one[place] = 1.0
-            single, doubt = finite_difference(again, weight, one, 0.2 * scale, tokens)
+            single, doubt = finite_difference(again, weight, one, 0.2 * scale, independent)
             norm = gradient.double().norm().item()
             size = 0.01 * weight.double().norm().item()
-            along, doubt_along = finite_difference(again, weight, gradient / norm, size, tokens)
+            along, doubt_along = finite_difference(again, weight, gradient / norm, size, independent)
     finally:
         rule.close()
         model.load_state_dict(after)
@@ -323,7 +326,10 @@ def _as_recorded(run_dir: str | Path, step: int, catcher: _Catcher, result: Step
         same += [(n, catcher.frame[at, column[n]], recorded[column[n]]) for n in RECORDED if n not in skip]
     holds = all(a == b for _, a, b in same)
     words = [f"{name} {float(a):.9g}" + ("" if a == b else f" (recorded {float(b):.9g})") for name, a, b in same]
-    return Proof(claim, holds, ("bit for bit: " if holds else "") + ", ".join(words))
+    cause = None
+    if not holds and catcher.fast.device.type == "cpu":
+        cause = other_kernels(json.loads((Path(run_dir) / "manifest.json").read_bytes()).get("machine", {}).get("kernels"))
+    return Proof(claim, holds, ("bit for bit: " if holds else "") + ", ".join(words) + (f"; {cause}" if cause else ""))
 
 
 # ------------------------------------------------------------------------------------------------ choosing

@@ -59,6 +59,6 @@ def _predictions(e: Explanation) -> Table:
     for p in e.predictions:
         style = "green" if p.after > p.before else "red"
         change = Text(f"{p.after:.3%}", style=style)
-        choice = p.expected_before if p.expected_before == p.expected_after else f"{p.expected_before} -> {p.expected_after}"
-        table.add_row(Text(repr(p.context)[1:-1]), Text(repr(p.token)[1:-1]), f"{p.before:.3%}", change, Text(repr(choice)[1:-1]))
+        choice = " -> ".join(dict.fromkeys([repr(p.expected_before), repr(p.expected_after)]))
+        table.add_row(Text(repr(p.context)[1:-1]), Text(repr(p.token)), f"{p.before:.3%}", change, Text(choice))
     return table

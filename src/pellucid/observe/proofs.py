@@ -161,6 +161,19 @@ def objective(model: Grok1, batches: list[Any], settings: TrainingConfig) -> flo
     return result.loss + result.z_loss + balance + settings.router_z_loss * result.router_z_loss
 
 
+def independent_tokens(batches: list[Any], predictions: int) -> float:
+    """How many of a step's predictions round independently: where the same token follows the same three they round alike.
+
+    (sum c)^2 / sum c^2 over the counts c of such places (Kish 1965). Labels are one to a document: all of them.
+    """
+    if batches[0].labels_BTK is not None:
+        return predictions
+    four = lambda b: torch.stack([b.tokens_BT.roll(2, 1), b.tokens_BT.roll(1, 1), b.tokens_BT, b.targets_BT])
+    places = [four(batch)[:, batch.targets_BT != IGNORE] for batch in batches]
+    counts = torch.cat(places, dim=1).unique(dim=1, return_counts=True)[1].double()
+    return counts.sum().square().item() / counts.square().sum().item()
+
+
 class _NoClock:
     def lap(self, phase: str) -> None: ...
 
@@ -200,11 +213,11 @@ def fixed_choices(model: Grok1) -> Iterator[Callable[[], None]]:
 
 @torch.no_grad()
 def finite_difference(
-    objective: Callable[[], float], weight: Tensor, direction: Tensor, size: float, tokens: int,
+    objective: Callable[[], float], weight: Tensor, direction: Tensor, size: float, tokens: float,
 ) -> tuple[float, float]:  # fmt: skip
     """(slope of the objective along `direction`, its uncertainty), by Richardson's rule; the weight is put back as it was.
 
-    direction has the weight's shape; the objective is a mean over `tokens`, whose roundings partly cancel. Steps begin at
+    direction has the weight's shape; tokens: as `independent_tokens` counts them, their roundings partly cancel. Steps begin at
     `size` and shrink while that makes the answer surer (Ridders 1982): large ones suffer from curvature, small ones from rounding.
     """
     kept = weight.detach().clone()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.observe.proofs import chain_rule, finite_difference, fixed_choices, gradients_of, objective
+from pellucid.observe.proofs import chain_rule, finite_difference, fixed_choices, gradients_of, independent_tokens, objective
 from pellucid.observe.replay import Replay
 from pellucid.training.optimizers import Update
 from pellucid.training.step import count_predictions
@@ -84,12 +84,14 @@ def prove_edges(
                 rewind()
                 return objective(model, batches, settings)
 
-            _differences(edges, parameters, again, tokens, tell, seconds)
+            _differences(edges, parameters, again, independent_tokens(batches, tokens), tell, seconds)
     finally:
         model.compute_dtype, model.parity = dtype, parity
 
 
-def _differences(edges: list[Edge], parameters: dict[str, Tensor], objective: Callable[[], float], tokens: int, tell, seconds) -> None:
+def _differences(
+    edges: list[Edge], parameters: dict[str, Tensor], objective: Callable[[], float], tokens: float, tell, seconds: float,
+) -> None:  # fmt: skip
     wanted = sorted((edge for edge in edges if edge.rank < 99), key=lambda edge: edge.rank)
     began = time.perf_counter()
     for done, edge in enumerate(wanted):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from pellucid.config import UserError
+from pellucid.model.kernels import native
 
 
 def choose_device(name: str, setting: str = "training.device") -> torch.device:
@@ -18,6 +19,8 @@ def choose_device(name: str, setting: str = "training.device") -> torch.device:
     device this machine lacks, and names the setting that asked for it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"{setting} = '{name}': not usable on this machine (known: auto, cpu, cuda, cuda:1 and so on, mps)")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()
@@ -66,6 +69,14 @@ def keep_threads(recorded: int | None) -> str | None:
                 "their last bits")  # fmt: skip
     torch.set_num_threads(recorded)
     return f"computing on {recorded} threads as before, for the very same sums (OMP_NUM_THREADS={now} would change that)"
+
+
+def other_kernels(recorded: str | None) -> str | None:
+    """A sentence where other kernels serve on the CPU than a run's steps were computed by, `recorded` in its manifest."""
+    if recorded in (None, native.serving()):
+        return None
+    return (f"this run was computed by the {recorded} CPU kernels, now it is {native.status()}: sums round differently in their last "
+            "bits (`pellucid doctor` says more)")  # fmt: skip
 
 
 # Of mallopt(3); the numbers are malloc.h's.

@@ -94,6 +94,11 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None,
     function(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
 
 
+def serving() -> str:
+    """What computes on the CPU, in one word: their sums round differently in the last bits."""
+    return "compiled" if _load()[0] else "plain"
+
+
 def status() -> str:
     """One line: what serves, and why not the kernels."""
     library, reason = _load()
