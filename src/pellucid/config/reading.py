@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import re
 import tomllib
@@ -47,7 +49,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
                 tables["model"] = {}
     if "model.init_from" not in names:
         tables.setdefault("model", {"preset": "small"})  # so that an override changes the default model, not replaces it
-    budgets = []
+    budgets, as_written = [], copy.deepcopy(tables)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -67,7 +69,22 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             for budget in set(BUDGETS) - set(budgets):
                 table.pop(budget, None)
         table[leaf] = value
-    return make_config(tables, where=str(path) if path else "configuration")
+    resolve_paths(tables)
+    where = str(path) if path else "configuration"
+    try:
+        return make_config(tables, where)
+    except UserError as error:
+        if overrides and str(error) != _mistake(as_written, where):
+            raise UserError(str(error).replace(f"{where}: ", "command line: ", 1)) from None
+        raise
+
+
+def _mistake(tables: dict[str, Any], where: str) -> str | None:
+    try:
+        make_config(tables, where)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def is_of_a_run(path: str | Path) -> bool:
@@ -105,6 +122,8 @@ def explain_validation_error(error: ValidationError, root: type[BaseModel]) -> s
     start = next((n for n, part in enumerate(errors[0]["loc"]) if BRANCH.match(str(part))), None)
     alike = errors[:1] if start is None else [e for e in errors if e["loc"][:start] == errors[0]["loc"][:start]]
     first = max(alike, key=lambda e: len(e["loc"]))  # of a union's branches the one that the value fitted furthest
+    if first["type"] == "missing":  # a key that is written, but misspelt, says more
+        first = next((e for e in errors if e["type"] == "extra_forbidden" and e["loc"][:-1] == first["loc"][:-1]), first)
     location = [part for part in first["loc"] if isinstance(part, int) or not BRANCH.match(part)]
     chosen = next((AUGMENTERS[p] for p in location if p in AUGMENTERS and "augment" in location), None)
     location = [p for p in location if chosen is None or p not in AUGMENTERS]
@@ -119,8 +138,14 @@ def explain_validation_error(error: ValidationError, root: type[BaseModel]) -> s
                                             if key in getattr(field.annotation, "model_fields", {})]):  # fmt: skip
             return f"unknown key '{key}'; did you mean '{home[0]}'?"
         return f"unknown key '{key}'{nearest(str(location[-1]), list(section.model_fields))}"
+    if first["type"] == "union_tag_invalid":
+        return f"{key}: there is no '{first['ctx']['tag']}'{nearest(str(first['ctx']['tag']), list(AUGMENTERS))}"
+    if first["type"] == "union_tag_not_found":
+        return f"{key}: say which by its 'name'; known: {', '.join(AUGMENTERS)}"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
+    if first["type"] == "list_type" and isinstance(given, str):
+        return f"{key}: a list is needed: {key}=[{json.dumps(given, ensure_ascii=False)}]"
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and first["type"] != "value_error" else ""
     return f"{key}: {message}{shown}" if key else f"{message}{shown}"
 
@@ -130,10 +155,15 @@ def is_file_path(source: str) -> bool:
     return not source.startswith(("builtin:", "hf-dataset:")) and "://" not in source
 
 
-def resolve_paths(settings: dict[str, Any] | Config, folder: Path) -> None:
-    """Makes absolute, in place, every path that is read: a relative one lies in `folder`. make_config says what else is wrong."""
+def resolve_paths(settings: dict[str, Any] | Config, folder: Path | None = None) -> None:
+    """Makes absolute, in place, every path that is read: a relative one lies in `folder`, or without one stays; `~` is the home.
+
+    make_config says what else is wrong.
+    """
     fields = lambda value: value if isinstance(value, dict) else vars(value) if isinstance(value, Section) else {}
-    resolve = lambda path: os.path.abspath(folder / path) if is_file_path(path) else path
+    home = os.path.expanduser
+    absolute = home if folder is None else lambda path: os.path.abspath(folder / home(path))
+    resolve = lambda path: absolute(path) if is_file_path(path) else path
     for place in PATHS:
         *parents, leaf = place.split(".")
         table = fields(settings)
