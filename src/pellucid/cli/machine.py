@@ -62,7 +62,7 @@ def plan(
     from pellucid.training.device import choose_device
 
     if device != "cuda":
-        choose_device(device)
+        choose_device(device, "--device")
     names = [word for word in settings or [] if "=" not in word]
     overrides = [word for word in settings or [] if "=" in word]
     if names or not (overrides or memory):

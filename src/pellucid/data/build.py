@@ -244,9 +244,11 @@ def _explained(target: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise UserError(f"{target}: a file may grow no larger here ({error.strerror}); raise `ulimit -f`, or {advice}") from None
         full = "No space left" in str(error) or "requested and" in str(error)  # the latter is numpy's word for it
-        if full or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{target.parent}: the disk is full; free some space, or {advice}") from None
+        if full or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{target.absolute().parent}: the disk is full; free some space, or {advice}") from None
         raise UserError(f"{target}: cannot write the data ({error.strerror or error})") from None
 
 
@@ -346,9 +348,12 @@ def _merged(config: DataConfig, blocks: list[Block]) -> tuple[StageRecord, list[
 
 
 def _nothing_left(read: StageRecord, records: list[dict[str, Any]]) -> None:
-    dropped = dict(read.dropped)
+    dropped, left_out = dict(read.dropped), []
     for record in records:
         dropped |= record["dropped"]
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "all files are empty"
-    first = f"; the first: {read.samples[0]['message']}" if read.samples else ""
+        left_out += [sample["source"] for sample in record["samples"] if sample["reason"]]
+    counts = {reason: min(count, read.documents_in) for reason, count in dropped.items()}  # a lone document was cut in two
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "all files are empty"
+    firsts = [sample["message"] for sample in read.samples] + left_out
+    first = f"; the first: {firsts[0]}" if firsts else ""
     raise UserError(f"data.sources: no documents left to train on ({reasons}){first}")

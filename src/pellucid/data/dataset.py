@@ -390,6 +390,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{path}: damaged (not valid JSON); remove the folder and build the data again") from None
     needed = {"settings", "splits", "files", "tokenizer"}
+    if isinstance(manifest, dict) and (directory / "config.toml").is_file() and "data" in manifest:
+        raise UserError(f"{directory}: a run; the data it was trained on are in {manifest['data'].get('directory')}")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not needed <= manifest.keys():
         raise UserError(f"{path}: not a manifest of data format {FORMAT}; build the data again")
     return manifest

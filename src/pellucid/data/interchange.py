@@ -7,6 +7,7 @@ a document's provenance is its place in the token file, its content hash that of
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -279,5 +280,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         folder.rename(out)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        remedy = "; raise `ulimit -f`" if error.errno == errno.EFBIG else ""
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}){remedy}, or choose another folder") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)

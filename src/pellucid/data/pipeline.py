@@ -133,7 +133,8 @@ class _Reading:
             start = self.part.span.start if file.format != "parquet" else 0
             for item in read_documents(file, lambda at, base=before - start: self._at(base + at), self.part.span):
                 if isinstance(item, Unreadable) and on_error == "stop":
-                    raise UserError(f'{item.message}; data.on_error = "skip" leaves out what cannot be read, and counts it')
+                    raise UserError(f"{item.message}; leave it out of the sources" if item.reason == "empty" else
+                                    f'{item.message}; data.on_error = "skip" leaves out what cannot be read, and counts it')
                 yield item
             _unchanged(file)
             before += file.size

@@ -228,7 +228,10 @@ class SentencePieceEngine:
 
     def __init__(self, content: bytes):
         self.content = content
-        self._backend = sentencepiece.SentencePieceProcessor(model_proto=content)
+        try:
+            self._backend = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError:  # its words are of a place in its own source
+            raise ValueError("not what SentencePiece writes") from None
         self.size = self._backend.get_piece_size()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -276,7 +279,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # both libraries raise bare exceptions on a bad file
-        raise UserError(f"{path}: not a {path.suffix.removeprefix('.') or 'tokenizer'} file that can be read "
+        kind = path.suffix[1:] if path.suffix in (".json", ".model") else "tokenizer (.json or .model)"
+        raise UserError(f"{path}: not a {kind} file that can be read "
                         f"({str(error).splitlines()[0][:160] if str(error) else type(error).__name__})") from None
 
 

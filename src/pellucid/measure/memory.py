@@ -210,7 +210,7 @@ def predict_peak(config: Config, device: str = "cpu") -> Peak:
         raise UserError("optimizer.offload: its memory on a GPU is not predicted; plan without it, and take the moments off")
     if config.training.task != "language_modeling":
         raise UserError(f"training.task = '{config.training.task}': the memory of training is predicted for language models only; "
-                        "leave the task out")  # fmt: skip
+                        "plan a copy of the configuration without training.task, data.label_field and what goes with them")  # fmt: skip
     layers = config.model.num_hidden_layers
     if layers <= TRACED + 1:
         return trace_step(config, device, DryLedger()).peak

@@ -195,7 +195,10 @@ def _disk_errors(root: Path, step: int | None, needed: int) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"cannot write the checkpoint of step {step}" if step is not None else "cannot remove old checkpoints"
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno == errno.EFBIG:
+            raise UserError(f"{root}: {what}: a file may grow no larger here ({error.strerror}); the checkpoints before it are "
+                            "untouched: raise `ulimit -f`, then resume") from None  # fmt: skip
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{root}: {what}: {error.strerror} ({error.filename})") from None
         raise UserError(
             f"{root}: {what}: the disk is full ({error.strerror}); it needs {needed} bytes ({needed / 1e9:.3g} GB), "

@@ -17,8 +17,12 @@ from pellucid.config import UserError
 
 @contextmanager
 def only_trainer(run_dir: Path) -> Iterator[None]:
-    """Raises UserError where another process trains this run."""
-    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
+    """Raises UserError where another process trains this run, or none may write to it."""
+    try:
+        file = open(run_dir / ".lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written to ({error.strerror}); make the folder writable, or go on in a copy") from None
+    with file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
