@@ -13,6 +13,7 @@ import torch
 
 from pellucid import cli, run
 from pellucid.data.tokenizer import load_tokenizer
+from pellucid.model.kernels import native
 from pellucid.training.loop import Loop
 
 
@@ -108,6 +109,26 @@ def test_text_that_cannot_be_read(verb, name, here, write, refused):
     assert expected in message and name in message
 
 
+def test_a_file_of_nothing_but_white_space_is_one_empty_document_and_named(here, write, refused):
+    (here / "white.txt").write_text("  \n \n")
+    write({"sources": ["white.txt"]})
+    message = refused("data", "build", "tiny.toml", "--out", "built")
+    assert "no documents left to train on (1 empty); the first: " in message and "white.txt" in message
+
+
+def test_an_empty_file_that_is_named_is_to_be_left_out_and_one_in_a_folder_is_passed_over(here, write, refused, command):
+    (here / "texts").mkdir()
+    (here / "texts" / "empty.txt").touch()
+    (here / "texts" / "some.txt").write_text("A line of text.\n" * 60)
+    write({"sources": ["texts/empty.txt"]})
+    message = refused("data", "build", "tiny.toml", "--out", "built")
+    assert "empty.txt: the file is empty; leave it out of the sources" in message and "on_error" not in message
+    write({"sources": ["texts"], "validation_fraction": 0.0})
+    code, output, errors = command("data", "build", "tiny.toml", "--out", "built")
+    assert code == 0, errors
+    assert "files without a document: 1" in output + errors
+
+
 def test_bad_lines_can_be_skipped_and_are_counted(here, write, command):
     lines = [json.dumps({"text": f"a line of text number {n} of many"}) for n in range(60)]
     (here / "some.jsonl").write_text("\n".join([*lines[:30], "{broken", '{"no": "text"}', *lines[30:]]))
@@ -148,6 +169,13 @@ def test_epochs_too_few_for_one_step(here, write, command):
         ("training.device=cuda:77", "training.device = 'cuda:77': not usable on this machine"),
         ("training.device=abacus", "training.device = 'abacus': not usable on this machine"),
         ("training.precision=fp7", "training.precision"),
+        ("training.device=tpu", "not usable on this machine (known: auto, cpu, cuda, cuda:1 and so on, mps)"),
+        ("schedule.name=cosin", "pellucid: command line: schedule.name: "),
+        ("data.sources=[{pth='x'}]", "unknown key 'data.sources[0].pth'; did you mean 'path'?"),
+        ("data.sources=corpus/a.txt", 'data.sources: a list is needed: data.sources=["corpus/a.txt"]'),
+        ("data.augment=[{name='synonym'}]", "data.augment[0]: there is no 'synonym'; did you mean 'synonyms'?"),
+        ("data.augment=[{rate=0.1}]", "data.augment[0]: say which by its 'name'; known: synonyms, "),
+        ("data.sources=['~/none of these.txt']", f"no file matches '{os.path.expanduser('~')}/none of these.txt'"),
         ("nonsense", "neither a configuration file nor key=value"),
         ("data.tokenizer={kind='file', path='none.json'}", "none.json"),
     ],
@@ -156,6 +184,13 @@ def test_settings_that_cannot_be(override, expected, tiny_tables, here, refused)
     (here / "tiny.toml").write_text(tomli_w.dumps(tiny_tables()))  # its data is prepared elsewhere
     message = refused("train", "tiny.toml", override)
     assert expected in message
+
+
+def test_a_mistake_is_blamed_on_where_it_was_written(here, write, refused):
+    write(schedule={"name": "cosin"})
+    assert "pellucid: tiny.toml: schedule.name: " in refused("train", "tiny.toml", "training.max_steps=3")
+    write({"sources": ["~/none of these.txt"]})
+    assert f"no file matches '{os.path.expanduser('~')}/none of these.txt'" in refused("train", "tiny.toml")
 
 
 @pytest.mark.parametrize(("content", "expected"), [(None, "cannot read the configuration"), ("[model", "not valid TOML")])
@@ -170,6 +205,10 @@ def test_tokenizer_file_that_is_none(here, write, refused):
     (here / "tokenizer.json").write_text('{"version": "1.0"}')
     write({"tokenizer": {"kind": "file", "path": "tokenizer.json"}})
     assert "tokenizer.json" in refused("train", "tiny.toml")
+    (here / "words.txt").write_text("no tokenizer")
+    write({"tokenizer": {"kind": "file", "path": "words.txt"}})
+    message = refused("train", "tiny.toml")
+    assert "words.txt: not a tokenizer (.json or .model) file that can be read (not what SentencePiece writes)" in message
 
 
 # ---------------------------------------------------------------------------------- the run's folder
@@ -200,6 +239,19 @@ def test_resuming_with_other_settings(tiny_run, here, refused):
     shutil.copytree(tiny_run.directory, here / "run")
     message = refused("train", "--run-dir", "run", "--resume", "model.rope_theta=5.0")
     assert "cannot resume" in message and "model.rope_theta was 10000.0, is 5.0" in message
+
+
+def test_other_kernels_than_the_run_began_with_are_said(tiny_run, here, command, monkeypatch):
+    shutil.copytree(tiny_run.directory, here / "run")
+    assert tiny_run.manifest["machine"]["kernels"] == native.serving()
+    monkeypatch.setattr(native, "_load", lambda: (None, "no C++ compiler (g++ or clang++) was found"))
+    for recorded, said in (("compiled", 1), ("plain", 0)):
+        manifest = tiny_run.manifest | {"machine": {**tiny_run.manifest["machine"], "kernels": recorded}}
+        (here / "run" / "manifest.json").write_text(json.dumps(manifest))
+        code, output, errors = command("train", "--run-dir", "run", "--resume")
+        assert code == 0, errors
+        words = " ".join((output + errors).split())
+        assert words.count(f"computed by the {recorded} CPU kernels, now it is plain PyTorch: no C++ compiler") == said
 
 
 def test_unreadable_checkpoint(tiny_run, here, refused):
@@ -280,6 +332,10 @@ def test_other_arguments_that_cannot_be(tiny_run, here, refused, command):
     assert "for language models only" in refused("plan", "tiny", "training.task=classification", "data.label_field=label")
     assert "set model.vocab_size" in refused("plan", "tiny", "data.tokenizer.kind=characters")
     assert "none" in refused("data", "inspect", "none")
+    data = tiny_run.manifest["data"]["directory"]
+    assert f"{tiny_run.directory}: a run; the data it was trained on are in {data}" in refused("data", "inspect", tiny_run.directory)
+    assert "without training.task, data.label_field" in refused("plan", "tiny", "training.task=regression", "data.label_field=label")
+    assert "--device = 'gpu': not usable on this machine (known:" in refused("plan", "tiny", "--device", "gpu")
     assert "--stop" in refused("generate", tiny_run.directory, "--stop", "")
     assert "not valid UTF-8" in refused("generate", tiny_run.directory, "--prompt", "caf\udce9")
     assert "give either --data FILE or --harness TASK" in refused("evaluate", tiny_run.directory)
@@ -313,7 +369,22 @@ def test_full_disk_while_data_is_prepared(here, write):
     before = tree(here)
     ended = limited(2000, "data", "build", "tiny.toml", "--out", "built", cwd=here)
     assert ended.returncode == 2, ended.stderr
-    one_sentence(ended.stderr, before, here)
+    assert "built: a file may grow no larger here" in one_sentence(ended.stderr, before, here)
+
+
+def test_a_file_that_may_grow_no_larger_while_data_are_exported(tiny_run, here):
+    before = tree(here)
+    data = tiny_run.manifest["data"]["directory"]
+    ended = limited(1000, "data", "export", data, "--to", "nanogpt", "--out", "tokens", cwd=here)
+    assert ended.returncode == 2, ended.stderr
+    assert "tokens: cannot be written (File too large); raise `ulimit -f`" in one_sentence(ended.stderr, before, here)
+
+
+def test_a_run_that_may_not_be_written_to_is_not_resumed(tiny_run, here, refused):
+    shutil.copytree(tiny_run.directory, here / "run")
+    (here / "run" / ".lock").unlink()
+    (here / "run" / ".lock").mkdir()  # root may write everywhere else
+    assert "run: cannot be written to (Is a directory); make the folder writable" in refused("train", "--run-dir", "run", "--resume")
 
 
 def test_too_little_memory_is_one_sentence_and_leaves_no_run(here, write, monkeypatch, command):
@@ -352,7 +423,8 @@ def test_full_disk_while_a_checkpoint_is_written_costs_nothing_but_that_checkpoi
     (here / "tiny.toml").write_text(tomli_w.dumps(tables))
     ended = limited(60_000, "train", "tiny.toml", "--run-dir", "run", cwd=here)
     assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.count("\n") == 1 and "the disk is full" in ended.stderr, ended.stderr
+    assert ended.stderr.count("\n") == 1 and "a file may grow no larger here (File too large)" in ended.stderr, ended.stderr
+    assert "raise `ulimit -f`, then resume" in ended.stderr
     assert sorted(os.listdir(here / "run")) == [".lock", "checkpoints", "config.toml", "manifest.json"]
     assert os.listdir(here / "run" / "checkpoints") == []
     code, _, errors = command("train", "--run-dir", "run", "--resume")
