@@ -122,18 +122,21 @@ def next_run_dir(name: str) -> Path:
 def note_changes(run: Run, config: Config, step: int) -> None:
     """A run continued with other settings (a longer budget, say): config.toml takes them, the manifest tells when.
 
-    An entry of `changes` keeps, beside the words, the configuration and the threads of the steps before `step`, so that
+    An entry of `changes` keeps, beside the words, the configuration, threads and kernels of the steps before `step`, so that
     those can be replayed. Steps that an earlier entry was about and that are done again belong to the new settings.
     """
     before, after = (resolved_config(c).model_dump(mode="json") for c in (run.config, config))
     threads, now = run.threads, torch.get_num_threads()
-    differences = diff_settings({**before, "threads": threads}, {**after, "threads": now})
+    serving = native.serving()
+    kernels = run.manifest["machine"].get("kernels", serving)
+    differences = diff_settings({**before, "threads": threads, "kernels": kernels}, {**after, "threads": now, "kernels": serving})
     changes = [{**change, "step": min(change["step"], step)} for change in run.manifest.get("changes", [])]
     if differences:
-        changes.append({"step": step, "settings": differences, "before": before, "threads": threads})
+        changes.append({"step": step, "settings": differences, "before": before, "threads": threads, "kernels": kernels})
     if changes != run.manifest.get("changes", []):
         run.config = config
-        run.manifest["changes"], run.manifest["machine"]["threads"] = changes, now
+        run.manifest["changes"] = changes
+        run.manifest["machine"] |= {"threads": now, "kernels": serving}
         _replace(run.directory / "manifest.json", json.dumps(run.manifest, indent=1) + "\n")
         _replace(run.directory / "config.toml", resolved_config(config).to_toml())
 

@@ -251,6 +251,9 @@ def test_other_kernels_than_the_run_began_with_are_said(tiny_run, here, command,
         code, output, errors = command("train", "--run-dir", "run", "--resume")
         assert code == 0, errors
         words = " ".join((output + errors).split())
+        assert json.loads((here / "run" / "manifest.json").read_text())["machine"]["kernels"] == "plain"
+        changes = json.loads((here / "run" / "manifest.json").read_text()).get("changes", [])
+        assert [change["kernels"] for change in changes] == ["compiled"] * said
         assert words.count(f"computed by the {recorded} CPU kernels, now it is plain PyTorch: no C++ compiler") == said
 
 

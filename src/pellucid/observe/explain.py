@@ -8,7 +8,6 @@ On a sentence instead of a step: explain_text.py.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from pellucid.observe.columns import INDEX
 from pellucid.observe.observer import SilentObserver
 from pellucid.observe.proofs import chain_rule, finite_difference, fixed_choices, gradients_of, independent_tokens, objective
 from pellucid.observe.reader import Reader
-from pellucid.observe.replay import Replay, save_capsule, state_before
+from pellucid.observe.replay import Replay, kernels_of_step, save_capsule, state_before
 from pellucid.observe.statistics import ParameterProbe
 from pellucid.training import checkpoint
 from pellucid.training.device import other_kernels
@@ -328,7 +327,7 @@ def _as_recorded(run_dir: str | Path, step: int, catcher: _Catcher, result: Step
     words = [f"{name} {float(a):.9g}" + ("" if a == b else f" (recorded {float(b):.9g})") for name, a, b in same]
     cause = None
     if not holds and catcher.fast.device.type == "cpu":
-        cause = other_kernels(json.loads((Path(run_dir) / "manifest.json").read_bytes()).get("machine", {}).get("kernels"))
+        cause = other_kernels(kernels_of_step(Path(run_dir), step))
     return Proof(claim, holds, ("bit for bit: " if holds else "") + ", ".join(words) + (f"; {cause}" if cause else ""))
 
 

@@ -126,6 +126,13 @@ def settings_of_step(folder: Path, newest: Config, step: int) -> tuple[Config, i
     return newest, manifest.get("machine", {}).get("threads")
 
 
+def kernels_of_step(folder: Path, step: int) -> str | None:
+    """Which CPU kernels served when `step` was done; None where that was not noted."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    later = (change for change in manifest.get("changes", []) if step < change["step"])
+    return next(later, manifest.get("machine", {})).get("kernels")
+
+
 def _recorded(folder: Path) -> int:
     """How many steps the telemetry knows."""
     if not (folder / "run.sqlite").is_file():
