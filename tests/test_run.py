@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import pellucid
 from pellucid.config import UserError, load_config
+from pellucid.exchange.load import run_of
 from pellucid.measure.texts import trained_with
 from pellucid.observe.store import Record, Writer
 from pellucid.run import train
@@ -283,7 +284,7 @@ def test_a_text_too_small_for_the_tokenizer_asked_for_is_told(tiny_tables, tmp_p
 def test_alarms_and_the_best_checkpoint_are_told_at_the_end(tiny_tables, tmp_path, capsys, monkeypatch):
     """Losses that rise: what is best was saved after two steps, and is not the model that the run ends with."""
     losses = {0: 3.0, 2: 1.0, 4: 2.0, 6: 2.5}
-    monkeypatch.setattr(Loop, "evaluate", lambda self, rows: Evaluation(losses[self.counters.step], 1, 1))
+    monkeypatch.setattr(Loop, "measure", lambda self, rows: Evaluation(losses[self.counters.step], 1, 1))
     run = train(tiny_tables(max_steps=6, evaluate_every=2), run_dir=tmp_path / "run", progress=True)
     kept = tmp_path / "run" / "checkpoints" / "step-2"
     assert f"its lowest held-out loss was 1.0000, after 2 steps: {kept}" in " ".join(capsys.readouterr().out.split())
@@ -302,3 +303,12 @@ def test_a_checkpoint_of_a_run_is_a_model(tiny_run):
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
     assert tokenizer.fingerprint == tiny_run.load()[1].fingerprint
     assert trained_with(folder) == tiny_run.config.data
+
+
+def test_only_what_train_saved_is_taken_for_a_checkpoint(tmp_path):
+    """grok-1/checkpoints/ckpt-0 is where the official weights are unpacked; a config.toml may lie beside."""
+    (tmp_path / "checkpoints" / "ckpt-0").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-3").mkdir()
+    (tmp_path / "config.toml").write_text("")
+    assert run_of(tmp_path / "checkpoints" / "ckpt-0") == tmp_path / "checkpoints" / "ckpt-0"
+    assert run_of(tmp_path / "checkpoints" / "step-3") == tmp_path

@@ -238,7 +238,9 @@ def start_from(config: Config) -> Source:
 
 
 def _refuse_other_tokenizer(origin: Path, tokenizer: Tokenizer, key: str) -> None:
-    own = find_tokenizer(origin)
+    own = None
+    with contextlib.suppress(UserError):  # one that cannot be read says nothing against the one given
+        own = find_tokenizer(origin)
     if own is not None and own.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{key}: not the tokenizer that the model in {origin} was trained with, whose weights belong to that one; "
                         "leave the key out")  # fmt: skip

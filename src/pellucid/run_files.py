@@ -127,16 +127,17 @@ def note_changes(run: Run, config: Config, step: int) -> None:
     """
     before, after = (resolved_config(c).model_dump(mode="json") for c in (run.config, config))
     threads, now = run.threads, torch.get_num_threads()
-    serving = native.serving()
-    kernels = run.manifest["machine"].get("kernels", serving)
-    differences = diff_settings({**before, "threads": threads, "kernels": kernels}, {**after, "threads": now, "kernels": serving})
+    serving, machine = native.serving(), run.manifest.setdefault("machine", {})
+    kernels = machine.get("kernels")  # None: a run of before they were noted
+    differences = diff_settings({**before, "threads": threads, "kernels": kernels or serving},
+                                {**after, "threads": now, "kernels": serving})  # fmt: skip
     changes = [{**change, "step": min(change["step"], step)} for change in run.manifest.get("changes", [])]
     if differences:
         changes.append({"step": step, "settings": differences, "before": before, "threads": threads, "kernels": kernels})
     if changes != run.manifest.get("changes", []):
         run.config = config
         run.manifest["changes"] = changes
-        run.manifest["machine"] |= {"threads": now, "kernels": serving}
+        machine |= {"threads": now, "kernels": serving}
         _replace(run.directory / "manifest.json", json.dumps(run.manifest, indent=1) + "\n")
         _replace(run.directory / "config.toml", resolved_config(config).to_toml())
 

@@ -101,7 +101,7 @@ def show_result(progress: Quiet, loop: Loop) -> None:
         return
     progress.say(_labels_result(loop) if loop.dataset.labels else _text_result(loop))
     counters = loop.counters
-    if counters.best_step is not None and counters.best_loss < loop.final.loss:
+    if counters.best_step is not None and counters.best_loss < loop.measure(loop.config.training.evaluate_rows).loss:
         kept = loop.checkpoints / f"step-{counters.best_step}"
         where = f": {kept}" if kept.exists() else ""
         progress.say(f"its lowest held-out loss was {counters.best_loss:.4f}, {after(counters.best_step)}{where}")
@@ -109,15 +109,17 @@ def show_result(progress: Quiet, loop: Loop) -> None:
 
 def what_next(run: Run) -> str:
     folder, text = shlex.quote(str(run.directory)), run.config.training.task == "language_modeling"
-    use = f"pellucid generate {folder} --prompt {shlex.quote(_beginning(run))}" if text else f"pellucid predict {folder} --data FILE"
+    use = f"pellucid generate {folder}{_prompt(run)}" if text else f"pellucid predict {folder} --data FILE"
     alarms = _alarms(run)
     watch = f"  pellucid watch {folder}" + (f"    # {alarms}" if alarms else "")
     return f"the run is in {run.directory}. Next:\n  {use}\n  pellucid evaluate {folder} --data FILE\n{watch}"
 
 
-def _beginning(run: Run) -> str:
-    """Some words of the run's own kind of text."""
-    return prompt_of(run.dataset()).strip().partition("\n")[0][:24].strip()
+def _prompt(run: Run) -> str:
+    """An option with some words of the run's own kind of text."""
+    lines = prompt_of(run.dataset()).strip().splitlines()
+    words = "".join(filter(str.isprintable, lines[0] if lines else ""))[:24].strip()
+    return f" --prompt {shlex.quote(words)}" if words else ""
 
 
 def _alarms(run: Run) -> str:
@@ -145,4 +147,5 @@ def _labels_result(loop: Loop) -> str:
         share = float((loop.dataset.validation.labels[:, 0] == common).mean())
         return f"{loop.final.in_words()}; always saying '{labels['names'][common]}' has accuracy {share:.3f}"
     spread = np.square(loop.dataset.validation.labels).mean(0) ** 0.5 * labels["std"]
-    return f"{loop.final.in_words()}; always saying the mean has RMSE {spread.mean():.3f}"
+    said = ", ".join(f"{each:.4g}" for each in spread)
+    return f"{loop.final.in_words()}; always saying the mean has RMSE {said}"

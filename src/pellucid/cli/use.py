@@ -10,12 +10,13 @@ import typer
 from pellucid.cli.app import Json, app, in_json, load_with_tokenizer, progress
 from pellucid.config import UserError
 
+NEW_TOKENS = 200
 
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a run, a Hugging Face directory, or an official ckpt-0")],
     prompt: Annotated[str, typer.Option(help="text to continue; empty begins a new document")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="default 200, or as many as the model has room for")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="smallest set of tokens that reaches p")] = 0.95,
     top_k: Annotated[int | None, typer.Option(min=1, help="only the k most likely tokens")] = None,
@@ -37,10 +38,11 @@ def generate(
     network, tokens = load_with_tokenizer(model, tokenizer, dtype)
     if network.config.head is not None:
         raise UserError(f"{model} labels documents and does not continue texts: use `pellucid predict`")
-    length, most = len(tokens.encode(prompt)), network.config.max_position_embeddings
-    if length + max_new_tokens > most:
-        raise UserError(f"--prompt: its {length} tokens and --max-new-tokens {max_new_tokens} are more than the {most} that the model "
-                        "is meant for (max_position_embeddings)")  # fmt: skip
+    length, most = max(1, len(tokens.encode(prompt))), network.config.max_position_embeddings
+    if length + (max_new_tokens or 1) > most:
+        raise UserError(f"a prompt of {length} tokens and --max-new-tokens {max_new_tokens or 1} are more than the {most} that the "
+                        "model is meant for (max_position_embeddings)")  # fmt: skip
+    max_new_tokens = max_new_tokens or min(NEW_TOKENS, most - length)
     print(prompt, end="", flush=True)
     pieces = generate_text(
         network, tokens, prompt, stop=stop or [], max_new_tokens=max_new_tokens, temperature=temperature,

@@ -73,8 +73,8 @@ def open_source(path: str | Path, config: ModelConfig | Config | dict[str, Any] 
 def run_of(path: Path) -> Path:
     """The run whose checkpoints/step-N this is; any other path as it is."""
     folder = Path(os.path.abspath(path))
-    is_checkpoint = folder.parent.name == "checkpoints" and (folder.parents[1] / "config.toml").is_file()
-    return folder.parents[1] if is_checkpoint else path
+    saved = checkpoint.saved_steps(folder.parent) if folder.parent.name == "checkpoints" else {}
+    return folder.parents[1] if folder in saved.values() and (folder.parents[1] / "config.toml").is_file() else path
 
 
 def find_tokenizer(path: Path) -> Any:

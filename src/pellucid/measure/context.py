@@ -76,8 +76,8 @@ def by_position(losses: Losses, streams: Sequence[np.ndarray], T: int, progress:
 
 def drop(sums_GT: np.ndarray, counts_GT: np.ndarray, T: int) -> dict:
     """Loss late minus loss early, each over a band of positions: negative where context helps. Late: the 500th if there."""
-    width = min(BAND, T // 4)  # so that no position is in both bands
-    early, late = min(EARLY, T // 4), min(LATE, T - width)
+    width = min(BAND, max(1, T // 4))  # so that no position is in both bands
+    early, late = min(EARLY, max(1, T // 4)), min(LATE, T - width)
     band = lambda table, at: table[:, at - width : at + width].sum(1)
     count_early, count_late = band(counts_GT, early), band(counts_GT, late)
     # each window has all positions, so that the difference of means is the mean of differences per token

@@ -46,7 +46,7 @@ def trained_with(place: str | Path) -> DataConfig | None:
 
 def open_dataset(place: str | Path) -> Dataset | None:
     """The prepared data behind a run or a folder of prepared data; None where `place` is neither. Raises UserError."""
-    path = Path(place)
+    path = run_of(Path(place))
     if not (path / MANIFEST).is_file():
         return None
     manifest = read_json(path / MANIFEST)

@@ -28,6 +28,7 @@ from pellucid.observe.machine import device_memory, host_memory, peak_flops
 from pellucid.observe.noise import NoiseScale
 from pellucid.observe.reader import Reader
 from pellucid.observe.routing import RoutingProbe
+from pellucid.observe.rule import FRAME_EVERY
 from pellucid.observe.rules import Watch
 from pellucid.observe.statistics import KINDS, ParameterProbe
 from pellucid.observe.store import BEFORE, FAN, FILE_NAME, MISSING, RECORDER, ROLLUP_PARTS, Record, Row, Writer
@@ -37,7 +38,7 @@ from pellucid.training.checkpoint import saved_steps
 from pellucid.training.schedules import budget_in_steps
 
 DENSE_STEPS, KEEP_EVERY = 2000, 10  # later, older frames are thinned (rollups and the flight recorder keep all)
-LEAST_EVERY, LOOK_EVERY = 8, 100  # steps: parameter statistics, and every other look, come that often whatever the budget
+LOOK_EVERY = 100  # steps: every look but that at parameters comes that often whatever the budget
 HIST_ROW = "INSERT OR REPLACE INTO hist (step, row, kind, zero, subnormal, nan, inf, first, data) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 STAGE_ROW = f"INSERT OR REPLACE INTO stage (id, name, {', '.join(COUNTS)}, detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -209,7 +210,7 @@ class Observer(SilentObserver):
         self._micro += 1
 
     def before_update(self, result) -> None:
-        if not self.budget.affords("parameters", LEAST_EVERY):
+        if not self.budget.affords("parameters", FRAME_EVERY):
             self.parameters.forget()
             self._histograms = False
             return

@@ -171,7 +171,7 @@ def independent_tokens(batches: list[Any], predictions: int) -> float:
     four = lambda b: torch.stack([b.tokens_BT.roll(2, 1), b.tokens_BT.roll(1, 1), b.tokens_BT, b.targets_BT])
     places = [four(batch)[:, batch.targets_BT != IGNORE] for batch in batches]
     counts = torch.cat(places, dim=1).unique(dim=1, return_counts=True)[1].double()
-    return counts.sum().square().item() / counts.square().sum().item()
+    return counts.sum().square().item() / max(1.0, counts.square().sum().item())
 
 
 class _NoClock:

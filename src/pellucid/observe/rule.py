@@ -14,6 +14,7 @@ import numpy as np
 
 from pellucid.observe.history import History
 
+FRAME_EVERY = 8  # steps at most from one frame of `param` to the next, whatever the observer's budget
 LIMITS = {
     "spike_sigmas": 6.0,  # OLMo-core's SpikeScore; of a loss by its last 64 differences, of a norm by its last 128 values
     "spike_window": 128,

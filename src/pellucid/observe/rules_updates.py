@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pellucid.observe.history import History, measured
-from pellucid.observe.rule import LIMITS, Finding, center, rule
+from pellucid.observe.rule import FRAME_EVERY, LIMITS, Finding, center, rule
 
 
 @rule("gradient_explosion", "alarm", cause="the loss is steep here: unusual data, too high a learning rate, stale moments",
@@ -48,7 +48,7 @@ def clipping_always(h: History) -> Iterator[Finding]:
 
 @rule("update_spike", "alarm", cause="Adam's second moment lags behind a sudden gradient; the loss may follow in 1 to 8 steps",
       remedy="lower beta2 or the learning rate; clip updates", source="Wortsman et al. 2023, arXiv 2304.13013",
-      steps=LIMITS["frames"] + 1)
+      steps=FRAME_EVERY * (LIMITS["frames"] + 1))
 def update_spike(h: History) -> Iterator[Finding]:
     if "param" not in h.fresh:
         return
@@ -97,7 +97,7 @@ def learning_rate_high(h: History) -> Iterator[Finding]:
 
 @rule("learning_rate_low", "warning", cause="the learning rate is so small that nothing is learnt",
       remedy="raise optimizer.learning_rate", source="Karpathy, makemore part 3; SageMaker Debugger WeightUpdateRatio",
-      steps=LIMITS["frames"])
+      steps=FRAME_EVERY * LIMITS["frames"])
 def learning_rate_low(h: History) -> Iterator[Finding]:
     ratios = h.table("param", "update_ratio", LIMITS["frames"])[:, -1:]
     past_warmup = h.step > h.run.warmup_steps + 20
@@ -135,7 +135,7 @@ def ghost_update(h: History) -> Iterator[Finding]:
 
 @rule("swallowed_updates", "alarm", cause="steps are smaller than the weights' last bit: bf16 weights without fp32 masters",
       remedy="keep fp32 master weights (training.precision = \"bf16\" does), or raise the learning rate",
-      source="IEEE formats: bf16 keeps 8 bits; a change below 2^-9 of a weight is lost", steps=LIMITS["frames"])
+      source="IEEE formats: bf16 keeps 8 bits; a change below 2^-9 of a weight is lost", steps=FRAME_EVERY * LIMITS["frames"])
 def swallowed_updates(h: History) -> Iterator[Finding]:
     unmoved, rates = h.table("param", "unmoved", LIMITS["frames"])[:, -1], h.scalars("learning_rate", 5)
     if "param" in h.fresh and len(unmoved) == LIMITS["frames"] and (unmoved > LIMITS["unmoved"]).all() and (rates > 0).all():

@@ -101,15 +101,19 @@ class Loop:
         return result
 
     def evaluate(self, rows: int | None) -> Any:
-        """The task's evaluation on the first `rows` held-out rows (None: all of them); None when nothing is held out."""
+        """As `measure`, recorded and said; None when nothing is held out."""
         if self.dataset.validation is None:
             return None
-        settings = self.config.training
-        batches = split_batches(self.dataset.validation, settings.micro_batch_size, rows)
-        result = TASKS[settings.task].evaluate(self.model, batches, settings, self.dataset.tokenizer.byte_lengths)
+        result = self.measure(rows)
         self.observer.evaluation(self.counters.step, result)
         self.progress.say(f"{after(self.counters.step)}: {result.in_words()}")
         return result
+
+    def measure(self, rows: int | None) -> Any:
+        """The task's evaluation on the first `rows` held-out rows (None: all of them)."""
+        settings = self.config.training
+        batches = split_batches(self.dataset.validation, settings.micro_batch_size, rows)
+        return TASKS[settings.task].evaluate(self.model, batches, settings, self.dataset.tokenizer.byte_lengths)
 
     def save(self, best: bool = False) -> Path:
         """A checkpoint of this moment."""

@@ -49,8 +49,8 @@ function useTogether(windows, index, step, there) {
   const latest = Math.min(step, ...Object.values(windows).filter(Boolean).map((window) => window.header.latest)), kept = useRef(null);
   const asked = Object.fromEntries(NAMES.map((name) => [name, useReading(index, "param", there(name), latest)]));
   const [first, ...others] = Object.values(asked).filter((reading) => reading !== null);
-  if (first && others.every((reading) => reading?.when === first.when)) kept.current = asked;
-  return kept.current;
+  if (first && others.every((reading) => reading?.when === first.when)) kept.current = { index, asked };
+  return kept.current?.index === index ? kept.current.asked : null;
 }
 
 /** Relative step that AdamW tends to (Kosson et al. 2023); null under other rules or without decay. */
