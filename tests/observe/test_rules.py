@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from pellucid.observe.columns import INDEX
 from pellucid.observe.history import Run
+from pellucid.observe.patience import STEPS
+from pellucid.observe.rule import RULES
 from pellucid.observe.rules import Watch, equal_pairs
 from pellucid.observe.store import MISSING, Record, Row
 
@@ -240,3 +242,7 @@ def test_one_long_wait_is_no_starvation():
 
     assert "data_starvation" not in said([0.001] * 15 + [9.0] + [0.001] * 10)
     assert "data_starvation" in said([0.001] * 15 + [0.1] * 20)
+
+
+def test_patience_is_that_of_rules_that_exist():
+    assert {*STEPS} <= {rule.name for rule in RULES} and all(steps > 1 for steps in STEPS.values())

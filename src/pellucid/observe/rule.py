@@ -14,31 +14,25 @@ import numpy as np
 
 from pellucid.observe.history import History
 
-FRAME_EVERY = 8  # steps at most from one frame of `param` to the next, whatever the observer's budget
 LIMITS = {
     "spike_sigmas": 6.0,  # OLMo-core's SpikeScore; of a loss by its last 64 differences, of a norm by its last 128 values
     "spike_window": 128,
-    "known_steps": 20,  # before it, for a spike of the loss or the gradient to be one
     "spike_share": 0.1,  # and at least that far above the median: batches differ,
     "token_spread": 8.0,  # or that / sqrt(tokens): six deviations, where 64 tokens of text differ by a sixth
     "spike_steps": (1, 4),  # the last so many are judged by their mean: what stays is told from less than what one batch may have
     "update_spike": 4.0,  # times the median of update norm / learning rate
     "gradient_explosion": 10.0,  # times the median
-    "gradient_vanishing": 1e-6,  # so many steps in a row:
-    "vanishing_steps": 5,
+    "gradient_vanishing": 1e-6,
     "dead_steps": 100,
     "overload": 2.5,  # load, mean of 50 steps; E/k is the most there can be
     "easing": 0.95,  # of the load before: less, and the balance loss is at work
     "collapse": 0.45,  # share of experts effectively in use
-    "collapse_steps": 20,
     "total_collapse": 0.05,  # of the way from the least there can be, k/E, to all: what counts while routers settle
     "unmoved": 0.1,
-    "clip_factor": 0.2,  # median of so many steps:
-    "clip_steps": 100,
+    "clip_factor": 0.2,  # median over 100 steps
     "ratio_high": 3e-2,
     "ratio_low": 1e-6,
-    "rising": 0.4,  # nats above the best mean of so many steps:
-    "rising_steps": 20,
+    "rising": 0.4,  # nats above the best mean of 20 steps
     "impossible": 1.05,  # times the largest step that Adam's averages allow
     "staleness": 2.3,  # Wortsman et al. 2023
     "bad_document": 1.5,  # nats above the batch
@@ -52,10 +46,8 @@ LIMITS = {
     "related": 1.25,  # times chance; code, prose and plays have 1.5 to 20, whatever the tokenizer (bytes the least)
     "room": 2.0,  # times chance, that could be found at most; nearly all one token, and there is none
     "pairs": 40,  # expected by chance in 8 steps: with fewer, nothing can be told
-    "starved": 0.3,  # median of so many steps:
-    "starved_steps": 20,
-    "repeated": 0.2,  # mean of so many steps:
-    "repeated_steps": 20,
+    "starved": 0.3,  # median of 20 steps
+    "repeated": 0.2,
     "context_steps": 200,
     "frequencies": (0.1, 0.2),  # nats below and above their entropy: one who knows only them is there
     "standing": 0.1,  # nats that the loss fell by in 40 steps, with one deviation: more, and it may be passing by
@@ -76,25 +68,24 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """severity: alarm (something is wrong) or warning (something is off). steps: it takes before the rule can judge."""
+    """severity: alarm (something is wrong) or warning (something is off)."""
 
     name: str
     severity: str
     cause: str
     remedy: str
     source: str
-    steps: int
     check: Callable[[History], Iterator[Finding]]
 
 
 RULES: list[Rule] = []
 
 
-def rule(name: str, severity: str, *, cause: str, remedy: str, source: str, steps: int = 1):
+def rule(name: str, severity: str, *, cause: str, remedy: str, source: str):
     """Registers a check as a rule."""
 
     def register(check):
-        RULES.append(Rule(name, severity, cause, remedy, source, steps, check))
+        RULES.append(Rule(name, severity, cause, remedy, source, check))
         return check
 
     return register
