@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellucid.config import UserError
-from pellucid.observe import store
+from pellucid.observe import mounts, store
 from pellucid.observe.reader import Reader, is_missing
 from pellucid.observe.store import MISSING, Record, Row, Stat, Writer, reduce_frames, reduce_rollups
 
@@ -280,8 +280,8 @@ def test_thirty_kills_at_random_moments_lose_at_most_the_last_step_each_and_neve
 
 
 def test_network_file_systems_get_a_rollback_journal_and_batched_commits(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_mounts", lambda: [("/", "ext4"), (str(tmp_path), "nfs4")])
-    assert store.is_network(tmp_path) and not store.is_network(tmp_path.parent)
+    monkeypatch.setattr(mounts, "_mounts", lambda: [("/", "ext4"), (str(tmp_path), "nfs4")])
+    assert mounts.is_network(tmp_path) and not mounts.is_network(tmp_path.parent)
     slow = threading.Event()
     monkeypatch.setattr(store.time, "sleep", lambda seconds: slow.wait(60))  # the second in which commits are gathered
     writer = open_writer(tmp_path)

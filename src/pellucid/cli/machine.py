@@ -14,7 +14,7 @@ from pellucid.config import load_config, preset_names
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="a run, a Hugging Face directory, an official ckpt-0, or a tokenizer.model")],
+    source: Annotated[str, typer.Argument(help="a run or a checkpoint of it, a Hugging Face folder, a ckpt-0, or a tokenizer.model")],
     destination: Annotated[Path, typer.Argument(help="new folder")],
     to: Annotated[str, typer.Option(help="hf (safetensors, for other engines) or xai (the official int8 layout)")] = "hf",
     dtype: Annotated[str | None, typer.Option(help="of the written matrices, for hf: float32 or bfloat16")] = None,

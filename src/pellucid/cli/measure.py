@@ -17,7 +17,7 @@ measure_app = typer.Typer(help="What was learned, and what from: with intervals,
                           no_args_is_help=True)  # fmt: skip
 app.add_typer(measure_app, name="measure")
 
-Model = Annotated[str, typer.Argument(help="a run, a Hugging Face directory, or an official ckpt-0")]
+Model = Annotated[str, typer.Argument(help="a run or one of its checkpoints, a Hugging Face directory, or an official ckpt-0")]
 Data = Annotated[str | None, typer.Option(help="text to measure on; default: what the run held out")]
 Out = Annotated[Path | None, typer.Option(help="folder for the results; default: RUN/measure, else measure/NAME")]
 Seed = Annotated[int, typer.Option(min=0)]

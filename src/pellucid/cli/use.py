@@ -12,9 +12,10 @@ from pellucid.config import UserError
 
 NEW_TOKENS = 200
 
+
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="a run, a Hugging Face directory, or an official ckpt-0")],
+    model: Annotated[str, typer.Argument(help="a run or one of its checkpoints, a Hugging Face directory, or an official ckpt-0")],
     prompt: Annotated[str, typer.Option(help="text to continue; empty begins a new document")] = "",
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="default 200, or as many as the model has room for")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token")] = 0.8,
@@ -85,7 +86,7 @@ def predict(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a run, a Hugging Face directory, or an official ckpt-0")],
+    model: Annotated[str, typer.Argument(help="a run or one of its checkpoints, a Hugging Face directory, or an official ckpt-0")],
     data: Annotated[str | None, typer.Option(help="file, glob, directory or builtin source to predict")] = None,
     harness: Annotated[list[str] | None, typer.Option(help="instead: a task of lm-eval, or a task file; several times")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="with --harness: questions of each task")] = None,

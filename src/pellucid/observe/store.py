@@ -9,11 +9,9 @@ the file, so a kill at any moment loses at most the last step.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from pellucid.config import UserError
+from pellucid.observe.mounts import is_network
 
 SCHEMA_VERSION = 1
 FILE_NAME = "run.sqlite"
@@ -34,7 +33,6 @@ LEVELS = (1, 2, 3)
 RECORDER = 512  # the newest frames of a thinned stream, all kept: the flight recorder
 MISSING_BITS = 0x7FC0FFEE  # a quiet NaN with a payload of its own: "not measured". Any other NaN was measured.
 MISSING = np.array([MISSING_BITS], dtype="<u4").view("<f4")[0]
-NETWORK = ("nfs", "cifs", "smb", "9p", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "sshfs", "davfs", "webdav")
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
@@ -379,27 +377,3 @@ def _sentence(path: Path, error: sqlite3.Error) -> str:
     if "full" in str(error) or (free < 1 << 20 and "I/O" in str(error)):
         return f"{path}: the disk is full; free some space, or choose another --run-dir"
     return f"{path}: cannot be used as a telemetry file ({error}); move it away or use a new run directory"
-
-
-def is_network(folder: Path) -> bool:
-    """Whether `folder` lies on a network file system, where WAL's shared memory does not work (sqlite.org/wal.html)."""
-    real = os.path.realpath(folder)
-    best, kind = "", ""
-    for mount, fstype in _mounts():
-        inside = real == mount or real.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best):
-            best, kind = mount, fstype
-    return any(name in kind.lower() for name in NETWORK)
-
-
-def _mounts() -> list[tuple[str, str]]:
-    """(mount point, file system type) of every mount."""
-    table = Path("/proc/mounts")
-    if table.exists():
-        lines = (line.split() for line in table.read_text(errors="replace").splitlines())
-        return [(parts[1].encode().decode("unicode_escape"), parts[2]) for parts in lines if len(parts) > 2]
-    if sys.platform == "win32":
-        return []
-    lines = subprocess.run(["mount"], capture_output=True, text=True, check=False).stdout.splitlines()
-    halves = [line.partition(" on ")[2].partition(" (") for line in lines]  # macOS: dev on /path (type, options)
-    return [(path, options.partition(",")[0]) for path, _, options in halves if path]

@@ -164,9 +164,9 @@ def as_told(head: HeadConfig, values_MK: np.ndarray) -> np.ndarray:
     if head.problem_type != "regression":
         return told_MK
     told_MK = told_MK * head.std + head.mean
-    with np.errstate(invalid="ignore"):  # NaN and infinities stay what they are
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN, infinities and what does not vary stay what they are
         grid_MK = 10 ** np.ceil(np.log10(np.spacing(np.abs(values_MK).astype(np.float32)) * np.float64(head.std)))
-        return np.where(np.isfinite(told_MK), np.round(told_MK / grid_MK) * grid_MK + 0.0, told_MK)  # + 0.0: no -0
+        return np.where(grid_MK > 0, np.round(told_MK / grid_MK) * grid_MK + 0.0, told_MK)  # + 0.0: no -0
 
 
 def _number(value: float) -> float | None:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from pellucid.config import UserError
+from pellucid.observe.mounts import is_network
 from pellucid.observe.patience import STEPS
 from pellucid.observe.reader import Reader
 from pellucid.observe.rules import RULES
-from pellucid.observe.store import BEFORE, FAN, FILE_NAME, LEVELS, RECORDER, ROLLUP_PARTS, SCHEMA_VERSION, is_network
+from pellucid.observe.store import BEFORE, FAN, FILE_NAME, LEVELS, RECORDER, ROLLUP_PARTS, SCHEMA_VERSION
 from pellucid.observe.web.capsule import Plays, read_capsule
 from pellucid.observe.web.preferences import preferences
 from pellucid.observe.web.river import River

@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from pellucid.config import UserError
-from pellucid.observe.store import FILE_NAME, is_network
+from pellucid.observe.mounts import is_network
+from pellucid.observe.store import FILE_NAME
 from pellucid.observe.web.feed import Feed, _number, answer
 
 PAGE = Path(__file__).parent / "page"
