@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pellucid.model.kernels import gpu
-from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, describe, dot, gelu, tile, wide
+from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, describe, dot, gelu, narrow, tile, wide
 from pellucid.model.kernels.gpu.routing import TILE, Order, sort_by_expert
 from pellucid.model.kernels.products import product, transposed_product
 
@@ -62,7 +62,7 @@ def _up(x, weight, expert_of_tile, used, factor, gate_out, up_out, inner, D, F, 
             x_tile = x.load([row, first])
             gate = dot(x_tile, weight.load([own, first]).T, gate, WIDE)
             up = dot(x_tile, weight.load([own + F, first]).T, up, WIDE)
-        gate, up = gate.to(gate_out.dtype), up.to(up_out.dtype)  # what is kept is what is used
+        gate, up = narrow(gate, gate_out.dtype, HARDWARE), narrow(up, up_out.dtype, HARDWARE)  # what is kept is what is used
         gate_out.store([row, column], gate)
         up_out.store([row, column], up)
         active, _ = gelu(gate.to(tl.float32), HARDWARE)

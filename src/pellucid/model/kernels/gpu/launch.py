@@ -30,6 +30,15 @@ def tanh(x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, HARDWARE: tl.constexpr):
+    """fp32 numbers as `dtype`. To bf16 two at a time: where the result is widened again, triton 3.6 would take them one by one, by the
+    unit that computes exp2 and tanh."""
+    if HARDWARE and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return x.to(dtype)
+
+
+@triton.jit
 def gelu(x, HARDWARE: tl.constexpr):
     """(gelu_tanh(x), its derivative) of Hendrycks & Gimpel 2016, the approximation by tanh; x in fp32."""
     t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x), HARDWARE)
