@@ -63,9 +63,8 @@ def _on_gpu(device: torch.device) -> dict[str, str]:
     """Which kernel serves each part of the model, and what the plain ones are."""
     plain = {"attention": _attention(device), "experts": _experts(device), "routing": "softmax and stable sort",
              "norm": "fp32 operations", "rotary": "fp32 operations",
-             "loss": "chunks of tokens, gradient in the forward pass"}  # fmt: skip
-    moments = {"optimizer.offload": "copies beside the update; not yet proven on a card"}
-    return {name: f"{line}" + (f": {plain[name]}" if line.startswith("plain") else "") for name, line in gpu.status().items()} | moments
+             "loss": "chunks of tokens, gradient in the forward pass", "update": "torch's, fused where it has it"}  # fmt: skip
+    return {name: f"{line}" + (f": {plain[name]}" if line.startswith("plain") else "") for name, line in gpu.status().items()}
 
 
 def _attention(device: torch.device) -> str:

@@ -30,6 +30,7 @@ from pellucid.data.tokenizer import load_tokenizer
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.kernels import gpu, native
+from pellucid.model.kernels.gpu.copies import copy_to_write
 from pellucid.observe.attention import probe_attention
 from pellucid.observe.machine import host_memory
 from pellucid.observe.observer import SilentObserver
@@ -249,11 +250,16 @@ def _step(config: Config, device: torch.device, ledger: Ledger) -> None:
     for number, layer in enumerate(model.layers):
         layer.moe.register_forward_pre_hook(lambda *_, number=number: setattr(ledger, "layer", number))
     weights = list(model.parameters())
+    with _as(ledger, "moments"):  # a first step, so that the moments are there
+        if native.dry() == "cuda" or device.type == "cuda":  # and what the products read
+            training_step(model, optimizer, [_random_batch(config, 1, device, GRANULE)], settings, 1.0, SilentObserver())
+        else:
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight)
+            optimizer.step()
     for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    with _as(ledger, "moments"):
-        optimizer.step()  # a first step, so that the moments are there
-    for weight in weights:
+        if (copy := copy_to_write(weight)) is not None:
+            ledger.see(copy, "weights")
         weight.grad = None
         weight.register_post_accumulate_grad_hook(lambda weight: ledger.see(weight.grad, "gradients"))
     several = min(2, settings.batch_size // settings.micro_batch_size)  # the others repeat the second
@@ -270,8 +276,8 @@ def _as(ledger: Ledger, kind: str) -> Iterator[None]:
     ledger.kind = before
 
 
-def _random_batch(config: Config, rows: int, device: torch.device) -> Batch:
-    T = config.data.sequence_length
+def _random_batch(config: Config, rows: int, device: torch.device, most: int | None = None) -> Batch:
+    T = min(config.data.sequence_length, most or config.data.sequence_length)
     tokens = torch.randint(4, config.model.vocab_size, (rows, T + 1), device=device)
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(rows, T, dtype=torch.int32, device=device),
                  torch.arange(T, dtype=torch.int32, device=device).repeat(rows, 1), torch.arange(rows, device=device),
@@ -300,6 +306,9 @@ class _Observer(SilentObserver):
 
     def after_backward(self, batch) -> None:
         self.ledger.phase = "forward"
+
+    def reads_gradients(self) -> bool:
+        return self.enabled
 
     def before_update(self, result) -> None:
         self.ledger.phase = "update"

@@ -105,6 +105,9 @@ class _Catcher(SilentObserver):
         self.probe = ParameterProbe(replay.model, replay.optimizer)
         self.frame: np.ndarray | None = None
 
+    def reads_gradients(self) -> bool:
+        return True
+
     def before_update(self, result: StepResult) -> None:
         self.device = self.probe.before(None, False)
         if self.name is None:

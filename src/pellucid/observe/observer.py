@@ -60,6 +60,10 @@ class SilentObserver:
     def begin_step(self, step: int) -> None: ...
     def micro_batch(self, batch, routings, per_token_N, predicted_N) -> None: ...
     def after_backward(self, batch) -> None: ...
+    def reads_gradients(self) -> bool:
+        """Asked once a step, before clipping: whether `before_update` and `after_update` will look at the clipped gradients."""
+        return False
+
     def before_update(self, result) -> None: ...
     def after_update(self, result) -> None: ...
     def end_step(self, step: int, result) -> None: ...
@@ -209,8 +213,12 @@ class Observer(SilentObserver):
                 self._packed["small"] = torch.cat([norm[None], self._predictions])
         self._micro += 1
 
+    def reads_gradients(self) -> bool:
+        self._measures = self.budget.affords("parameters", FRAME_EVERY)
+        return self._measures
+
     def before_update(self, result) -> None:
-        if not self.budget.affords("parameters", FRAME_EVERY):
+        if not self._measures:
             self.parameters.forget()
             self._histograms = False
             return

@@ -143,6 +143,9 @@ class Recorder(SilentObserver):
                     output["fan"] = self._fan(self.passage.output(t, target, score, slope), t == self.window.stop - 1)
             self.outputs.append(output)
 
+    def reads_gradients(self) -> bool:
+        return True
+
     def before_update(self, result: StepResult) -> None:
         optimizer, idle = self.replay.optimizer, idle_experts(result.load_LE)
         parameters = {name: (weight, group) for name, weight, group in optimizer_parameters(optimizer)}

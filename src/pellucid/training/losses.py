@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pellucid.model.kernels import gpu, native
+from pellucid.model.kernels.gpu.copies import narrowed
 from pellucid.model.kernels.products import product, transposed_product
 
 IGNORE = -100
@@ -80,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, embedding_VD, targets_N, multiplier, z_loss_weight, ignore_index, chunk_size, wanted):
         dtype = _sum_dtype(hidden_ND)
-        table_VD = embedding_VD.to(hidden_ND.dtype)
+        table_VD = narrowed(embedding_VD, hidden_ND.dtype)
         per_token_N = hidden_ND.new_zeros(len(targets_N), dtype=dtype)
         z_loss = hidden_ND.new_zeros((), dtype=dtype)
         want_hidden, want_embedding = (wanted and need for need in ctx.needs_input_grad[:2])

@@ -78,7 +78,7 @@ def training_step(
         observer.after_backward(batch)
         clock.lap("observe")
     result.settle()  # not before: the GPU would idle until the backward pass is launched
-    gradient_norm = clip_gradients(model, settings.gradient_clip, result)
+    gradient_norm = clip_gradients(model, optimizer, settings.gradient_clip, result, in_place=observer.reads_gradients())
     clock.lap("clip")
 
     result.applied = math.isfinite(result.loss) and bool(torch.isfinite(gradient_norm))
@@ -132,16 +132,21 @@ def count_predictions(micro_batches: Sequence[Any], settings: TrainingConfig) ->
     return sum(int(TASKS[settings.task].predicts(batch).sum()) for batch in micro_batches)
 
 
-def clip_gradients(model: Grok1, largest_norm: float, result: StepResult) -> Tensor:
+def clip_gradients(model: Grok1, optimizer: torch.optim.Optimizer, largest_norm: float, result: StepResult, in_place: bool) -> Tensor:
     """Scale all gradients by min(1, largest_norm / norm), the norm over all of them (Pascanu et al. 2013); 0: leave them.
 
     A norm that is not finite leaves them too: their step is skipped, and what is recorded of them is theirs.
+    Unless `in_place`, an optimizer that can scales them as it reads them, to the same bits: a pass less over all of them.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     result.grad_norm = norm.item()
     if 0 < largest_norm < result.grad_norm < math.inf:
         result.clip_factor = largest_norm / result.grad_norm
+    scales = hasattr(optimizer, "gradient_factor")
+    if scales:
+        optimizer.gradient_factor = 1.0 if in_place else result.clip_factor
+    if result.clip_factor < 1 and (in_place or not scales):
         torch._foreach_mul_(gradients, result.clip_factor)
     return norm
 

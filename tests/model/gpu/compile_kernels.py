@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pellucid.model.kernels.gpu import attention, experts, loss, norm, rotary, routing
+from pellucid.model.kernels.gpu import attention, experts, loss, norm, rotary, router, routing, update
 
 
 def blocks(config: dict, **letters: str) -> dict:
@@ -26,7 +26,9 @@ EXPERTS = {"TILE": routing.TILE, "WIDE": False, "HARDWARE": True}
 FLOATS = {"q", "k", "v", "out", "grad", "grad_q", "grad_kv", "x", "y", "weight", "gate_up", "inner", "down", "rows",
           "grad_gate_up", "residual", "products", "left", "right", "grad_x", "reached", "lost", "turned"}  # fmt: skip
 FP32 = {"sums", "delta", "factor", "grad_factor", "scale", "nats", "normalizer", "logits", "bias", "probs", "gate",
-        "cos", "sin"}  # fmt: skip
+        "cos", "sin", "exp_avg", "exp_avg_sq"}  # fmt: skip
+ROUTER = {"weight": "*fp32", "grad": "*fp32", "scores": "*fp32"}
+ADAM = ("clip", "keep", "l2", "new1", "beta2", "new2", "rate", "root", "eps")
 INT64 = {"index", "first_E", "tokens_E", "targets", "row"}
 CASES = [
     (attention._forward, blocks({**ATTENTION, **attention.FORWARD[2]}, q="MD", k="ND", v="ND")),
@@ -45,10 +47,15 @@ CASES = [
     (routing._choose, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
     (routing._count, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
     (routing._place, {"E": 8, "k": 2, "BLOCK": routing.BLOCK, "BLOCK_E": 8}),
+    (router._score, {"BLOCK_N": 4, "BLOCK_D": 8192, **ROUTER}),
+    (router._score_backward_x, {"BLOCK_N": router.BLOCK_N, "BLOCK_D": router.BLOCK_D, **ROUTER}),
+    (router._score_backward_weight, {"BLOCK_N": router.BLOCK_N, "BLOCK_D": router.BLOCK_D, "BLOCK_E": 16, **ROUTER}),
     (norm._forward, {"RESIDUAL": True, "BLOCK_D": 8192, "weight": "*fp32", "eps": "fp32"}),
     (norm._backward, {"BLOCK_D": 8192, "weight": "*fp32"}),
     (rotary._turn, {"G": 6, "d": 128, "BACK": False, "HEADS": 16, "PAIRS": 64}),
     (loss._rows, {"SLOPE": True, "BLOCK": 4096, "multiplier": "fp32", "z_weight": "fp32", "ignore": "i32"}),
+    (update._adam, {"COPY": True, "BLOCK": update.BLOCK, "weight": "*fp32", "grad": "*fp32", "copy": "*bf16", "num_warps": 8,
+                    "enable_fp_fusion": False, **dict.fromkeys(ADAM, "fp32")}),
 ]
 
 
@@ -64,7 +71,7 @@ def kind(name: str, given: dict) -> str:
 def main(backend: str, arch: str) -> None:
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     for kernel, given in CASES:
-        options = {key: given[key] for key in ("num_warps", "num_stages") if key in given}
+        options = {key: given[key] for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in given}
         constants = {name: given[name] for name in kernel.arg_names if name in given and not isinstance(given[name], str)}
         if backend != "cuda" and "HARDWARE" in constants:
             constants["HARDWARE"] = False

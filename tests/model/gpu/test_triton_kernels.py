@@ -165,6 +165,42 @@ def test_routing(N, E, k):
     assert (order.row_Nk.flatten()[stable] == at).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "D", "E"), [(1, 16, 8), (70, 40, 5), (33, 130, 2), LARGE(5000, 6144, 8), LARGE(777, 1536, 64)])
+def test_router_scores(N, D, E, dtype):
+    from pellucid.model.kernels.gpu.router import router_scores
+
+    torch.manual_seed(N)
+    x, weight = torch.randn(N, D, device=DEVICE).to(dtype), torch.randn(E, D, device=DEVICE) / D**0.5
+    (y, grad_x, grad_weight), expected = both(router_scores, lambda x, w: x @ w.T, (x, weight))
+    assert y.dtype == grad_weight.dtype == torch.float32 and grad_x.dtype == dtype
+    assert_close((y, grad_weight), (expected[0], expected[2]), 2**-18)  # in fp32, whatever x is
+    assert_close((grad_x,), (expected[1],), EPS[dtype])
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamw"])
+@pytest.mark.parametrize("numel", [1, 300, LARGE(5_000_001)])
+def test_update_is_the_plain_rule_s(rule, numel):
+    """Four steps with the gradient scaled on the way, against the rule in float64."""
+    from pellucid.model.kernels.gpu.update import adam_
+    from pellucid.training.optimizers import RULES
+
+    torch.manual_seed(numel)
+    settings = {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    weight = torch.randn(numel, device=DEVICE)
+    exp_avg, exp_avg_sq = torch.zeros(2, numel, device=DEVICE)
+    copy, expected, state = torch.empty(numel, dtype=torch.bfloat16, device=DEVICE), weight.double(), {}
+    for step in range(1, 5):
+        grad = torch.randn(numel, device=DEVICE) * 10 ** torch.randint(-6, 3, (numel,), device=DEVICE)
+        update = RULES[rule](expected, grad.double() * 0.3, state, weight_decay=0.1, **settings)
+        expected, state = update.weight_after, update.state
+        decay = {"decay": 0.1, "l2": 0.0} if rule == "adamw" else {"decay": 0.0, "l2": 0.1}
+        adam_(weight, grad, exp_avg, exp_avg_sq, copy, clip=0.3, step=step, **settings, **decay)
+        assert_close((weight, exp_avg, exp_avg_sq), (expected, state["exp_avg"], state["exp_avg_sq"]), 1e-6)
+        rounded = weight.bfloat16()  # the interpreter cuts off instead
+        assert torch.equal(copy, rounded) if DEVICE == "cuda" else ((copy - weight).abs() <= weight.abs() * 2**-7).all()
+
+
 def test_a_token_that_is_not_a_number_chooses_experts_that_exist():
     from pellucid.model.kernels.gpu.routing import route, sort_by_expert
 

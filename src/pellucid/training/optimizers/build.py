@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.config import OptimizerConfig, UserError
+from pellucid.model.kernels import gpu
 from pellucid.training.optimizers.adafactor import BETA2_DECAY, LARGEST_RMS, SMALLEST_SCALE, adafactor
 from pellucid.training.optimizers.adam import adam, adamw
 from pellucid.training.optimizers.lion import Lion, lion
@@ -35,14 +36,15 @@ FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> torch.optim.Optimizer:
     """The fast optimizer over all parameters of the model that require a gradient. seed: of rounded moments (see stored.py)."""
-    optimizer = _ordinary(model, config)
     if config.state_dtype == "fp32" and not config.offload:
-        return optimizer
+        return _ordinary(model, config)
     dtype = torch.bfloat16 if config.state_dtype == "bf16" else None
-    return Stored(optimizer.param_groups, dtype=dtype, offload=config.offload, seed=seed)
+    groups = _ordinary(model, config, in_one_pass=False).param_groups
+    return Stored(groups, dtype=dtype, offload=config.offload, seed=seed)
 
 
-def _ordinary(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def _ordinary(model: nn.Module, config: OptimizerConfig, in_one_pass: bool = True) -> torch.optim.Optimizer:
+    """in_one_pass: whether a kernel of our own may do Adam's update."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     matrices = [(name, weight) for name, weight in named if is_hidden_matrix(name, weight)]
     others = [(name, weight) for name, weight in named if not is_hidden_matrix(name, weight)]
@@ -59,6 +61,10 @@ def _ordinary(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimize
     ]
     groups = [group for group in groups if group["params"]]
     if config.name in ("adam", "adamw"):
+        if in_one_pass and gpu.fits("update", *(weight for _, weight in named)):
+            from pellucid.training.optimizers.one_pass import OnePassAdam  # triton is not everywhere
+
+            return OnePassAdam(groups, betas=(config.beta1, config.beta2), eps=config.eps)
         return _adam_family(config.name, groups, config, named)
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0

@@ -21,17 +21,18 @@ from pellucid.model.kernels import native
 KERNELS = {
     "attention": "capped causal attention over grouped heads and documents, forward and backward",
     "experts": "grouped products with GeGLU and gate in the epilogue, sum over choices out; gradients in fp32",
-    "routing": "softmax, top-k and the sort by expert",
+    "routing": "the router's scores, softmax, top-k and the sort by expert",
     "norm": "RMSNorm with the residual sum",
     "rotary": "rotary positions, from token order to head order",
     "loss": "cross-entropy rows in place",
+    "update": "Adam and AdamW in one pass with clipping and the bf16 copy of the weights",
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BF16, BOTH = (torch.bfloat16,), (torch.bfloat16, torch.float32)
 # Where they serve unasked: kernels whose tests have run on a Hopper card, in the dtypes that training uses; products in fp32 are
 # left to torch, which nobody has compared there (docs/speed.md). On other cards nobody has run them.
 PROVEN: dict[str, tuple[torch.dtype, ...]] = {
-    "attention": BF16, "experts": BF16, "routing": BOTH, "norm": BOTH, "rotary": BOTH, "loss": BOTH,
+    "attention": BF16, "experts": BF16, "routing": BOTH, "norm": BOTH, "rotary": BOTH, "loss": BOTH, "update": BOTH,
 }  # fmt: skip
 PROVEN_ON = 9, "Hopper"  # compute capability
 # Bytes that an operator holds at most while it runs, beside its arguments: what `plan` cannot see from outside. By operator, from its
