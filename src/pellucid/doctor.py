@@ -63,7 +63,8 @@ def _on_gpu(device: torch.device) -> dict[str, str]:
     """Which kernel serves each part of the model, and what the plain ones are."""
     plain = {"attention": _attention(device), "experts": _experts(device), "routing": "softmax and stable sort",
              "norm": "fp32 operations", "rotary": "fp32 operations",
-             "loss": "chunks of tokens, gradient in the forward pass", "update": "torch's, fused where it has it"}  # fmt: skip
+             "loss": "chunks of tokens, gradient in the forward pass", "scores": "an fp32 product",
+             "update": "torch's, fused where it has it"}  # fmt: skip
     return {name: f"{line}" + (f": {plain[name]}" if line.startswith("plain") else "") for name, line in gpu.status().items()}
 
 

@@ -40,7 +40,7 @@ class Router(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        if gpu.fits("routing", x_ND, self.weight):
+        if gpu.fits("scores", x_ND, self.weight):
             from pellucid.model.kernels.gpu.router import router_scores
 
             return router_scores(x_ND, self.weight)

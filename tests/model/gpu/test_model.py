@@ -54,13 +54,13 @@ class Log(TorchDispatchMode):
 
 
 def test_loss_and_gradients_equal_those_of_the_plain_functions(monkeypatch):
+    torch.manual_seed(0)
     tokens = torch.randint(3, 50, (2, 40), device=DEVICE)
     segments = (torch.arange(40, device=DEVICE) // 13).expand(2, 40)
     results = []
     log = Log()
     for kernels in ("plain", "triton"):
         monkeypatch.setenv("PELLUCID_KERNELS", kernels)
-        torch.manual_seed(0)
         model = small_model()
         with log:
             hidden, _ = model.hidden_states(tokens, segment_ids=segments)

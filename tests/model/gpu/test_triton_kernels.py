@@ -296,9 +296,11 @@ def test_unasked_a_kernel_serves_on_the_card_that_it_was_proven_on_and_says_so(m
     monkeypatch.delenv("PELLUCID_KERNELS")
     for here in (True, False):
         monkeypatch.setattr(gpu, "_is_proven_here", lambda here=here: here)
-        assert {name for name in gpu.KERNELS if gpu.chosen(name, torch.bfloat16)} == (set(gpu.KERNELS) if here else set())
+        proven = {name for name, dtypes in gpu.PROVEN.items() if dtypes}
+        assert {name for name in gpu.KERNELS if gpu.chosen(name, torch.bfloat16)} == (proven if here else set())
         assert not gpu.chosen("attention", torch.float32) and gpu.chosen("norm", torch.float32) == here
         lines = gpu.status()
-        assert all(("our Triton kernel (" if here else "is proven on Hopper cards only") in line for line in lines.values())
+        assert all(("our Triton kernel (" if here else "is proven on Hopper cards only") in lines[name] for name in proven)
+        assert all("has not run on a card yet (PELLUCID_KERNELS=triton" in lines[name] for name in gpu.KERNELS.keys() - proven)
         assert lines["experts"].endswith("in fp32 plain PyTorch") == here
         assert set(gpu.KERNELS) <= set(doctor._on_gpu(torch.device("cuda")))

@@ -21,7 +21,8 @@ from pellucid.model.kernels import native
 KERNELS = {
     "attention": "capped causal attention over grouped heads and documents, forward and backward",
     "experts": "grouped products with GeGLU and gate in the epilogue, sum over choices out; gradients in fp32",
-    "routing": "the router's scores, softmax, top-k and the sort by expert",
+    "scores": "the router's scores in fp32 from bf16 activations",
+    "routing": "softmax, top-k and the sort by expert",
     "norm": "RMSNorm with the residual sum",
     "rotary": "rotary positions, from token order to head order",
     "loss": "cross-entropy rows in place",
@@ -32,7 +33,8 @@ BF16, BOTH = (torch.bfloat16,), (torch.bfloat16, torch.float32)
 # Where they serve unasked: kernels whose tests have run on a Hopper card, in the dtypes that training uses; products in fp32 are
 # left to torch, which nobody has compared there (docs/speed.md). On other cards nobody has run them.
 PROVEN: dict[str, tuple[torch.dtype, ...]] = {
-    "attention": BF16, "experts": BF16, "routing": BOTH, "norm": BOTH, "rotary": BOTH, "loss": BOTH, "update": BOTH,
+    "attention": BF16, "experts": BF16, "routing": BOTH, "norm": BOTH, "rotary": BOTH, "loss": BOTH,
+    "scores": (), "update": (),  # have run in the interpreter alone
 }  # fmt: skip
 PROVEN_ON = 9, "Hopper"  # compute capability
 # Bytes that an operator holds at most while it runs, beside its arguments: what `plan` cannot see from outside. By operator, from its
@@ -83,9 +85,11 @@ def status() -> dict[str, str]:
             return "plain PyTorch: the package triton is not installed (pip install 'pellucid[gpu]')"
         if chosen(name, torch.bfloat16):
             only = "" if chosen(name, torch.float32) else "; in fp32 plain PyTorch"
-            return f"our Triton kernel ({KERNELS[name]})" + only + ("" if _is_proven_here() else "; not proven on this card")
+            proven = PROVEN[name] and _is_proven_here()
+            return f"our Triton kernel ({KERNELS[name]})" + only + ("" if proven else "; not proven on this card")
         if os.environ.get("PELLUCID_KERNELS") is not None:
             return f"plain PyTorch: PELLUCID_KERNELS={os.environ['PELLUCID_KERNELS']} is set"
-        return f"plain PyTorch: our Triton kernel is proven on {PROVEN_ON[1]} cards only (PELLUCID_KERNELS=triton takes it)"
+        where = f"is proven on {PROVEN_ON[1]} cards only" if PROVEN[name] else "has not run on a card yet"
+        return f"plain PyTorch: our Triton kernel {where} (PELLUCID_KERNELS=triton takes it)"
 
     return {name: line(name) for name in KERNELS}

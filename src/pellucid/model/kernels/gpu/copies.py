@@ -18,25 +18,29 @@ from pellucid.model.kernels import gpu
 @dataclass
 class _Copy:
     dtype: torch.dtype  # in which it was asked for
-    tensor: Tensor | None = None  # not before an update writes it
-    shows: tuple = ()  # the state of the master
+    tensor: Tensor | None = None
+    shows: tuple = ()  # the state of the master when an update wrote it
 
 
 _COPIES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by master
 
 
+def copy_of(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The weight's copy in this dtype, if an update has written one that is up to date; asks for one otherwise."""
+    is_master = isinstance(weight, torch.nn.Parameter) and weight.dtype != dtype
+    if torch.compiler.is_compiling() or not is_master or not gpu.fits("update", weight):
+        return None
+    copy = _COPIES.get(weight)
+    if copy is None or copy.dtype != dtype:
+        _COPIES[weight] = copy = _Copy(dtype)
+    return copy.tensor if copy.shows == _state(weight) else None
+
+
 @torch.no_grad()
 def narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in this dtype, without a gradient: its copy, if that is up to date, or a cast."""
-    if weight.dtype == dtype:
-        return weight.detach()
-    if not torch.compiler.is_compiling() and isinstance(weight, torch.nn.Parameter) and gpu.fits("update", weight):
-        copy = _COPIES.get(weight)
-        if copy is None or copy.dtype != dtype:
-            _COPIES[weight] = _Copy(dtype)
-        elif copy.tensor is not None and copy.shows == _state(weight):
-            return copy.tensor
-    return weight.detach().to(dtype)
+    """The weight in this dtype, without a gradient: its copy, if there is one, or a cast."""
+    copy = copy_of(weight, dtype)
+    return weight.detach().to(dtype) if copy is None else copy
 
 
 def copy_to_write(weight: Tensor) -> Tensor | None:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pellucid.model.kernels import gpu
-from pellucid.model.kernels.gpu.copies import narrowed
+from pellucid.model.kernels.gpu.copies import copy_of
 from pellucid.model.kernels.gpu.launch import HARDWARE_TANH, INTERPRETED, describe, dot, gelu, narrow, tile, wide
 from pellucid.model.kernels.gpu.routing import TILE, Order, sort_by_expert
 from pellucid.model.kernels.products import product, transposed_product
@@ -204,23 +204,29 @@ def _factors(gate_Nk: Tensor, order: Order) -> Tensor:
 
 
 @torch.library.custom_op("pellucid::experts", mutates_args=())
-def _experts(x_ND: Tensor, gate_Nk: Tensor, expert_index_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor, gate_up_read: Tensor,
-             down_read: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The masters are there for their gradients, `read` is what is multiplied: the same in x's dtype."""
+def _experts(x_ND: Tensor, gate_Nk: Tensor, expert_index_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
+             gate_up_copy: Tensor | None, down_copy: Tensor | None,
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x_ND, (E, D, F) = x_ND.contiguous(), down_proj.shape
     order = sort_by_expert(expert_index_Nk, E)
     arrived = order.to_host() if _is_much(expert_index_Nk, down_proj) else None
     M, config = len(order.token_M), UP[x_ND.element_size()]
     gate_up, inner, (block_o, block_i) = x_ND.new_empty(M, 2 * F), x_ND.new_empty(M, F), (config["BLOCK_O"], config["BLOCK_I"])
     _up[(len(order.expert_of_tile) * triton.cdiv(F, block_o),)](
-        describe(_sorted(x_ND, order), TILE, block_i), describe(gate_up_read, block_o, block_i), order.expert_of_tile,
-        order.used, _factors(gate_Nk, order), *(describe(part, TILE, block_o) for part in (*gate_up.chunk(2, 1), inner)), D, F,
+        describe(_sorted(x_ND, order), TILE, block_i), describe(_read(gate_up_proj, gate_up_copy, x_ND), block_o, block_i),
+        order.expert_of_tile, order.used, _factors(gate_Nk, order),
+        *(describe(part, TILE, block_o) for part in (*gate_up.chunk(2, 1), inner)), D, F,
         TILE=TILE, WIDE=wide(x_ND), HARDWARE=HARDWARE_TANH, **config)  # fmt: skip
     if arrived is not None:
         arrived.synchronize()  # while `_up` still runs: the GPU does not idle
-    y_ND = _summed(_rows_times(inner, down_read, order, transposed=True), order.row_Nk)
+    y_ND = _summed(_rows_times(inner, _read(down_proj, down_copy, x_ND), order, transposed=True), order.row_Nk)
     return (y_ND, gate_up, order.row_Nk, order.token_M, order.expert_of_tile, order.first_E, order.tokens_E, order.used,
             order.host_E)  # fmt: skip
+
+
+def _read(weight: Tensor, copy: Tensor | None, x: Tensor) -> Tensor:
+    """What is multiplied: the weight in x's dtype."""
+    return weight.to(x.dtype) if copy is None else copy
 
 
 def _is_much(expert_index_Nk: Tensor, down_proj: Tensor) -> bool:
@@ -229,7 +235,7 @@ def _is_much(expert_index_Nk: Tensor, down_proj: Tensor) -> bool:
 
 
 @_experts.register_fake
-def _(x_ND, gate_Nk, expert_index_Nk, gate_up_proj, down_proj, *read):
+def _(x_ND, gate_Nk, expert_index_Nk, gate_up_proj, down_proj, *copies):
     (N, k), (E, D, F) = expert_index_Nk.shape, down_proj.shape
     tiles, host = (N * k + TILE - 1) // TILE + E, E if _is_much(expert_index_Nk, down_proj) else 0
     empty = lambda dtype, *shape: x_ND.new_empty(shape, dtype=dtype)
@@ -239,19 +245,20 @@ def _(x_ND, gate_Nk, expert_index_Nk, gate_up_proj, down_proj, *read):
 
 
 @torch.library.custom_op("pellucid::experts_backward", mutates_args=())
-def _experts_backward(grad_ND: Tensor, x_ND: Tensor, gate_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor, gate_up_read: Tensor,
-                      down_read: Tensor, gate_up: Tensor, row_Nk: Tensor, token_M: Tensor, expert_of_tile: Tensor, first_E: Tensor,
-                      tokens_E: Tensor, used: Tensor, host_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _experts_backward(grad_ND: Tensor, x_ND: Tensor, gate_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor,
+                      gate_up_copy: Tensor | None, down_copy: Tensor | None, gate_up: Tensor, row_Nk: Tensor, token_M: Tensor,
+                      expert_of_tile: Tensor, first_E: Tensor, tokens_E: Tensor, used: Tensor, host_E: Tensor,
+                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     order = Order(row_Nk, token_M, expert_of_tile, first_E, tokens_E, used, host_E)
     grad_ND, M, F = grad_ND.contiguous(), len(token_M), down_proj.shape[2]
     grad_MD = _sorted(grad_ND, order)
-    reached = _rows_times(grad_MD, down_read, order, transposed=False)
+    reached = _rows_times(grad_MD, _read(down_proj, down_copy, x_ND), order, transposed=False)
     grad_gate_up, shares = torch.empty_like(gate_up), gate_Nk.new_empty(M)
     _open[(M,)](reached, gate_up, _factors(gate_Nk, order), used, grad_gate_up, shares, F, TILE, min(OPEN_BLOCK, tile(F)),
                 HARDWARE_TANH)  # fmt: skip
     grad_down = _weight_gradients(grad_MD, reached, order, down_proj)  # it is the hidden layer now
     del grad_MD, reached
-    grad_x = _summed(_rows_times(grad_gate_up, gate_up_read, order, transposed=False), row_Nk)
+    grad_x = _summed(_rows_times(grad_gate_up, _read(gate_up_proj, gate_up_copy, x_ND), order, transposed=False), row_Nk)
     grad_gate_up_proj = _weight_gradients(grad_gate_up, _sorted(x_ND.contiguous(), order), order, gate_up_proj)
     return grad_x, shares[row_Nk], grad_gate_up_proj, grad_down
 
@@ -261,18 +268,21 @@ def _(grad_ND, x_ND, gate_Nk, gate_up_proj, down_proj, *kept):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (x_ND, gate_Nk, gate_up_proj, down_proj))
 
 
-def _within_forward(x_ND: Tensor, gate_Nk: Tensor, index_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor, *_) -> int:
+def _within_forward(x_ND: Tensor, gate_Nk: Tensor, index_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor, copy: Tensor | None, _,
+                    ) -> int:  # fmt: skip
     """Bytes while `up` runs, or `down`."""
-    rows, (_, D, F) = _rows(index_Nk, down_proj), down_proj.shape
-    return x_ND.element_size() * rows * (3 * F + D)
+    rows, (E, D, F), cast = _rows(index_Nk, down_proj), down_proj.shape, copy is None and gate_up_proj.dtype != x_ND.dtype
+    return x_ND.element_size() * (rows * (3 * F + D) + cast * 2 * E * D * F)
 
 
-def _within_backward(grad_ND: Tensor, x_ND: Tensor, gate_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor, gate_up_read: Tensor,
-                     down_read: Tensor, gate_up: Tensor, *_) -> int:  # fmt: skip
+def _within_backward(grad_ND: Tensor, x_ND: Tensor, gate_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor, copy: Tensor | None, _,
+                     gate_up: Tensor, *__) -> int:  # fmt: skip
     """Bytes while the gradient goes back through down, to its weights, through up, and to its weights."""
-    rows, (_, D, F), size = len(gate_up), down_proj.shape, x_ND.element_size()
+    rows, (E, D, F), size = len(gate_up), down_proj.shape, x_ND.element_size()
+    cast = E * D * F * (copy is None and gate_up_proj.dtype != x_ND.dtype)
     down, up, grad_x = (tensor.numel() * tensor.element_size() for tensor in (down_proj, gate_up_proj, x_ND))
-    return max(size * rows * (D + 3 * F) + down, size * rows * (2 * F + D) + down + grad_x + up)
+    return max(size * (rows * (D + F) + cast), size * rows * (D + 3 * F) + down, size * (rows * (2 * F + D) + 2 * cast) + down,
+               size * rows * (2 * F + D) + down + grad_x + up)  # fmt: skip
 
 
 def _rows(index_Nk: Tensor, down_proj: Tensor) -> int:
@@ -300,5 +310,5 @@ _experts.register_autograd(_gradients, setup_context=_save)
 
 def experts(x_ND: Tensor, gate_Nk: Tensor, expert_index_Nk: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     """Sum over each token's choices of gate * down(gelu(gate_proj(x)) * up(x)), [N, D]; weights may be fp32 masters."""
-    read = (narrowed(weight, x_ND.dtype) for weight in (gate_up_proj, down_proj))
-    return _experts(x_ND, gate_Nk, expert_index_Nk, gate_up_proj, down_proj, *read)[0]
+    copies = (copy_of(weight, x_ND.dtype) for weight in (gate_up_proj, down_proj))
+    return _experts(x_ND, gate_Nk, expert_index_Nk, gate_up_proj, down_proj, *copies)[0]
