@@ -25,8 +25,7 @@ from pellucid.model.moe import MoE
 WAYS = {  # of each table: its axes
     "attention.FORWARD": {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
     "attention.BACKWARD_Q": {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)},
-    "attention.BACKWARD_K": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
-    "attention.BACKWARD_V": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "attention.BACKWARD_KV": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
     "experts.UP": {"BLOCK_O": (64, 128), "GROUP": (8, 16, 32), "num_warps": (4, 8), "num_stages": (3, 4)},
     "experts.DOWN": {"BLOCK_O": (128, 256), "GROUP": (8, 16), "num_warps": (4, 8), "num_stages": (3, 4)},
     "experts.WEIGHT": {"BLOCK_O": (128, 256), "BLOCK_I": (128, 256), "num_warps": (4, 8), "num_stages": (3, 4)},

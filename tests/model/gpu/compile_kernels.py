@@ -23,7 +23,7 @@ def blocks(config: dict, **letters: str) -> dict:
 
 ATTENTION = {"G": 6, "d": 128, "BLOCK_D": 128, "WIDE": False, "HARDWARE": True, "multiplier": "fp32", "cap": "fp32"}
 EXPERTS = {"TILE": routing.TILE, "WIDE": False, "HARDWARE": True}
-FLOATS = {"q", "k", "v", "out", "grad", "grad_q", "grad_kv", "x", "y", "weight", "gate_up", "inner", "down", "rows",
+FLOATS = {"q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v", "x", "y", "weight", "gate_up", "inner", "down", "rows",
           "grad_gate_up", "residual", "products", "left", "right", "grad_x", "reached", "lost", "turned"}  # fmt: skip
 FP32 = {"sums", "delta", "factor", "grad_factor", "scale", "nats", "normalizer", "logits", "bias", "probs", "gate",
         "cos", "sin", "exp_avg", "exp_avg_sq"}  # fmt: skip
@@ -33,8 +33,7 @@ INT64 = {"index", "first_E", "tokens_E", "targets", "row"}
 CASES = [
     (attention._forward, blocks({**ATTENTION, **attention.FORWARD[2]}, q="MD", k="ND", v="ND")),
     (attention._backward_q, blocks({**ATTENTION, **attention.BACKWARD_Q[2]}, q="MD", k="ND", v="ND", grad="MD")),
-    (attention._backward_kv, blocks({**ATTENTION, "VALUES": False, **attention.BACKWARD_K[2]}, q="MD", k="ND", v="ND", grad="MD")),
-    (attention._backward_kv, blocks({**ATTENTION, "VALUES": True, **attention.BACKWARD_V[2]}, q="MD", k="ND", v="ND", grad="MD")),
+    (attention._backward_kv, blocks({**ATTENTION, **attention.BACKWARD_KV[2]}, q="MD", k="ND", v="ND", grad="MD")),
     (attention._turn_gradient, {**ATTENTION, "HEADS": attention.HEADS}),
     (attention._turn_gradient, {**ATTENTION, "HEADS": attention.HEADS, "lost": None}),  # fp32's
     (experts._up, blocks({**EXPERTS, **experts.UP[2]}, x="TI", weight="OI", inner="TO", gate_out="TO", up_out="TO")),

@@ -24,10 +24,9 @@ FP32 = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 # By bytes of a number.
 FORWARD = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, 4: FP32}
 BACKWARD_Q = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}, 4: FP32}
-BACKWARD_K = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}, 4: FP32}
-BACKWARD_V = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}, 4: FP32}
+BACKWARD_KV = {2: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}, 4: FP32}
 if INTERPRETED:
-    FORWARD = BACKWARD_Q = BACKWARD_K = BACKWARD_V = {size: {"BLOCK_M": 32, "BLOCK_N": 32} for size in (2, 4)}
+    FORWARD = BACKWARD_Q = BACKWARD_KV = {size: {"BLOCK_M": 32, "BLOCK_N": 32} for size in (2, 4)}
 
 
 @triton.jit
@@ -139,10 +138,9 @@ def _backward_q(q, k, v, grad, normalizer, delta, key_document, query_document, 
 
 
 @triton.jit
-def _backward_kv(q, k, v, grad, normalizer, delta, key_document, query_document, last_query, run_start, run_stop, grad_kv, K, T,
-                 multiplier, cap, VALUES: tl.constexpr, G: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
-    """The gradient of the values, or that of the keys: both at once would fill the registers, and take longer than one by one."""
+def _backward_kv(q, k, v, grad, normalizer, delta, key_document, query_document, last_query, run_start, run_stop, grad_k, grad_v, K, T,
+                 multiplier, cap, G: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_D: tl.constexpr, WIDE: tl.constexpr, HARDWARE: tl.constexpr):  # fmt: skip
     head = tl.program_id(1)
     batch = head // K
     normalizer, delta = normalizer + head.to(tl.int64) * T * G, delta + head.to(tl.int64) * T * G
@@ -155,34 +153,23 @@ def _backward_kv(q, k, v, grad, normalizer, delta, key_document, query_document,
     whole = tl.cdiv(last_key * G, BLOCK_M) * BLOCK_M
     whole_stop = tl.where(one_run, tl.load(run_stop + batch * T + last_key) * G // BLOCK_M * BLOCK_M, whole)
     whole_stop = tl.maximum(whole, whole_stop)
-    k_tile = k.load([head * T + first_key, 0])
-    if not VALUES:
-        v_tile = v.load([head * T + first_key, 0])
-    result = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    # Blocks of rows that see all these keys, then those before and after them: three loops would be serialized by the assembler.
-    before = (whole - start) // BLOCK_M
-    for masked in tl.static_range(2):
-        blocks = before + tl.cdiv(tl.maximum(stop - whole_stop, 0), BLOCK_M) if masked else (whole_stop - whole) // BLOCK_M
-        for block in range(blocks):
-            first = whole + block * BLOCK_M
-            if masked:
-                first = start + block * BLOCK_M + tl.where(block < before, 0, whole_stop - whole)
-            rows = first + tl.arange(0, BLOCK_M)
-            q_tile, grad_tile = q.load([head * T * G + first, 0]), grad.load([head * T * G + first, 0])
-            # Turned, [N, M]: the weights multiply as they lie.
-            capped = tanh(dot(k_tile, q_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE) * (multiplier / cap), HARDWARE)
-            scale = tl.load(normalizer + rows, mask=rows < T * G, other=0.0)[None, :]
-            weights = tl.exp2(capped * (cap * LOG2_E) - scale)
-            if masked:
-                weights = _visible(weights, (rows // G)[None, :], keys[:, None], query_document, key_document, T)
-            if VALUES:
-                result = dot(weights.to(grad_tile.dtype), grad_tile, result, WIDE)
-            else:
-                reached = dot(v_tile, grad_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE)
-                mean = tl.load(delta + rows, mask=rows < T * G, other=0.0)[None, :]
-                slope = weights * (reached - mean) * (1.0 - capped * capped)
-                result = dot(slope.to(q_tile.dtype), q_tile, result, WIDE)
-    _store_rows(grad_kv + head.to(tl.int64) * T * d, result if VALUES else result * multiplier, keys, T, d, BLOCK_D)
+    k_tile, v_tile = k.load([head * T + first_key, 0]), v.load([head * T + first_key, 0])
+    result_k, result_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(start, stop, BLOCK_M):  # turned, [N, M]: the weights multiply as they lie
+        rows = first + tl.arange(0, BLOCK_M)
+        q_tile, grad_tile = q.load([head * T * G + first, 0]), grad.load([head * T * G + first, 0])
+        capped = tanh(dot(k_tile, q_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE) * (multiplier / cap), HARDWARE)
+        scale = tl.load(normalizer + rows, mask=rows < T * G, other=0.0)[None, :]
+        weights = tl.exp2(capped * (cap * LOG2_E) - scale)
+        if (first < whole) | (first >= whole_stop):  # one loop here: three would keep too much in registers
+            weights = _visible(weights, (rows // G)[None, :], keys[:, None], query_document, key_document, T)
+        result_v = dot(weights.to(grad_tile.dtype), grad_tile, result_v, WIDE)
+        reached = dot(v_tile, grad_tile.T, tl.zeros((BLOCK_N, BLOCK_M), tl.float32), WIDE)
+        mean = tl.load(delta + rows, mask=rows < T * G, other=0.0)[None, :]
+        slope = weights * (reached - mean) * (1.0 - capped * capped)
+        result_k = dot(slope.to(q_tile.dtype), q_tile, result_k, WIDE)
+    _store_rows(grad_k + head.to(tl.int64) * T * d, result_k * multiplier, keys, T, d, BLOCK_D)
+    _store_rows(grad_v + head.to(tl.int64) * T * d, result_v, keys, T, d, BLOCK_D)
 
 
 @torch.library.custom_op("pellucid::capped_attention", mutates_args=())
@@ -227,17 +214,16 @@ def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
 
     shared = {"G": G, "d": d, "BLOCK_D": tile(d), "WIDE": wide(q), "HARDWARE": HARDWARE_TANH}
 
-    def launch(kernel, config: dict, blocks: int, *others, **more) -> None:
+    def launch(kernel, config: dict, blocks: int, *others) -> None:
         M, N, D = config["BLOCK_M"], config["BLOCK_N"], tile(d)
         kernel[(blocks, B * K)](
             describe(q, M, D), describe(k, N, D), describe(v, N, D), describe(turned, M, D), normalizer, delta, key_document,
-            query_document, *others, K, T, multiplier, cap, **more, **shared, **config)  # fmt: skip
+            query_document, *others, K, T, multiplier, cap, **shared, **config)  # fmt: skip
 
     config = BACKWARD_Q[q.element_size()]
     launch(_backward_q, config, triton.cdiv(T * G, config["BLOCK_M"]), first_key, run_start, grad_q)
-    for table, found, values in ((BACKWARD_K, grad_k, False), (BACKWARD_V, grad_v, True)):
-        config = table[q.element_size()]
-        launch(_backward_kv, config, triton.cdiv(T, config["BLOCK_N"]), last_query, run_start, run_stop, found, VALUES=values)
+    config = BACKWARD_KV[q.element_size()]
+    launch(_backward_kv, config, triton.cdiv(T, config["BLOCK_N"]), last_query, run_start, run_stop, grad_k, grad_v)
     return grad_q, grad_k, grad_v
 
 
