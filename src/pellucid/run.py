@@ -20,6 +20,7 @@ from pellucid.data.tokenizer import Tokenizer, load_tokenizer
 from pellucid.exchange.huggingface import save_huggingface
 from pellucid.exchange.leaves import Source, fill
 from pellucid.exchange.load import find_tokenizer, find_tokenizer_folder, open_source
+from pellucid.measure.memory import refuse_beyond_memory
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts
@@ -107,6 +108,8 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
     _fit_labels(config, dataset)
     budget_in_steps(config, dataset.split("train", config.training.seed))  # refuses more than there is, with nothing written
     config.training.precision = resolve_precision(config.training.precision, device)
+    if device.type == "cpu":
+        refuse_beyond_memory(config)
     model = initialize(Grok1(config.model, device=device), config.training.seed)
     if origin is not None:
         fill(model, origin)

@@ -13,6 +13,7 @@ import torch
 
 from pellucid import cli, run
 from pellucid.data.tokenizer import load_tokenizer
+from pellucid.measure import memory
 from pellucid.model.kernels import native
 from pellucid.training.loop import Loop
 
@@ -395,6 +396,14 @@ def test_too_little_memory_is_one_sentence_and_leaves_no_run(here, write, monkey
     monkeypatch.setattr(Loop, "run", lambda self: torch.empty(2**58))
     code, _, errors = command("train", "tiny.toml")
     assert code == 2 and errors.splitlines()[-1].startswith("pellucid: not enough memory") and "Traceback" not in errors
+    assert not list(here.glob("runs/*"))
+
+
+def test_a_step_beyond_this_machine_s_memory_is_refused_before_a_run_begins(here, write, monkeypatch, command):
+    write()
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
+    code, _, errors = command("train", "tiny.toml")
+    assert code == 2 and "tokens at once need" in errors.splitlines()[-1] and "Traceback" not in errors
     assert not list(here.glob("runs/*"))
 
 

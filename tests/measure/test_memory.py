@@ -14,6 +14,7 @@ from pellucid.measure import memory
 from pellucid.measure.memory import DryLedger, Ledger, largest_context, parse_bytes, predict_peak, trace_step
 from pellucid.model.kernels import gpu, native
 from pellucid.model.size import parameter_counts
+from pellucid.observe import machine
 
 CPU = "cpu"
 
@@ -203,3 +204,41 @@ def test_the_plain_functions_are_planned_too(device, precision, monkeypatch):
     plain = predict_peak(config, device).total
     weights = 4 * parameter_counts(config.model)["total"]
     assert plain >= usual > 3 * weights  # weights and Adam's moments at least
+
+
+def test_a_step_that_the_machine_cannot_hold_is_refused_with_one_that_it_can(monkeypatch):
+    config = settings(batch_size=12)
+    whole = predict_peak(config).total
+    fits = predict_peak(settings(batch_size=12, micro_batch_size=3)).total
+    assert fits < predict_peak(settings(batch_size=12, micro_batch_size=6)).total < whole
+    monkeypatch.setattr(memory, "program_bytes", lambda device: 0)  # many times this model
+    monkeypatch.setattr(memory, "memory_limit", lambda: fits + 1_000_000)
+    with pytest.raises(UserError, match=r"12 x 128 tokens at once need \d\.\d GB .* set training.micro_batch_size = \d, ") as refused:
+        memory.refuse_beyond_memory(config)
+    named = int(str(refused.value).split("micro_batch_size = ")[1].split(",")[0])
+    memory.refuse_beyond_memory(settings(batch_size=12, micro_batch_size=named))  # is not refused
+    monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
+    with pytest.raises(UserError, match="take a smaller model"):
+        memory.refuse_beyond_memory(config)
+
+
+def test_a_step_far_from_the_limit_is_not_planned(monkeypatch):
+    monkeypatch.setattr(memory, "memory_limit", lambda: 10**12)
+    monkeypatch.setattr(memory, "predict_peak", None)
+    memory.refuse_beyond_memory(settings())
+
+
+def test_what_is_taken_at_a_glance_is_more_than_a_step_takes():
+    for config in (settings(), settings(batch_size=64), settings({"data": {"sequence_length": 2048}})):
+        assert memory._rough_bytes(config) + 150_000_000 > predict_peak(config).total  # and what oneDNN and threads hold
+
+
+def test_the_limit_of_memory_is_the_smallest_of_the_control_groups(tmp_path):
+    (own := tmp_path / "cgroup").write_text("4:memory:/job\n3:cpu:/other\n0::/user.slice/job\n")
+    for path, text in {"memory.max": "max", "user.slice/memory.max": "3000", "user.slice/job/memory.max": "max",
+                       "memory/memory.limit_in_bytes": "9000", "memory/job/memory.limit_in_bytes": "4000"}.items():  # fmt: skip
+        (tmp_path / "fs" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / path).write_text(text + "\n")
+    assert sorted(machine._group_limits(tmp_path / "fs", own)) == [3000, 4000, 9000]
+    assert list(machine._group_limits(tmp_path / "none", tmp_path / "none")) == []
+    assert machine.memory_limit() > 10**8

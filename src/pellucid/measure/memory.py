@@ -31,8 +31,9 @@ from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.kernels import gpu, native
 from pellucid.model.kernels.gpu.copies import copy_to_write
+from pellucid.model.size import parameter_counts, training_bytes
 from pellucid.observe.attention import probe_attention
-from pellucid.observe.machine import host_memory
+from pellucid.observe.machine import host_memory, memory_limit
 from pellucid.observe.observer import SilentObserver
 from pellucid.observe.routing import RoutingProbe
 from pellucid.observe.statistics import ParameterProbe
@@ -369,6 +370,38 @@ def _longest(config: Config, mode: str, memory: int, device: str, tell) -> tuple
         tokens = a + int((memory - known[a].total) / rise) if rise > 0 else LONGEST
         tokens = min(max(tokens // GRANULE, 1) * GRANULE, LONGEST)
     return low, known[low]
+
+
+def refuse_beyond_memory(config: Config) -> None:
+    """Raises UserError, with what would fit, where training on this machine's processor needs more memory than there is: the system
+    would end it without a word. Steps that are far from it are not looked at; of tasks but language modelling, the weights alone."""
+    limit, training, least = memory_limit(), config.training, 8 * parameter_counts(config.model)["total"]  # weights and gradients
+    if limit is None or _rough_bytes(config) < limit / 3:
+        return
+    with_rows = lambda rows: program_bytes("cpu") + predict_peak(_with_rows(config, rows)).total
+    known = least < limit and training.task == "language_modeling"
+    needed = with_rows(training.micro_batch_size) if known else least
+    if needed <= limit:
+        return
+    rows, mend = training.micro_batch_size, "take a smaller model or shorter sequences, or training.recompute = 'all' (`pellucid plan`)"
+    while known and rows > 1:
+        rows = max(n for n in range(1, rows // 2 + 1) if training.batch_size % n == 0)
+        if with_rows(rows) <= limit:
+            mend = f"set training.micro_batch_size = {rows}, the same step in pieces that fit"
+            break
+    at_once = f"{training.micro_batch_size} x {config.data.sequence_length} tokens at once"
+    raise UserError(f"training: {at_once} need {needed / 1e9:.1f} GB of memory, and this machine has {limit / 1e9:.1f} GB: {mend}")
+
+
+def _rough_bytes(config: Config) -> int:
+    """More than a step takes, at a glance."""
+    shape, rows = config.model, config.training.micro_batch_size
+    width = 20 * shape.hidden_size + 6 * shape.num_experts_per_tok * shape.intermediate_size
+    return 2 * training_bytes(shape) + 4 * rows * config.data.sequence_length * shape.num_hidden_layers * width
+
+
+def _with_rows(config: Config, rows: int) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": rows})})
 
 
 def program_bytes(device: str) -> int:

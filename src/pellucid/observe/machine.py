@@ -6,9 +6,11 @@ maker states it without sparsity. Unknown devices have no MFU: null, not a guess
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +38,33 @@ def host_memory() -> float:
     except OSError:
         largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return largest * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_limit() -> int | None:
+    """Bytes of memory that the processes here may fill before the system ends one: the machine's with its swap space, or what
+    a control group (a container's, say) leaves of it. None where the system does not tell."""
+    try:
+        table = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return None
+    kilobytes = lambda name: int(table[name].split()[0]) * 1024
+    return min([kilobytes("MemTotal") + kilobytes("SwapTotal"), *_group_limits()])
+
+
+def _group_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Of this process's control group and those it lies in: versions 2 (memory.max) and 1."""
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            base, name = (root / "memory", "memory.limit_in_bytes") if kinds else (root, "memory.max")
+            place = base / path.lstrip("/")
+            for folder in (place, *place.parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    yield int((folder / name).read_text())
+                if folder == base:
+                    break
 
 
 def device_memory(device: torch.device) -> float | None:
