@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -28,6 +29,7 @@ def measure(name: str, size: dict, B: int, T: int) -> None:
     results = []
     original, gpu_step.training_step = gpu_step.training_step, lambda *given: results.append(original(*given)) or results[-1]
     with tempfile.TemporaryDirectory() as folder:
+        torch.cuda.reset_peak_memory_stats() if gpu_step.CUDA else None
         step = gpu_step.ours_step(size, B, T, 1, Path(folder))
         times = [seconds(step) for _ in range(STEPS)]
         middle = statistics.median(times[WARM_UP:])
@@ -65,7 +67,8 @@ def kernels_of(step) -> list[tuple[float, int, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, help="rows of a batch; default: as many as fit")
-    parser.add_argument("--kernels", choices=["triton", "plain", "default"], default="triton", help="which serve (PELLUCID_KERNELS)")
+    parser.add_argument("--kernels", choices=["triton", "plain", "default"], default="triton",
+                        help="which serve (PELLUCID_KERNELS); triton: also those that have not run on a card")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="a tiny model on any device")
     options = parser.parse_args()
     if not gpu_step.CUDA and not options.tiny:
@@ -74,6 +77,7 @@ def main() -> None:
         for name, size in (gpu_step.TINY if options.tiny else gpu_step.MODELS).items():
             T = min(size["most"])
             measure(name, size, options.rows or size["most"][T], T)
+            gc.collect()
             torch.cuda.empty_cache() if gpu_step.CUDA else None
 
 

@@ -6,8 +6,9 @@
 
 Parts: ceiling (8192^3 bf16 product), steps (a full-width Grok-1 layer with the tied embedding, and a model of 2.7 B; beside
 transformers' Mixtral with grouped_mm), experts (beside three torch grouped_mm), attention (beside FlexAttention with the cap and
-SDPA without it), loss (beside Liger where installed). Steps run with clipping, fused AdamW, fp32 masters and
-observation on; `balanced` sends every token to the next two experts in turn, `real` is the router's own choice.
+SDPA without it), loss (beside Liger where installed). Steps run with all our kernels (PELLUCID_KERNELS=triton),
+clipping, AdamW, fp32 masters and observation on; `balanced` sends every token to the next two experts in turn, `real` is the
+router's own choice.
 Kernels' times are medians of CUDA events after warm-up, steps' of the clock on the wall, with their spread. Peers run at a batch
 that they can hold, ours also at the largest that fits, and at that with the gradients of several such micro-batches summed before
 the update, as training at scale does. MFU counts model FLOPs

@@ -206,6 +206,15 @@ def test_the_plain_functions_are_planned_too(device, precision, monkeypatch):
     assert plain >= usual > 3 * weights  # weights and Adam's moments at least
 
 
+@pytest.mark.skipif(not gpu.HAS_TRITON, reason="needs the package triton")
+@pytest.mark.parametrize(("optimizer", "state", "bytes_each"), [("adamw", "fp32", 6), ("adamw", "bf16", 4), ("muon", "fp32", 4)])
+def test_what_products_read_is_counted_where_the_update_writes_it(optimizer, state, bytes_each, monkeypatch):
+    monkeypatch.setenv("PELLUCID_KERNELS", "triton")
+    config = settings({"optimizer": {"name": optimizer, "state_dtype": state}}, precision="bf16")
+    weights = predict_peak(config, "cuda").kinds["weights"] / parameter_counts(config.model)["total"]
+    assert weights == pytest.approx(bytes_each, rel=0.05)  # norms and routers are read as they are
+
+
 def test_a_step_that_the_machine_cannot_hold_is_refused_with_one_that_it_can(monkeypatch):
     config = settings(batch_size=12)
     whole = predict_peak(config).total

@@ -30,7 +30,7 @@ from pellucid.data.tokenizer import load_tokenizer
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.kernels import gpu, native
-from pellucid.model.kernels.gpu.copies import copy_to_write
+from pellucid.model.kernels.gpu.copies import written_copy
 from pellucid.model.size import parameter_counts, training_bytes
 from pellucid.observe.attention import probe_attention
 from pellucid.observe.machine import host_memory, memory_limit
@@ -259,7 +259,7 @@ def _step(config: Config, device: torch.device, ledger: Ledger) -> None:
                 weight.grad = torch.zeros_like(weight)
             optimizer.step()
     for weight in weights:
-        if (copy := copy_to_write(weight)) is not None:
+        if (copy := written_copy(weight)) is not None:
             ledger.see(copy, "weights")
         weight.grad = None
         weight.register_post_accumulate_grad_hook(lambda weight: ledger.see(weight.grad, "gradients"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def test_steps_equal_those_of_torch_s_optimizer(rule):
         if not fused:
             kind = torch.optim.AdamW if rule == "adamw" else torch.optim.Adam
             optimizer = kind(optimizer.param_groups, betas=(config.beta1, config.beta2), eps=config.eps)
+        assert fused == hasattr(optimizer, "gradient_factor")
         results = steps_of(model, optimizer)
         assert all(result.applied and result.clip_factor < 1 for result in results)
         found.append([*(p.detach() for p in model.parameters()), torch.tensor([result.loss for result in results])])
@@ -147,7 +149,11 @@ def test_products_read_the_copy_that_the_update_wrote_and_never_an_old_one():
                                             for name, p in model.named_parameters() if name in copies)  # fmt: skip
     close = lambda copy, weight: ((copy.float() - weight).abs() <= weight.abs() * 2**-7).all()
     assert all(close(copies[name], p.detach()) for name, p in model.named_parameters() if name in copies)
-    changes = [lambda: weight.mul_(2), lambda: weight[3].zero_(), lambda: setattr(weight, "data", weight.data.clone() + 1),
+    steps_of(model, optimizer, steps=1)
+    table = model.embedding.weight  # no expert that may idle
+    assert narrowed(table, torch.bfloat16) is copies["embedding.weight"] and close(copies["embedding.weight"], table.detach())
+    others = torch.optim.AdamW([p for p in model.parameters()], lr=0.01, fused=True)  # torch does not count what its fused ones change
+    changes = [others.step, lambda: weight.mul_(2), lambda: weight[3].zero_(), lambda: setattr(weight, "data", weight.data.clone() + 1),
                lambda: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})]  # fmt: skip
     for change in changes:
         with torch.no_grad():
@@ -155,6 +161,16 @@ def test_products_read_the_copy_that_the_update_wrote_and_never_an_old_one():
         assert close(narrowed(weight, torch.bfloat16), weight.detach())
         steps_of(model, optimizer, steps=1)  # some experts may idle
         assert close(narrowed(weight, torch.bfloat16), weight.detach())
+
+
+def test_a_model_and_its_optimizer_go_on_when_copied():
+    model = small_model()
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.01))
+    steps_of(model, optimizer, steps=1)
+    twin, its_optimizer = deepcopy((model, optimizer))
+    for each in ((model, optimizer), (twin, its_optimizer)):
+        steps_of(*each, steps=1)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_sizes_that_no_descriptor_can_hold_take_the_plain_functions(monkeypatch):

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pellucid.model.kernels import gpu, native
-from pellucid.model.kernels.gpu.copies import narrowed
+from pellucid.model.kernels import native
+from pellucid.model.kernels.gpu.copies import copy_of, may_have_copy, narrowed
 
 ROWS = 256  # at a time, of products whose number of rows changes from call to call
 FEW = 16  # rows below which packing costs more than it brings, as in decoding
@@ -84,39 +84,32 @@ def batched_product(a_BMI: Tensor, b_BIO: Tensor, out: Tensor | None = None, add
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`F.linear(x, weight.to(x.dtype))`, of which it is the fast twin."""
     own = own_serves(x.dtype) if native.fits(x) else _is_emulated(x) and native.is_ordinary(x)
-    if not own and not _has_copy(x, weight_OI):
+    if not own and not may_have_copy(weight_OI, x.dtype):
         return F.linear(x, weight_OI.to(x.dtype))
     if not torch.is_grad_enabled():
-        return product(x.reshape(-1, x.shape[-1]), _as_read(weight_OI, x)).view(*x.shape[:-1], len(weight_OI))
+        read = weight_OI if own else narrowed(weight_OI, x.dtype)
+        return product(x.reshape(-1, x.shape[-1]), read).view(*x.shape[:-1], len(weight_OI))
     return _Linear.apply(x, weight_OI)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_OI):
-        ctx.save_for_backward(x, weight_OI)
-        return product(x.reshape(-1, x.shape[-1]), _as_read(weight_OI, x)).view(*x.shape[:-1], len(weight_OI))
+        copy_OI = copy_of(weight_OI, x.dtype)
+        ctx.save_for_backward(x, weight_OI, copy_OI)
+        return product(x.reshape(-1, x.shape[-1]), weight_OI if copy_OI is None else copy_OI).view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        x, weight_OI = ctx.saved_tensors
+        x, weight_OI, copy_OI = ctx.saved_tensors
         grad_MO = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_x = product(grad_MO, _as_read(weight_OI, x).t()).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_x = product(grad_MO, (weight_OI if copy_OI is None else copy_OI).t()).view_as(x) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = weight_OI.new_empty(weight_OI.shape)
             transposed_product(grad_MO, x.reshape(-1, x.shape[-1]), out=grad_weight)
         return grad_x, grad_weight
-
-
-def _has_copy(x: Tensor, weight_OI: Tensor) -> bool:
-    """Whether the weight may be an fp32 master on a GPU, which has a copy in x's dtype."""
-    return weight_OI.dtype != x.dtype and not torch.compiler.is_compiling() and gpu.fits("update", weight_OI)
-
-
-def _as_read(weight_OI: Tensor, x: Tensor) -> Tensor:
-    return narrowed(weight_OI, x.dtype) if _has_copy(x, weight_OI) else weight_OI
 
 
 def _own(

@@ -61,7 +61,7 @@ def _ordinary(model: nn.Module, config: OptimizerConfig, in_one_pass: bool = Tru
     ]
     groups = [group for group in groups if group["params"]]
     if config.name in ("adam", "adamw"):
-        if in_one_pass and gpu.fits("update", *(weight for _, weight in named)):
+        if in_one_pass and named and gpu.fits("update", *(weight for _, weight in named)):
             from pellucid.training.optimizers.one_pass import OnePassAdam  # triton is not everywhere
 
             return OnePassAdam(groups, betas=(config.beta1, config.beta2), eps=config.eps)

@@ -11,9 +11,10 @@ from pellucid.model.kernels.gpu.update import adam_
 class OnePassAdam(torch.optim.Optimizer):
     """State as torch's have it, `step` on the host. `gradient_factor` is what the next step multiplies gradients by (see step.py)."""
 
+    gradient_factor = 1.0
+
     def __init__(self, groups: list[dict], *, betas: tuple[float, float], eps: float):
         super().__init__(groups, {"betas": betas, "eps": eps})
-        self.gradient_factor = 1.0
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -27,6 +28,7 @@ class OnePassAdam(torch.optim.Optimizer):
                   decay=decay if decoupled else 0.0, l2=0.0 if decoupled else decay)  # fmt: skip
             if copy is not None:
                 copy_is_written(weight)
+        self.gradient_factor = 1.0
 
     def _state_of(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[weight]

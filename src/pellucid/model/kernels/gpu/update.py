@@ -40,6 +40,8 @@ def adam_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, cop
           learning_rate: float, beta1: float, beta2: float, eps: float, decay: float, l2: float) -> None:  # fmt: skip
     """Step number `step` (from 1) of a contiguous weight, in place, for the gradient times `clip`; `copy`, where given, becomes the
     new weight in its own dtype. decay: AdamW's; l2: Adam's."""
+    if not weight.is_contiguous():
+        raise ValueError(f"a weight of strides {weight.stride()}: the update takes contiguous ones only")
     if native.dry() is None:
         rate, root = learning_rate / (1 - beta1**step), (1 - beta2**step) ** 0.5
         _adam[(triton.cdiv(weight.numel(), BLOCK),)](
