@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from pellucid.observe.columns import INDEX
 from pellucid.observe.history import Run
-from pellucid.observe.patience import STEPS
 from pellucid.observe.rule import RULES
 from pellucid.observe.rules import Watch, equal_pairs
 from pellucid.observe.store import MISSING, Record, Row
@@ -244,5 +243,14 @@ def test_one_long_wait_is_no_starvation():
     assert "data_starvation" in said([0.001] * 15 + [0.1] * 20)
 
 
-def test_patience_is_that_of_rules_that_exist():
-    assert {*STEPS} <= {rule.name for rule in RULES} and all(steps > 1 for steps in STEPS.values())
+@pytest.mark.parametrize(("name", "stream", "values"), [
+    ("gradient_vanishing", "run", {"gradient_norm": 1e-9}),
+    ("clipping_always", "run", {"clip_factor": 0.01}),
+    ("data_starvation", "run", {"data_seconds": 1.0, "step_seconds": 1.0}),
+    ("router_collapse", "layer", {"load_entropy": 0.25}),
+])  # fmt: skip
+def test_a_rule_speaks_after_the_steps_that_it_says_it_takes(name, stream, values):
+    (rule,) = [rule for rule in RULES if rule.name == name]
+    watch = Watch(Run())
+    said = [name in names(watch, step, {stream: frame(stream, **values)}) for step in range(rule.steps + 5)]
+    assert said.index(True) == rule.steps - 1

@@ -26,9 +26,9 @@ from pellucid.observe.budget import Budget
 from pellucid.observe.columns import ATTENTION, EVALUATION, INDEX, LAYER, LOSS, PARAM, PHASES, ROUTER, RUN
 from pellucid.observe.machine import device_memory, host_memory, peak_flops
 from pellucid.observe.noise import NoiseScale
-from pellucid.observe.patience import FRAME_EVERY
 from pellucid.observe.reader import Reader
 from pellucid.observe.routing import RoutingProbe
+from pellucid.observe.rule import FRAME_EVERY
 from pellucid.observe.rules import Watch
 from pellucid.observe.statistics import KINDS, ParameterProbe
 from pellucid.observe.store import BEFORE, FAN, FILE_NAME, MISSING, RECORDER, ROLLUP_PARTS, Record, Row, Writer

@@ -23,16 +23,19 @@ LIMITS = {
     "update_spike": 4.0,  # times the median of update norm / learning rate
     "gradient_explosion": 10.0,  # times the median
     "gradient_vanishing": 1e-6,
+    "vanished_steps": 5,
     "dead_steps": 100,
     "overload": 2.5,  # load, mean of 50 steps; E/k is the most there can be
     "easing": 0.95,  # of the load before: less, and the balance loss is at work
     "collapse": 0.45,  # share of experts effectively in use
     "total_collapse": 0.05,  # of the way from the least there can be, k/E, to all: what counts while routers settle
     "unmoved": 0.1,
-    "clip_factor": 0.2,  # median over 100 steps
+    "clip_factor": 0.2,  # median over the clipped steps,
+    "clipped_steps": 100,
     "ratio_high": 3e-2,
     "ratio_low": 1e-6,
-    "rising": 0.4,  # nats above the best mean of 20 steps
+    "recent": 20,  # steps whose mean or median is looked at, and that tell what is usual
+    "rising": 0.4,  # nats above the best mean of the recent steps
     "impossible": 1.05,  # times the largest step that Adam's averages allow
     "staleness": 2.3,  # Wortsman et al. 2023
     "bad_document": 1.5,  # nats above the batch
@@ -46,14 +49,15 @@ LIMITS = {
     "related": 1.25,  # times chance; code, prose and plays have 1.5 to 20, whatever the tokenizer (bytes the least)
     "room": 2.0,  # times chance, that could be found at most; nearly all one token, and there is none
     "pairs": 40,  # expected by chance in 8 steps: with fewer, nothing can be told
-    "starved": 0.3,  # median of 20 steps
+    "starved": 0.3,  # median of the recent steps
     "repeated": 0.2,
     "context_steps": 200,
     "frequencies": (0.1, 0.2),  # nats below and above their entropy: one who knows only them is there
     "standing": 0.1,  # nats that the loss fell by in 40 steps, with one deviation: more, and it may be passing by
     "settling_steps": 100,  # routers begin uneven; their balance is judged later
-    "frames": 3,  # of `param` in a row: one may be chance, and they may be 8 steps apart
+    "frames": 3,  # of `param` in a row: one may be chance, and they may be FRAME_EVERY steps apart
 }
+FRAME_EVERY = 8  # steps at most from one frame of `param` to the next, whatever the observer's budget
 
 
 @dataclass(frozen=True)
@@ -68,24 +72,27 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """severity: alarm (something is wrong) or warning (something is off)."""
+    """severity: alarm (something is wrong) or warning (something is off). steps: how many it takes before it can judge; until then
+    it is too early, which is not to say that all is well. after_warmup: those of the warm-up come on top."""
 
     name: str
     severity: str
     cause: str
     remedy: str
     source: str
+    steps: int
+    after_warmup: bool
     check: Callable[[History], Iterator[Finding]]
 
 
 RULES: list[Rule] = []
 
 
-def rule(name: str, severity: str, *, cause: str, remedy: str, source: str):
+def rule(name: str, severity: str, *, cause: str, remedy: str, source: str, steps: int = 1, after_warmup: bool = False):
     """Registers a check as a rule."""
 
     def register(check):
-        RULES.append(Rule(name, severity, cause, remedy, source, check))
+        RULES.append(Rule(name, severity, cause, remedy, source, steps, after_warmup, check))
         return check
 
     return register

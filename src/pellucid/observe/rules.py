@@ -14,7 +14,7 @@ import numpy as np
 
 from pellucid.observe import rules_data, rules_experts, rules_loss, rules_updates  # noqa: F401  (they register their rules)
 from pellucid.observe.history import Document, History, Run
-from pellucid.observe.rule import RULES, Finding, Rule
+from pellucid.observe.rule import LIMITS, RULES, Finding, Rule
 from pellucid.observe.store import Record
 
 __all__ = ["RULES", "Watch"]
@@ -28,7 +28,7 @@ class Watch:
         self.history = History(run)
         self._quiet: dict[tuple[str, str], int] = {}
         self._hashes: deque[set[int]] = deque()
-        self._repeats: deque[float] = deque(maxlen=20)
+        self._repeats: deque[float] = deque(maxlen=LIMITS["recent"])
         self._epoch = 0
 
     @classmethod
@@ -67,12 +67,12 @@ class Watch:
         return True
 
     def _repeated(self, hashes: list[int]) -> float | None:
-        """Share of the last 20 steps' rows that had come before, within half an epoch and in the same."""
+        """Share of the recent steps' rows that had come before, within half an epoch and in the same."""
         run = self.history.run
         if run.rows_per_epoch is None:
             return None
         reach = min(512, int(0.5 * run.rows_per_epoch / max(1, len(hashes))))
-        if reach < 20:
+        if reach < LIMITS["recent"]:
             return None
         epoch = (self.history.step + 1) * len(hashes) // run.rows_per_epoch
         if epoch != self._epoch:
@@ -85,7 +85,7 @@ class Watch:
         self._hashes.append(own)
         while len(self._hashes) > reach:
             self._hashes.popleft()
-        return sum(self._repeats) / len(self._repeats) if len(self._repeats) == 20 else None
+        return sum(self._repeats) / len(self._repeats) if len(self._repeats) == LIMITS["recent"] else None
 
 
 def equal_pairs(inputs: np.ndarray, targets: np.ndarray) -> tuple[float, float, float]:

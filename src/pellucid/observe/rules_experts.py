@@ -15,7 +15,7 @@ from pellucid.observe.rule import LIMITS, Finding, rule
 
 @rule("dead_expert", "alarm", cause="the router never chooses it, so it never learns to be chosen",
       remedy="raise training.balance_loss_weight or balance_bias_rate; add router z-loss",
-      source="Fedus et al. 2021 (Switch), arXiv 2101.03961")
+      source="Fedus et al. 2021 (Switch), arXiv 2101.03961", steps=LIMITS["dead_steps"])
 def dead_expert(h: History) -> Iterator[Finding]:
     idle = h.now("router", "idle_steps")
     if idle is not None:
@@ -25,7 +25,8 @@ def dead_expert(h: History) -> Iterator[Finding]:
 
 
 @rule("overloaded_expert", "warning", cause="the router prefers one expert; others learn little, and it becomes the bottleneck",
-      remedy="raise training.balance_loss_weight or balance_bias_rate", source="Wang et al. 2024, arXiv 2408.15664")
+      remedy="raise training.balance_loss_weight or balance_bias_rate", source="Wang et al. 2024, arXiv 2408.15664",
+      steps=LIMITS["settling_steps"] + 1)
 def overloaded_expert(h: History) -> Iterator[Finding]:
     load = h.table("router", "load", 50)
     settled = h.step >= LIMITS["settling_steps"]
@@ -39,13 +40,14 @@ def overloaded_expert(h: History) -> Iterator[Finding]:
 
 @rule("router_collapse", "alarm", cause="all tokens go to the same few experts",
       remedy="raise training.balance_loss_weight; lower the router's learning rate; add router z-loss",
-      source="Zoph et al. 2022 (ST-MoE), arXiv 2202.08906")
+      source="Zoph et al. 2022 (ST-MoE), arXiv 2202.08906", steps=LIMITS["recent"])
 def router_collapse(h: History) -> Iterator[Finding]:
-    used = h.table("layer", "load_entropy", 20)
-    if len(used) == 20 and h.run.experts > h.run.experts_per_token:
+    used = h.table("layer", "load_entropy", LIMITS["recent"])
+    if len(used) == LIMITS["recent"] and h.run.experts > h.run.experts_per_token:
         mean, least = used.mean(0), h.run.experts_per_token / h.run.experts
         total = least + LIMITS["total_collapse"] * (1 - least)
         limit = max(total, LIMITS["collapse"]) if h.step >= LIMITS["settling_steps"] else total
-        recovering = used[10:].mean(0) > used[:10].mean(0)  # it is left to the balance loss
+        half = len(used) // 2
+        recovering = used[half:].mean(0) > used[:half].mean(0)  # it is left to the balance loss
         for i in np.flatnonzero((mean < total) | ((mean < limit) & ~recovering)):
             yield Finding(f"layers.{i}", mean[i], limit, f"{mean[i] * h.run.experts:.1f} experts effectively in use")

@@ -17,11 +17,11 @@ from pellucid.observe.rule import LIMITS, Finding, center, rule
 
 @rule("loss_spike", "alarm", cause="unusual documents in this batch, or a too large update in the last 1 to 8 steps",
       remedy="look at the documents (pellucid trace RUN --step N); lower the learning rate or beta2 if spikes recur",
-      source="OLMo-core SpikeScore; Wortsman et al. 2023, arXiv 2304.13013")
+      source="OLMo-core SpikeScore; Wortsman et al. 2023, arXiv 2304.13013", steps=LIMITS["recent"] + min(LIMITS["spike_steps"]))
 def loss_spike(h: History) -> Iterator[Finding]:
     for steps in LIMITS["spike_steps"]:
         losses = h.scalars("loss", 64 + steps)
-        if len(losses) < 20 + steps:
+        if len(losses) < LIMITS["recent"] + steps:
             return
         before, now = losses[:-steps], float(np.mean(losses[-steps:]))
         middle, _ = center(before[-16:])  # a window of a hundred steps would take the fall of the loss for its spread
@@ -37,21 +37,21 @@ def loss_spike(h: History) -> Iterator[Finding]:
 
 @rule("loss_rising", "alarm", cause="the learning rate is too high for this stage, or the data changed",
       remedy="go back to a checkpoint before the rise with a lower learning rate; compare sources (stream `source`)",
-      source="Chowdhery et al. 2022 (PaLM), section 5.1")
+      source="Chowdhery et al. 2022 (PaLM), section 5.1", steps=LIMITS["recent"])
 def loss_rising(h: History) -> Iterator[Finding]:
-    losses = h.scalars("loss", 20)
-    if len(losses) < 20:
+    losses = h.scalars("loss", LIMITS["recent"])
+    if len(losses) < LIMITS["recent"]:
         return
     mean = float(np.mean(losses))
     limit = h.best_loss + LIMITS["rising"]
     h.best_loss = min(h.best_loss, mean)
     if mean > limit:
-        yield Finding("run", mean, limit, f"mean loss of 20 steps {mean:.4g}, its lowest was {limit - LIMITS['rising']:.4g}")
+        yield Finding("run", mean, limit, f"mean loss of {len(losses)} steps {mean:.4g}, its lowest was {limit - LIMITS['rising']:.4g}")
 
 
 @rule("context_unused", "warning", cause="the model makes nothing of its inputs: it learns too slowly, or does not see them",
       remedy="raise optimizer.learning_rate or the batch; look at inputs and targets of a batch (pellucid data inspect)",
-      source="a model that only knows word frequencies has exactly the entropy of its targets")
+      source="a model that only knows word frequencies has exactly the entropy of its targets", steps=LIMITS["context_steps"] + 1)
 def context_unused(h: History) -> Iterator[Finding]:
     losses = h.scalars("loss", 80)
     if h.unigram_entropy is None or h.step < LIMITS["context_steps"] or len(losses) < 80:

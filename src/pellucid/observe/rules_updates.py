@@ -11,34 +11,36 @@ from collections.abc import Iterator
 import numpy as np
 
 from pellucid.observe.history import History, measured
-from pellucid.observe.rule import LIMITS, Finding, center, rule
+from pellucid.observe.rule import FRAME_EVERY, LIMITS, Finding, center, rule
 
 
 @rule("gradient_explosion", "alarm", cause="the loss is steep here: unusual data, too high a learning rate, stale moments",
-      remedy="clip gradients; lower the learning rate; look at the documents", source="Pascanu et al. 2013, arXiv 1211.5063")
+      remedy="clip gradients; lower the learning rate; look at the documents", source="Pascanu et al. 2013, arXiv 1211.5063",
+      steps=LIMITS["recent"] + 1)
 def gradient_explosion(h: History) -> Iterator[Finding]:
     norms = h.scalars("gradient_norm", LIMITS["spike_window"] + 1)
     middle, sigma = center(norms[:-1])
     limit = max(LIMITS["gradient_explosion"] * middle, middle + LIMITS["spike_sigmas"] * sigma)
-    if len(norms) > 20 and norms[-1] > limit:
+    if len(norms) > LIMITS["recent"] and norms[-1] > limit:
         yield Finding("run", norms[-1], limit, f"gradient norm {norms[-1]:.4g}, {norms[-1] / middle:.0f} times the usual")
 
 
 @rule("gradient_vanishing", "alarm", cause="nothing to learn from: labels masked, a detached graph, dead activations",
       remedy="check that targets are not all ignored and that no part of the model is detached",
-      source="Hochreiter et al. 2001")
+      source="Hochreiter et al. 2001", steps=LIMITS["vanished_steps"])
 def gradient_vanishing(h: History) -> Iterator[Finding]:
-    norms = h.scalars("gradient_norm", 5)
-    if len(norms) == 5 and (norms < LIMITS["gradient_vanishing"]).all():
-        yield Finding("run", norms[-1], LIMITS["gradient_vanishing"], f"gradient norm {norms[-1]:.3g} for 5 steps")
+    steps = LIMITS["vanished_steps"]
+    norms = h.scalars("gradient_norm", steps)
+    if len(norms) == steps and (norms < LIMITS["gradient_vanishing"]).all():
+        yield Finding("run", norms[-1], LIMITS["gradient_vanishing"], f"gradient norm {norms[-1]:.3g} for {steps} steps")
 
 
 @rule("clipping_always", "warning", cause="the limit is far below the gradients' usual size: clipping sets the step size",
       remedy="raise training.gradient_clip to about the median norm, or lower the learning rate",
-      source="Ramezani et al. 2025 (AdaGC), arXiv 2502.11034")
+      source="Ramezani et al. 2025 (AdaGC), arXiv 2502.11034", steps=LIMITS["clipped_steps"])
 def clipping_always(h: History) -> Iterator[Finding]:
-    factors = h.scalars("clip_factor", 100)
-    if len(factors) == 100 and np.mean(factors < 1) >= 0.95 and np.median(factors) < LIMITS["clip_factor"]:
+    factors = h.scalars("clip_factor", LIMITS["clipped_steps"])
+    if len(factors) == LIMITS["clipped_steps"] and np.mean(factors < 1) >= 0.95 and np.median(factors) < LIMITS["clip_factor"]:
         middle = float(np.median(factors))
         yield Finding("run", middle, LIMITS["clip_factor"], f"clipped at every step; half of them to less than {middle:.2f}")
 
@@ -46,7 +48,8 @@ def clipping_always(h: History) -> Iterator[Finding]:
 
 
 @rule("update_spike", "alarm", cause="Adam's second moment lags behind a sudden gradient; the loss may follow in 1 to 8 steps",
-      remedy="lower beta2 or the learning rate; clip updates", source="Wortsman et al. 2023, arXiv 2304.13013")
+      remedy="lower beta2 or the learning rate; clip updates", source="Wortsman et al. 2023, arXiv 2304.13013",
+      steps=FRAME_EVERY * (LIMITS["frames"] + 1))
 def update_spike(h: History) -> Iterator[Finding]:
     if "param" not in h.fresh:
         return
@@ -60,10 +63,10 @@ def update_spike(h: History) -> Iterator[Finding]:
 
 
 @rule("stale_moments", "warning", cause="gradients grew faster than Adam's second moment follows",
-      remedy="lower beta2; warm up longer", source="Wortsman et al. 2023, arXiv 2304.13013")
+      remedy="lower beta2; warm up longer", source="Wortsman et al. 2023, arXiv 2304.13013", steps=LIMITS["recent"] + 1)
 def stale_moments(h: History) -> Iterator[Finding]:
     staleness = h.table("param", "staleness", 2)
-    if "param" in h.fresh and h.age > 20 and len(staleness) == 2 and (staleness[:, -1] > LIMITS["staleness"]).all():
+    if "param" in h.fresh and h.age > LIMITS["recent"] and len(staleness) == 2 and (staleness[:, -1] > LIMITS["staleness"]).all():
         yield Finding("run", staleness[-1, -1], LIMITS["staleness"], f"sqrt(mean(g^2/v)) is {staleness[-1, -1]:.3g} over all")
 
 
@@ -94,10 +97,11 @@ def learning_rate_high(h: History) -> Iterator[Finding]:
 
 
 @rule("learning_rate_low", "warning", cause="the learning rate is so small that nothing is learnt",
-      remedy="raise optimizer.learning_rate", source="Karpathy, makemore part 3; SageMaker Debugger WeightUpdateRatio")
+      remedy="raise optimizer.learning_rate", source="Karpathy, makemore part 3; SageMaker Debugger WeightUpdateRatio",
+      steps=LIMITS["recent"] + FRAME_EVERY * LIMITS["frames"], after_warmup=True)
 def learning_rate_low(h: History) -> Iterator[Finding]:
     ratios = h.table("param", "update_ratio", LIMITS["frames"])[:, -1:]
-    past_warmup = h.step > h.run.warmup_steps + 20
+    past_warmup = h.step > h.run.warmup_steps + LIMITS["recent"]
     if "param" in h.fresh and past_warmup and len(ratios) == LIMITS["frames"] and (ratios < LIMITS["ratio_low"]).all():
         yield Finding("run", ratios[-1, 0], LIMITS["ratio_low"], f"update/weight ratio {ratios[-1, 0]:.3g}, 1e-3 is usual")
 
@@ -132,7 +136,7 @@ def ghost_update(h: History) -> Iterator[Finding]:
 
 @rule("swallowed_updates", "alarm", cause="steps are smaller than the weights' last bit: bf16 weights without fp32 masters",
       remedy="keep fp32 master weights (training.precision = \"bf16\" does), or raise the learning rate",
-      source="IEEE formats: bf16 keeps 8 bits; a change below 2^-9 of a weight is lost")
+      source="IEEE formats: bf16 keeps 8 bits; a change below 2^-9 of a weight is lost", steps=FRAME_EVERY * LIMITS["frames"])
 def swallowed_updates(h: History) -> Iterator[Finding]:
     unmoved, rates = h.table("param", "unmoved", LIMITS["frames"])[:, -1], h.scalars("learning_rate", 5)
     if "param" in h.fresh and len(unmoved) == LIMITS["frames"] and (unmoved > LIMITS["unmoved"]).all() and (rates > 0).all():

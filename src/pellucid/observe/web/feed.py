@@ -19,7 +19,6 @@ import numpy as np
 
 from pellucid.config import UserError
 from pellucid.observe.mounts import is_network
-from pellucid.observe.patience import STEPS
 from pellucid.observe.reader import Reader
 from pellucid.observe.rules import RULES
 from pellucid.observe.store import BEFORE, FAN, FILE_NAME, LEVELS, RECORDER, ROLLUP_PARTS, SCHEMA_VERSION
@@ -288,8 +287,9 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
         if path == "events":
             return _json(feed.events())
         if path == "rules":
+            warmup = feed.config.get("schedule", {}).get("warmup_steps", 0)
             return _json([{name: getattr(rule, name) for name in ("name", "severity", "cause", "remedy", "source")}
-                          | {"steps": STEPS.get(rule.name, 1)} for rule in RULES])  # fmt: skip
+                          | {"steps": rule.steps + warmup * rule.after_warmup} for rule in RULES])  # fmt: skip
         if path == "step":
             return _json(feed.step(int(query["step"])))
         if path == "histograms":
