@@ -156,6 +156,8 @@ def test_a_document_worse_than_guessing_is_told_and_a_hard_or_short_one_is_not()
     harder = [*usual, (3.0, [(64, 4.1)])]
     assert documents_said([*harder, (3.2, [(64, 5.58)])])[-1] == [], "as hard as guessing (ln 260 is 5.56): real text has that"
     assert documents_said([*harder, (3.2, [(64, 5.7)])])[-1] == ["bad_document"]
+    once = [*usual, (3.0, [(64, 4.6)])]  # an excess of 12.8; noise beside it has 20 and 16
+    assert documents_said([*once, (3.2, [(64, 5.7)])])[-1] == ["bad_document"] and documents_said([*once, (3.2, [(64, 5.2)])])[-1] == []
     assert documents_said([*usual, (3.2, [(9, 5.9)])])[-1] == [], "nine tokens prove little"
     assert "bad_document" in documents_said([*usual, (3.2, [(64, 6.2)])], vocab_size=100_000)[-1], "guessing would be 11.5"
     assert documents_said([*usual, (6.0, [(64, 6.5)])])[-1] == ["loss_spike"], "where all are bad, it is not the document"

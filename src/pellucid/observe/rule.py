@@ -40,7 +40,8 @@ LIMITS = {
     "staleness": 2.3,  # Wortsman et al. 2023
     "bad_document": 1.5,  # nats above the batch
     "hopeless": 0.05,  # nats above guessing: real text had 0.01 at most in development runs, planted noise 0.09 and more
-    "unusual": 1.2,  # times the largest excess of a document's loss in the steps before, where guessing would be better
+    "unusual": 1.2,  # times the largest excess of a document's loss in the steps before, where guessing would be better,
+    "telling": 32,  # and the document has so many tokens: a few are soon as bad
     "odd_document": 3.0,  # the same, where it would not
     "documents": 20,  # steps known before one is judged
     "held_out": 0.03,  # share above the best held-out loss

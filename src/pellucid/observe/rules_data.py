@@ -38,7 +38,8 @@ def bad_document(h: History) -> Iterator[Finding]:
     if worst is None or len(before) < LIMITS["documents"]:
         return
     usual, guessing = max(before), math.log(h.run.vocab_size)
-    hopeless = worst.loss > guessing + LIMITS["hopeless"] and worst.excess > LIMITS["unusual"] * usual
+    hopeless = worst.loss > guessing + LIMITS["hopeless"] and worst.tokens >= LIMITS["telling"]
+    hopeless = hopeless and worst.excess > LIMITS["unusual"] * usual
     if worst.loss - worst.batch > LIMITS["bad_document"] and (hopeless or worst.excess > LIMITS["odd_document"] * usual):
         yield Finding(f"row {worst.row}, piece {worst.segment}", worst.loss, worst.batch + LIMITS["bad_document"],
                       f"mean loss {worst.loss:.3g} on a document of {worst.tokens} tokens, the batch has {worst.batch:.3g} and "
