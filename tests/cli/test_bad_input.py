@@ -403,7 +403,7 @@ def test_a_step_beyond_this_machine_s_memory_is_refused_before_a_run_begins(here
     write()
     monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
     code, _, errors = command("train", "tiny.toml")
-    assert code == 2 and "tokens at once need" in errors.splitlines()[-1] and "Traceback" not in errors
+    assert code == 2 and "weights and gradients alone need" in errors.splitlines()[-1] and "Traceback" not in errors
     assert not list(here.glob("runs/*"))
 
 

@@ -45,7 +45,8 @@ LIMITS = {
     "odd_document": 3.0,  # the same, where it would not
     "documents": 20,  # steps known before one is judged
     "held_out": 0.03,  # share above the best held-out loss
-    "patience": 4,  # evaluations without a better one
+    "evaluations": 3,  # on the same rows
+    "patience": 4,  # of them without a better one
     "gap": 0.1,  # share of the best held-out loss by which held-out and training loss moved apart meanwhile
     "related": 1.25,  # times chance; code, prose and plays have 1.5 to 20, whatever the tokenizer (bytes the least)
     "room": 2.0,  # times chance, that could be found at most; nearly all one token, and there is none
@@ -74,7 +75,8 @@ class Finding:
 @dataclass(frozen=True)
 class Rule:
     """severity: alarm (something is wrong) or warning (something is off). steps: how many it takes before it can judge; until then
-    it is too early, which is not to say that all is well. after_warmup: those of the warm-up come on top."""
+    it is too early, which is not to say that all is well. after_warmup: those of the warm-up come on top. evaluations: of held-out
+    text that it takes."""
 
     name: str
     severity: str
@@ -83,17 +85,19 @@ class Rule:
     source: str
     steps: int
     after_warmup: bool
+    evaluations: int
     check: Callable[[History], Iterator[Finding]]
 
 
 RULES: list[Rule] = []
 
 
-def rule(name: str, severity: str, *, cause: str, remedy: str, source: str, steps: int = 1, after_warmup: bool = False):
+def rule(name: str, severity: str, *, cause: str, remedy: str, source: str, steps: int = 1, after_warmup: bool = False,
+         evaluations: int = 0):  # fmt: skip
     """Registers a check as a rule."""
 
     def register(check):
-        RULES.append(Rule(name, severity, cause, remedy, source, steps, after_warmup, check))
+        RULES.append(Rule(name, severity, cause, remedy, source, steps, after_warmup, evaluations, check))
         return check
 
     return register

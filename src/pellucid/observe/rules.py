@@ -17,7 +17,7 @@ from pellucid.observe.history import Document, History, Run
 from pellucid.observe.rule import LIMITS, RULES, Finding, Rule
 from pellucid.observe.store import Record
 
-__all__ = ["RULES", "Watch"]
+__all__ = ["RULES", "Rule", "Watch"]
 QUIET = 100  # steps before the same alarm may sound again
 
 

@@ -37,7 +37,7 @@ def bad_document(h: History) -> Iterator[Finding]:
     worst, before = h.worst_document, list(h.document_excess)[:-1]
     if worst is None or len(before) < LIMITS["documents"]:
         return
-    usual, guessing = max(before), math.log(h.run.vocab_size)
+    usual, guessing = max(*before, 1e-9), math.log(h.run.vocab_size)
     hopeless = worst.loss > guessing + LIMITS["hopeless"] and worst.tokens >= LIMITS["telling"]
     hopeless = hopeless and worst.excess > LIMITS["unusual"] * usual
     if worst.loss - worst.batch > LIMITS["bad_document"] and (hopeless or worst.excess > LIMITS["odd_document"] * usual):

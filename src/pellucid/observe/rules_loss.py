@@ -82,7 +82,8 @@ def non_finite(h: History) -> Iterator[Finding]:
 
 
 @rule("overfitting", "warning", cause="the model learns its training text by heart",
-      remedy="stop here (the best checkpoint is kept), add data, or regularise", source="Prechelt 1998, early stopping")
+      remedy="stop here (the best checkpoint is kept), add data, or regularise", source="Prechelt 1998, early stopping",
+      evaluations=LIMITS["evaluations"])
 def overfitting(h: History) -> Iterator[Finding]:
     if "evaluation" not in h.fresh:
         return
@@ -93,7 +94,7 @@ def overfitting(h: History) -> Iterator[Finding]:
     losses, gaps = frames[alike, column["loss"]], frames[alike, column["gap"]]
     at = int(np.argmin(losses))
     best, limit = float(losses[at]), float(losses[at]) * (1 + LIMITS["held_out"])
-    if len(losses) >= 3 and losses[-1] > losses[-2] and losses[-1] > limit:
+    if len(losses) >= LIMITS["evaluations"] and losses[-1] > losses[-2] and losses[-1] > limit:
         yield Finding("run", losses[-1], limit, f"held-out loss {losses[-1]:.4g}, best was {best:.4g}, and rising")
     elif len(losses) - 1 - at >= LIMITS["patience"] and gaps[-1] - gaps[at] > LIMITS["gap"] * best:
         yield Finding("run", losses[-1], best, f"held-out loss {losses[-1]:.4g}, {len(losses) - 1 - at} evaluations without one "

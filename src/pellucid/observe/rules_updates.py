@@ -63,7 +63,8 @@ def update_spike(h: History) -> Iterator[Finding]:
 
 
 @rule("stale_moments", "warning", cause="gradients grew faster than Adam's second moment follows",
-      remedy="lower beta2; warm up longer", source="Wortsman et al. 2023, arXiv 2304.13013", steps=LIMITS["recent"] + 1)
+      remedy="lower beta2; warm up longer", source="Wortsman et al. 2023, arXiv 2304.13013",
+      steps=LIMITS["recent"] + FRAME_EVERY)
 def stale_moments(h: History) -> Iterator[Finding]:
     staleness = h.table("param", "staleness", 2)
     if "param" in h.fresh and h.age > LIMITS["recent"] and len(staleness) == 2 and (staleness[:, -1] > LIMITS["staleness"]).all():
@@ -72,7 +73,7 @@ def stale_moments(h: History) -> Iterator[Finding]:
 
 @rule("impossible_step", "alarm", cause="Adam's second moment does not belong to these gradients: restored from elsewhere, or changed",
       remedy="check what touched the optimizer's state (a partial resume?); without it, begin with fresh moments and a warm-up",
-      source="Cauchy-Schwarz on Adam's two averages (Kingma & Ba 2014, section 2.1, on the bounded step)")
+      source="Cauchy-Schwarz on Adam's two averages (Kingma & Ba 2014, section 2.1, on the bounded step)", steps=FRAME_EVERY)
 def impossible_step(h: History) -> Iterator[Finding]:
     sizes = h.now("param", "adam_rms")
     if sizes is None:
@@ -89,7 +90,8 @@ def impossible_step(h: History) -> Iterator[Finding]:
 
 
 @rule("learning_rate_high", "alarm", cause="weights change by percents at every step",
-      remedy="divide optimizer.learning_rate by 3 to 10", source="Karpathy, makemore part 3 (1e-3 rule); arXiv 2305.17212")
+      remedy="divide optimizer.learning_rate by 3 to 10", source="Karpathy, makemore part 3 (1e-3 rule); arXiv 2305.17212",
+      steps=2 * FRAME_EVERY)
 def learning_rate_high(h: History) -> Iterator[Finding]:
     ratios = h.table("param", "update_ratio", 2)[:, -1:]
     if "param" in h.fresh and len(ratios) == 2 and (ratios > LIMITS["ratio_high"]).all():
@@ -98,7 +100,7 @@ def learning_rate_high(h: History) -> Iterator[Finding]:
 
 @rule("learning_rate_low", "warning", cause="the learning rate is so small that nothing is learnt",
       remedy="raise optimizer.learning_rate", source="Karpathy, makemore part 3; SageMaker Debugger WeightUpdateRatio",
-      steps=LIMITS["recent"] + FRAME_EVERY * LIMITS["frames"], after_warmup=True)
+      steps=LIMITS["recent"] + 1 + FRAME_EVERY, after_warmup=True)
 def learning_rate_low(h: History) -> Iterator[Finding]:
     ratios = h.table("param", "update_ratio", LIMITS["frames"])[:, -1:]
     past_warmup = h.step > h.run.warmup_steps + LIMITS["recent"]
@@ -107,7 +109,8 @@ def learning_rate_low(h: History) -> Iterator[Finding]:
 
 
 @rule("frozen_tensor", "alarm", cause="it has a gradient and does not move: not in the optimizer, or overwritten",
-      remedy="check the optimizer's parameter groups and what happens after its step", source="DeepSpeed issue 8354")
+      remedy="check the optimizer's parameter groups and what happens after its step", source="DeepSpeed issue 8354",
+      steps=2 * FRAME_EVERY)
 def frozen_tensor(h: History) -> Iterator[Finding]:
     gradients, updates = h.table("param", "gradient_norm", 2), h.table("param", "update_norm", 2)
     if "param" not in h.fresh or len(updates) < 2 or not (updates[:, -1] > 0).all():

@@ -20,7 +20,7 @@ import numpy as np
 from pellucid.config import UserError
 from pellucid.observe.mounts import is_network
 from pellucid.observe.reader import Reader
-from pellucid.observe.rules import RULES
+from pellucid.observe.rules import RULES, Rule
 from pellucid.observe.store import BEFORE, FAN, FILE_NAME, LEVELS, RECORDER, ROLLUP_PARTS, SCHEMA_VERSION
 from pellucid.observe.web.capsule import Plays, read_capsule
 from pellucid.observe.web.preferences import preferences
@@ -287,9 +287,8 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
         if path == "events":
             return _json(feed.events())
         if path == "rules":
-            warmup = feed.config.get("schedule", {}).get("warmup_steps", 0)
             return _json([{name: getattr(rule, name) for name in ("name", "severity", "cause", "remedy", "source")}
-                          | {"steps": rule.steps + warmup * rule.after_warmup} for rule in RULES])  # fmt: skip
+                          | {"steps": steps_to_judge(rule, feed.config)} for rule in RULES])  # fmt: skip
         if path == "step":
             return _json(feed.step(int(query["step"])))
         if path == "histograms":
@@ -340,3 +339,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     return value
 
+
+def steps_to_judge(rule: Rule, config: dict[str, Any]) -> int:
+    """How many steps of this run it takes; the first evaluation comes before them all."""
+    warmup, every = config.get("schedule", {}).get("warmup_steps", 0), config.get("training", {}).get("evaluate_every", 0)
+    return max(rule.steps + warmup * rule.after_warmup, (rule.evaluations - 1) * every)
