@@ -20,7 +20,7 @@ from pellucid.data.tokenizer import Tokenizer, load_tokenizer
 from pellucid.exchange.huggingface import save_huggingface
 from pellucid.exchange.leaves import Source, fill
 from pellucid.exchange.load import find_tokenizer, find_tokenizer_folder, open_source
-from pellucid.measure.memory import refuse_beyond_memory
+from pellucid.measure.enough_memory import refuse_beyond_memory
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.size import parameter_counts

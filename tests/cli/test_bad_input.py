@@ -13,7 +13,7 @@ import torch
 
 from pellucid import cli, run
 from pellucid.data.tokenizer import load_tokenizer
-from pellucid.measure import memory
+from pellucid.measure import enough_memory
 from pellucid.model.kernels import native
 from pellucid.training.loop import Loop
 
@@ -401,7 +401,7 @@ def test_too_little_memory_is_one_sentence_and_leaves_no_run(here, write, monkey
 
 def test_a_step_beyond_this_machine_s_memory_is_refused_before_a_run_begins(here, write, monkeypatch, command):
     write()
-    monkeypatch.setattr(memory, "memory_limit", lambda: 1000)
+    monkeypatch.setattr(enough_memory, "memory_limit", lambda: 1000)
     code, _, errors = command("train", "tiny.toml")
     assert code == 2 and "weights and gradients alone need" in errors.splitlines()[-1] and "Traceback" not in errors
     assert not list(here.glob("runs/*"))

@@ -31,9 +31,8 @@ from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.model.kernels import gpu, native
 from pellucid.model.kernels.gpu.copies import written_copy
-from pellucid.model.size import parameter_counts, training_bytes
 from pellucid.observe.attention import probe_attention
-from pellucid.observe.machine import host_memory, memory_limit, private_memory
+from pellucid.observe.machine import host_memory
 from pellucid.observe.observer import SilentObserver
 from pellucid.observe.routing import RoutingProbe
 from pellucid.observe.statistics import ParameterProbe
@@ -51,7 +50,6 @@ TRACED = 4  # layers
 BUSIEST = 1  # the expert that is taken to be,
 BUSY = 2.5  # with so many times its share; in the worst layers of fresh models it is 1.4 to 3.7
 GRANULE = 128  # tokens; contexts are multiples of it
-KEPT_FREE = 0.85  # share of the memory that a step may take which is said to fit: a run keeps some of what it frees
 RECOMPUTE = ("none", "attention", "all")
 
 
@@ -371,42 +369,6 @@ def _longest(config: Config, mode: str, memory: int, device: str, tell) -> tuple
         tokens = a + int((memory - known[a].total) / rise) if rise > 0 else LONGEST
         tokens = min(max(tokens // GRANULE, 1) * GRANULE, LONGEST)
     return low, known[low]
-
-
-def refuse_beyond_memory(config: Config) -> None:
-    """Raises UserError, with what would fit, where training on this machine's processor needs more memory than there is: the system
-    would end it without a word. Steps that are far from it are not looked at; of tasks but language modelling, the weights alone."""
-    limit, training, least = memory_limit(), config.training, 8 * parameter_counts(config.model)["total"]
-    if limit is None or _rough_bytes(config) < limit / 3:
-        return
-    there = f"GB of memory, and {limit / 1e9:.1f} GB are there"
-    if least > limit:
-        raise UserError(f"training: weights and gradients alone need {least / 1e9:.1f} {there}: take a smaller model")
-    if training.task != "language_modeling":
-        return
-    rows, held = training.micro_batch_size, private_memory()
-    needed = held + predict_peak(config).total
-    if needed <= limit:
-        return
-    mend = "take a smaller model or shorter sequences, or training.recompute = 'all' (`pellucid plan`)"
-    while rows > 1:
-        rows = max(n for n in range(1, rows // 2 + 1) if training.batch_size % n == 0)
-        if held + predict_peak(_with_rows(config, rows)).total <= KEPT_FREE * limit:
-            mend = f"set training.micro_batch_size = {rows}, the same batch in pieces that fit"
-            break
-    at_once = f"{training.micro_batch_size} x {config.data.sequence_length} tokens at once"
-    raise UserError(f"training: {at_once} need {needed / 1e9:.1f} {there}: {mend}")
-
-
-def _rough_bytes(config: Config) -> int:
-    """About what a step takes, at a glance; never less than a third of it."""
-    shape, rows = config.model, config.training.micro_batch_size
-    width = 20 * shape.hidden_size + 6 * shape.num_experts_per_tok * shape.intermediate_size
-    return 2 * training_bytes(shape) + 4 * rows * config.data.sequence_length * shape.num_hidden_layers * width
-
-
-def _with_rows(config: Config, rows: int) -> Config:
-    return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": rows})})
 
 
 def program_bytes(device: str) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from pellucid.config import Config, UserError, make_config
 from pellucid.data.dataset import IGNORE, Dataset, Split
+from pellucid.measure.enough_memory import memory_limit
 from pellucid.measure.outcome import replace
 from pellucid.measure.random_tokens import RandomTokens
 from pellucid.model.grok import Grok1
@@ -76,7 +77,7 @@ def open_data(data: str | dict[str, int], tables: dict[str, Any]) -> Any:
 def _refuse_beyond_memory(needed: int, what: str, device: torch.device | None = None) -> None:
     """device: where it is to lie; None: in the machine's own memory."""
     on_gpu = device is not None and device.type == "cuda"
-    own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    own = memory_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     there, where = (torch.cuda.get_device_properties(device).total_memory, "its GPU") if on_gpu else (own, "this machine")
     if needed > there:
         raise UserError(f"{what} need {needed / 1e9:,.0f} GB, and {where} has {there / 1e9:,.0f} GB: ask for less")

@@ -34,7 +34,7 @@ BF16, BOTH = (torch.bfloat16,), (torch.bfloat16, torch.float32)
 # left to torch, which nobody has compared there (docs/speed.md). On other cards nobody has run them.
 PROVEN: dict[str, tuple[torch.dtype, ...]] = {
     "attention": BF16, "experts": BF16, "routing": BOTH, "norm": BOTH, "rotary": BOTH, "loss": BOTH,
-    "scores": (), "update": (),  # have run in the interpreter alone
+    "scores": (), "update": (),  # have run in the interpreter alone; "update" is asked with the weights' dtype
 }  # fmt: skip
 PROVEN_ON = 9, "Hopper"  # compute capability
 # Bytes that an operator holds at most while it runs, beside its arguments: what `plan` cannot see from outside. By operator, from its
