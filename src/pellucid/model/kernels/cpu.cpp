@@ -262,18 +262,39 @@ static void cross_entropy(T* products, const int64_t* target_N, float* nats_N, f
 
 // --------------------------------------------------------------------------------------------- stochastic rounding
 
-// y = x in bf16, up or down by Widynski's squares32(first + i, key): see training/optimizers/rounding.py.
+// 16 random bits of element i of the tensor that `key` belongs to: Widynski's squares32, see training/optimizers/rounding.py.
+static inline uint32_t random_bits(uint64_t i, uint64_t key) {
+    uint64_t a = i * key, b = a + key, s = a * a + a;
+    s = (s >> 32) | (s << 32);
+    s = s * s + b;
+    s = (s >> 32) | (s << 32);
+    s = s * s + a;
+    s = (s >> 32) | (s << 32);
+    return uint32_t((s * s + b) >> 48);
+}
+
+static inline bf16 up_or_down(float x, uint32_t random) {
+    return {x == x ? uint16_t((as_bits(x) + random) >> 16) : uint16_t(0x7fc0)};
+}
+
 static void round_stochastically(const float* x, bf16* y, int64_t n, uint64_t key, uint64_t first) {
 #pragma omp parallel for simd if (n > 4096)
+    for (int64_t i = 0; i < n; i++) y[i] = up_or_down(x[i], random_bits(first + i, key));
+}
+
+// Adam or AdamW of one tensor whose moments are bf16, computed in float and rounded up or down: see training/optimizers/adam.py.
+// rate = learning_rate / (1 - beta1^step), root = sqrt(1 - beta2^step), fresh = 1 - beta.
+static void adam_rounded(float* weight, const float* gradient, bf16* m, bf16* v, int64_t n, uint64_t key_m, uint64_t key_v,
+                         uint64_t first, float rate, float root, float fresh1, float beta2, float fresh2, float eps, float kept,
+                         float l2) {
+#pragma omp parallel for simd if (n > 4096)
     for (int64_t i = 0; i < n; i++) {
-        uint64_t a = (first + i) * key, b = a + key, s = a * a + a;
-        s = (s >> 32) | (s << 32);
-        s = s * s + b;
-        s = (s >> 32) | (s << 32);
-        s = s * s + a;
-        s = (s >> 32) | (s << 32);
-        uint32_t random = uint32_t((s * s + b) >> 48);
-        y[i].bits = x[i] == x[i] ? uint16_t((as_bits(x[i]) + random) >> 16) : 0x7fc0;
+        float slope = gradient[i] + l2 * weight[i], mean = load(m[i]);
+        mean += fresh1 * (slope - mean);
+        float square = load(v[i]) * beta2 + fresh2 * slope * slope;
+        weight[i] = weight[i] * kept - rate * (mean / (std::sqrt(square) / root + eps));
+        m[i] = up_or_down(mean, random_bits(first + i, key_m));
+        v[i] = up_or_down(square, random_bits(first + i, key_v));
     }
 }
 
@@ -309,4 +330,10 @@ BOTH(cross_entropy,
      cross_entropy((T*)products, target, nats, normalizer, N, V, multiplier, z, want_slope != 0))
 extern "C" void round_stochastically_float(void* x, void* y, int64_t n, int64_t key, int64_t first) {
     round_stochastically((float*)x, (bf16*)y, n, uint64_t(key), uint64_t(first));
+}
+extern "C" void adam_rounded_float(void* weight, void* gradient, void* m, void* v, int64_t n, int64_t key_m, int64_t key_v,
+                                   int64_t first, float rate, float root, float fresh1, float beta2, float fresh2, float eps,
+                                   float kept, float l2) {
+    adam_rounded((float*)weight, (float*)gradient, (bf16*)m, (bf16*)v, n, uint64_t(key_m), uint64_t(key_v), uint64_t(first), rate,
+                 root, fresh1, beta2, fresh2, eps, kept, l2);
 }

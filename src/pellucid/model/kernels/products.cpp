@@ -5,11 +5,11 @@
 #ifdef OWN_PRODUCTS
 #define PARAMETERS                                                                                                       \
     const void *a, int64_t a_outer, int64_t a_inner, const int64_t *a_rows, const void *b, int64_t b_outer, int64_t b_inner, \
-        const int64_t *b_rows, void *out, int64_t stride, int64_t M, int64_t N, int64_t K, int64_t add, int64_t batch,   \
-        int64_t a_batch, int64_t b_batch, int64_t out_batch
+        const int64_t *b_rows, void *out, int64_t stride, int64_t M, int64_t N, int64_t K, int64_t add, int64_t read_soon, \
+        int64_t batch, int64_t a_batch, int64_t b_batch, int64_t out_batch
 #define PRODUCT(T, A, B, O)                                                                                                \
     product<T, O>(Matrix<A>{(const A*)a, a_outer, a_inner, a_rows}, Matrix<B>{(const B*)b, b_outer, b_inner, b_rows}, (O*)out, \
-                  stride, M, N, K, add != 0, batch, a_batch, b_batch, out_batch)
+                  stride, M, N, K, add != 0, read_soon != 0, batch, a_batch, b_batch, out_batch)
 
 extern "C" void product_float(PARAMETERS, int64_t, int64_t) { PRODUCT(float, float, float, float); }
 #ifdef __AVX512BF16__

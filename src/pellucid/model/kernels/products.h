@@ -30,6 +30,8 @@ static const int ROWS = 14, VECTORS = 2, COLUMNS = 16 * VECTORS;  // 28 register
 static const int64_t DEPTH = 2048;                                // cells of a sum at a time
 static const int64_t NEAR = 128 * 1024, SHARED = 1024 * 1024;     // cells of a that one core keeps, of b that all share
 static const int64_t SMALL = 32 * 32 * 32;                        // multiply-adds that are not worth a second thread
+static const int64_t FAR = 256 * 1024;                            // numbers of a result that need not stay in a cache
+static const int64_t GAP = 16, AHEAD = 8;                         // cells between panels; cells that are fetched before their turn
 
 // Number (o, k) lies at first[o * outer + k * inner], one of them 1; `rows`, where given, renumbers the other's.
 template <class S>
@@ -54,7 +56,12 @@ static inline __m512 along(float, const float* x, int64_t left) { return _mm512_
 static inline __m512 across(float, const float* x, const float*, __mmask16 wanted) { return _mm512_maskz_loadu_ps(wanted, x); }
 
 static inline __m512 get(const float* from, __mmask16 wanted) { return _mm512_maskz_loadu_ps(wanted, from); }
-static inline void put(float* to, __mmask16 wanted, __m512 x) { _mm512_mask_storeu_ps(to, wanted, x); }
+static inline void put(float* to, __mmask16 wanted, __m512 x, bool away = false) {  // away: past the caches, by whole lines
+    if (away && wanted == 0xffff && (uintptr_t)to % 64 == 0)
+        _mm512_stream_ps(to, x);
+    else
+        _mm512_mask_storeu_ps(to, wanted, x);
+}
 
 #ifdef __AVX512BF16__
 static inline __m512 multiply_add(bf16, __m512 a, __m512 b, __m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
@@ -77,7 +84,7 @@ static inline __m512 across(bf16, const S* x, const S* next, __mmask16 wanted) {
     return (__m512)_mm512_permutex2var_epi16(low, turns, high);
 }
 
-static inline void put(bf16* to, __mmask16 wanted, __m512 x) {
+static inline void put(bf16* to, __mmask16 wanted, __m512 x, bool = false) {
     _mm256_mask_storeu_epi16(to, wanted, (__m256i)_mm512_cvtneps_pbh(x));
 }
 #endif
@@ -101,7 +108,10 @@ static inline void transpose(__m512* row) {
     }
 }
 
-// Rows o0..o1 and numbers k0..k1 of x become panels of P rows: cell c of row p + o lies at to[p * cells + c * P + o].
+// Panels begin this far from each other: the gap, so that they do not all take the same few places of a cache.
+static inline int64_t panel(int64_t rows, int64_t cells) { return rows * cells + GAP; }
+
+// Rows o0..o1 and numbers k0..k1 of x become panels of P rows: cell c of row p * P + o lies at to[p * panel(P, cells) + c * P + o].
 template <class T, class S, int P>
 static void pack(const Matrix<S>& x, int64_t o0, int64_t o1, int64_t k0, int64_t k1, float* to) {
     const int64_t per = sizeof(float) / sizeof(T), cells = (k1 - k0 + per - 1) / per, outer = o1 - o0;
@@ -109,10 +119,14 @@ static void pack(const Matrix<S>& x, int64_t o0, int64_t o1, int64_t k0, int64_t
         for (int64_t c = 0; c < cells; c++) {
             int64_t k = k0 + c * per;
             const S *row = x.at(o0, k), *next = per > 1 && k + 1 < k1 ? x.at(o0, k + 1) : nullptr;
+            const S *soon = x.at(o0, std::min(k + AHEAD * per, k1 - 1)), *after = x.at(o0, std::min(k + AHEAD * per + 1, k1 - 1));
             for (int64_t p = 0; p < outer; p += P)
-                for (int64_t o = 0; o < P; o += 16)
-                    put(to + p * cells + c * P + o, lanes(P - o),
+                for (int64_t o = 0; o < P; o += 16) {
+                    _mm_prefetch(soon + p + o, _MM_HINT_T0);  // each row is on a page of its own, where no processor guesses
+                    if (per > 1) _mm_prefetch(after + p + o, _MM_HINT_T0);
+                    put(to + p / P * panel(P, cells) + c * P + o, lanes(P - o),
                         across(T(), row + p + o, next ? next + p + o : next, lanes(P - o) & lanes(outer - p - o)));
+                }
         }
         return;
     }
@@ -129,17 +143,18 @@ static void pack(const Matrix<S>& x, int64_t o0, int64_t o1, int64_t k0, int64_t
                 transpose(cell);
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++)
-                    if (c + i < cells) put(to + p * cells + (c + i) * P + o, lanes(P - o), cell[i]);
+                    if (c + i < cells) put(to + p / P * panel(P, cells) + (c + i) * P + o, lanes(P - o), cell[i]);
             }
         }
 }
 
-// Where sums are kept: lines of numbers, `stride` from one to the next.
+// Where sums are kept: lines of numbers, `stride` from one to the next; away: what nobody reads soon.
 template <class O>
 struct Lines {
     O* first;
     int64_t stride;
-    Lines at(int64_t line, int64_t number) const { return {first ? first + line * stride + number : nullptr, stride}; }
+    bool away = false;
+    Lines at(int64_t line, int64_t number) const { return {first ? first + line * stride + number : nullptr, stride, away}; }
 };
 
 // height x columns of out, or of its transpose where `turned`: the panels' product, and what is in `before`.
@@ -174,7 +189,7 @@ static void tile(int64_t cells, const float* a, const float* b, Lines<float> bef
             int64_t wide = turned ? height : columns - 16 * j, high = turned ? columns - 16 * j : height;
             __mmask16 wanted = i < high ? lanes(wide) : 0;
             if (before.first) line[i] = _mm512_add_ps(line[i], get(before.at(to, from).first, wanted));
-            put(out.at(to, from).first, wanted, line[i]);
+            put(out.at(to, from).first, wanted, line[i], out.away);
         }
     }
 }
@@ -200,15 +215,16 @@ struct Part {
     int64_t columns, first, last;
 };
 
-// `wanted` says for rows m0..m1 which Part of them there should be.
+// `wanted` says for rows m0..m1 which Part of them there should be. read_soon: whether out should stay in the caches.
 template <class T, class O, bool turned, class A, class B, class Wanted>
 static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add,
-                     const Wanted& wanted) {
+                     bool read_soon, const Wanted& wanted) {
     const int64_t per = sizeof(float) / sizeof(T), depth = DEPTH * per, panels = (M + ROWS - 1) / ROWS;
     const int64_t deepest = (std::min(K, depth) + per - 1) / per, width = std::max<int64_t>(1, SHARED / deepest / COLUMNS) * COLUMNS;
-    float* packed_b = room<0>((std::min(N, width) + COLUMNS - 1) / COLUMNS * COLUMNS * deepest);
+    float* packed_b = room<0>((std::min(N, width) + COLUMNS - 1) / COLUMNS * panel(COLUMNS, deepest));
     const int64_t shared = std::min(N, width);  // columns at a time
     float* sums = K > depth && sizeof(O) < sizeof(float) ? room<1>(M * shared) : nullptr;
+    const bool away = !read_soon && !add && M * N > FAR;
     for (int64_t n0 = 0; n0 < N; n0 += width)
         for (int64_t k0 = 0; k0 < K; k0 += depth) {
             int64_t k1 = std::min(K, k0 + depth), cells = (k1 - k0 + per - 1) / per, n1 = std::min(N, n0 + width);
@@ -218,13 +234,13 @@ static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t str
                 int64_t group = std::clamp<int64_t>((n1 - n0) / COLUMNS / threads, 1, 16) * COLUMNS;
 #pragma omp for schedule(dynamic)
                 for (int64_t n = n0; n < n1; n += group)
-                    pack<T, B, COLUMNS>(b, n, std::min(n + group, n1), k0, k1, packed_b + (n - n0) * cells);
+                    pack<T, B, COLUMNS>(b, n, std::min(n + group, n1), k0, k1, packed_b + (n - n0) / COLUMNS * panel(COLUMNS, cells));
                 int64_t at_once = threads * std::max<int64_t>(2, NEAR / ROWS / cells);
                 int64_t blocks = (panels + at_once - 1) / at_once * threads;
 #pragma omp for schedule(dynamic)
                 for (int64_t block = 0; block < blocks; block++) {
                     int64_t m0 = panels * block / blocks * ROWS, m1 = std::min(M, panels * (block + 1) / blocks * ROWS);
-                    float* packed_a = room<2>((m1 - m0 + ROWS) * cells);
+                    float* packed_a = room<2>((m1 - m0 + ROWS) / ROWS * panel(ROWS, cells));
                     pack<T, A, ROWS>(a, m0, m1, k0, k1, packed_a);
                     for (int64_t n = n0; n < n1; n += COLUMNS)
                         for (int64_t m = m0; m < m1; m += ROWS) {
@@ -232,10 +248,10 @@ static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t str
                             Part part = wanted(m, m + rows);
                             if (n >= part.columns) continue;
                             int64_t c0 = (std::clamp(part.first, k0, k1) - k0) / per, c1 = (std::clamp(part.last, k0, k1) - k0 + per - 1) / per;
-                            const float *panel_a = packed_a + (m - m0) * cells + c0 * ROWS;
-                            const float* panel_b = packed_b + (n - n0) * cells + c0 * COLUMNS;
+                            const float *panel_a = packed_a + (m - m0) / ROWS * panel(ROWS, cells) + c0 * ROWS;
+                            const float* panel_b = packed_b + (n - n0) / COLUMNS * panel(COLUMNS, cells) + c0 * COLUMNS;
                             Lines<float> partial = {sums ? sums : (float*)out, !sums ? stride : turned ? M : shared};
-                            Lines<O> result = Lines<O>{out, stride}.at(turned ? n : m, turned ? m : n);
+                            Lines<O> result = Lines<O>{out, stride, away}.at(turned ? n : m, turned ? m : n);
                             partial = partial.at(turned ? column : m, turned ? m : column);
                             Lines<float> before = k0 || add ? partial : Lines<float>{nullptr, 0};
                             auto sizes = std::make_integer_sequence<int, ROWS / 2>();
@@ -245,6 +261,7 @@ static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t str
                                 tile_of<T, O, turned>(rows, sizes, c1 - c0, panel_a, panel_b, before, result, n1 - n);
                         }
                 }
+                if (away) _mm_sfence();
             }
         }
 }
@@ -252,15 +269,15 @@ static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t str
 // The longer side is taken for rows: their panels stay with one core, those of the other factor are shared.
 template <class T, class O, class A, class B>
 static void product(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add,
-                    int64_t batch, int64_t a_batch, int64_t b_batch, int64_t out_batch) {
+                    bool read_soon, int64_t batch, int64_t a_batch, int64_t b_batch, int64_t out_batch) {
     auto one = [&](int64_t i) {
         auto all = [&](int64_t, int64_t) { return Part{std::max(M, N), 0, K}; };
         Matrix<A> left = {a.first + i * a_batch, a.outer, a.inner, a.rows};
         Matrix<B> right = {b.first + i * b_batch, b.outer, b.inner, b.rows};
         if (N > M)
-            multiply<T, O, true>(right, left, out + i * out_batch, stride, N, M, K, add, all);
+            multiply<T, O, true>(right, left, out + i * out_batch, stride, N, M, K, add, read_soon, all);
         else
-            multiply<T, O, false>(left, right, out + i * out_batch, stride, M, N, K, add, all);
+            multiply<T, O, false>(left, right, out + i * out_batch, stride, M, N, K, add, read_soon, all);
     };
     if (batch >= omp_get_max_threads() && batch > 1) {
 #pragma omp parallel for schedule(dynamic)

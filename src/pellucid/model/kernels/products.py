@@ -57,7 +57,7 @@ def transposed_product(
     master's). left_rows, right_rows: which rows of a factor are meant, where not all."""
     (left_MO, left_rows), (right_MI, right_rows) = _with_rows(left_MO, left_rows), _with_rows(right_MI, right_rows)
     if _is_ours(left_MO, right_MI, out, add):
-        return _own(left_MO.t(), right_MI, out, left_rows, right_rows, add)
+        return _own(left_MO.t(), right_MI, out, left_rows, right_rows, add, read_soon=False)
     left_MO, right_MI = _chosen(left_MO, left_rows), _chosen(right_MI, right_rows)
     if _is_emulated(left_MO):
         left_MO, right_MI = left_MO.float(), right_MI.float()
@@ -113,10 +113,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _own(
-    left: Tensor, right: Tensor, out: Tensor, left_rows: Tensor | None = None, right_rows: Tensor | None = None, add: bool = False
-) -> Tensor:
+    left: Tensor, right: Tensor, out: Tensor, left_rows: Tensor | None = None, right_rows: Tensor | None = None, add: bool = False,
+    read_soon: bool = True,
+) -> Tensor:  # fmt: skip
     """out [.., M, N] = left [.., M, K] @ right [.., K, N] by products.cpp, of which left_rows and right_rows choose rows as they
-    lie in memory: columns of a factor that is a transposed view."""
+    lie in memory: columns of a factor that is a transposed view. read_soon: whether out should stay in the processor's caches."""
     left, right = (x if 1 in x.stride()[-2:] else x.contiguous() for x in (left, right))
     by_row = left_rows is not None and left.stride(-1) == 1
     M, K = len(left_rows) if by_row else left.shape[-2], left.shape[-1] if by_row or left_rows is None else len(left_rows)
@@ -128,7 +129,7 @@ def _own(
     batch = [len(out), left.stride(0), right.stride(0), out.stride(0)] if out.dim() == 3 else [1, 0, 0, 0]
     native.call(
         "product", left.dtype, left, left.stride(-2), left.stride(-1), left_rows, right, right.stride(-1), right.stride(-2),
-        right_rows, out, out.stride(-2), M, N, K, int(add), *batch,
+        right_rows, out, out.stride(-2), M, N, K, int(add), int(read_soon), *batch,
         int(right.dtype == torch.float32), int(out.dtype == torch.float32), strided=True,
     )  # fmt: skip
     return out

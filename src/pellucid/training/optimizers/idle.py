@@ -29,12 +29,19 @@ def frozen_idle_experts(optimizer: torch.optim.Optimizer, idle: dict[str, Tensor
     only the slices in use take the step; elsewhere the idle ones are copied and put back. The usual step, with none,
     costs nothing. Names the optimizer lacks are ignored.
     """
+    if isinstance(optimizer, Stored):
+        optimizer.idle = idle
+        try:
+            yield
+        finally:
+            optimizer.idle = {}
+        return
     in_parts, kept = [], []
     for name, weight, group in optimizer_parameters(optimizer):
         mask = idle.get(name)
         if mask is None or weight.grad is None or not bool(mask.any()):
             continue
-        if group["rule"] in ELEMENTWISE and not isinstance(optimizer, Stored) and not bool(mask.all()):
+        if group["rule"] in ELEMENTWISE and not bool(mask.all()):
             in_parts.append((weight, _used_slices(optimizer, weight, mask.tolist())))
         else:
             rows = mask.nonzero().squeeze(1).to(weight.device)

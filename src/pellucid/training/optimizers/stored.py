@@ -3,13 +3,15 @@
 One piece of a tensor after the other is brought to the weight's device and dtype, updated by its rule, and put back, so
 that only a piece's moments exist in full. bf16: rounded stochastically (see rounding.py), and 4 bytes a parameter less than
 Adam's 8; DeepSeek-V3 was trained with both moments in bf16 (2024, arXiv 2412.19437, section 3.3). In host memory: the same
-bits as on the device; copies run beside the computation where the device has streams.
+bits as on the device; copies run beside the computation where the device has streams. Adam's bf16 moments on a CPU are
+updated where they lie, in one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ class Stored(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], *, dtype: torch.dtype | None, offload: bool, seed: int):
         super().__init__([dict(group) for group in groups], {})
         self.dtype, self.offload, self.seed = dtype, offload, seed
+        self.idle: dict[str, Tensor] = {}  # by name, the experts that the next step leaves alone (see idle.py)
         device = self.param_groups[0]["params"][0].device
         self.beside = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
 
@@ -71,13 +74,20 @@ class Stored(torch.optim.Optimizer):
                 if weight.grad is None:
                     continue
                 state = self._state_of(weight, group)
-                cuts = _matrices(weight) if group["rule"] == "muon" else _slices(weight)
+                used = _used(weight, self.idle.get(name))
+                size = weight.numel() if self._in_one_pass(weight, group) else PIECE.get(weight.device.type, PIECE["cuda"])
+                cuts = _matrices(weight, used) if group["rule"] == "muon" else _slices(used, size)
                 before = state["step"].clone()
                 state["step"] += 1
                 gradient = weight.grad.contiguous()
                 for first, cut in cuts:
                     kept = {key: cut(state[key]) for key in _keys(group)}
-                    yield _Piece(name, group, cut(weight.detach()), cut(gradient), kept, before, first)
+                    yield _Piece(name, group, cut(weight.detach()), cut(gradient), kept, before, first, self.seed)
+
+    def _in_one_pass(self, weight: Tensor, group: dict) -> bool:
+        """Whether a kernel updates the weight and its moments as they are stored."""
+        adam_in_bf16 = self.dtype == torch.bfloat16 and group["rule"] in ("adam", "adamw")
+        return adam_in_bf16 and weight.dtype == torch.float32 and native.fits(weight)
 
     def _state_of(self, weight: Tensor, group: dict) -> dict[str, Tensor]:
         state, home = self.state[weight], "cpu" if self.offload else weight.device
@@ -93,6 +103,8 @@ class Stored(torch.optim.Optimizer):
         if piece is None:
             return {}, None
         like = piece.weight
+        if self._in_one_pass(like, piece.group):
+            return piece.kept, None
         if self.beside is None:
             return {key: kept.to(like.device, like.dtype) for key, kept in piece.kept.items()}, None
         with torch.cuda.stream(self.beside):
@@ -107,8 +119,7 @@ class Stored(torch.optim.Optimizer):
             if moment is kept:
                 continue  # updated in place
             if self.dtype is not None:
-                seed = rounding_key(self.seed, int(piece.before) + 1, f"{key}.{piece.name}")
-                moment = round_stochastically(moment.float().contiguous(), seed, piece.first)
+                moment = round_stochastically(moment.float().contiguous(), piece.rounding_key(key), piece.first)
             if self.beside is None:
                 kept.copy_(moment)
                 continue
@@ -129,27 +140,54 @@ class _Piece:
     kept: dict[str, Tensor]
     before: Tensor  # the count of steps already done
     first: int  # index of its first element in the tensor
+    seed: int
+
+    def rounding_key(self, moment: str) -> int:
+        return rounding_key(self.seed, int(self.before) + 1, f"{moment}.{self.name}")
 
 
 def _keys(group: dict) -> tuple[str, ...]:
     return () if group["rule"] == "sgd" and not group["momentum"] else MOMENTS[group["rule"]]
 
 
-def _slices(weight: Tensor) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+def _used(weight: Tensor, idle_E: Tensor | None) -> Iterator[tuple[int, int]]:
+    """(first, end) of each run of elements whose experts are in use."""
+    if idle_E is None:
+        yield 0, weight.numel()
+        return
+    first, each = 0, weight[0].numel()
+    for is_idle, run in groupby(idle_E.tolist()):
+        end = first + each * len(list(run))
+        if not is_idle:
+            yield first, end
+        first = end
+
+
+def _slices(used: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
     """(first element, how to cut it out of a tensor of this shape), for rules that treat every element alike."""
-    size = PIECE.get(weight.device.type, PIECE["cuda"])
-    for first in native.starts(weight.numel(), size):
-        yield first, lambda tensor, first=first: tensor.view(-1)[first : first + size]
+    for begin, end in used:
+        for first in native.starts(end - begin, size):
+            at = slice(begin + first, min(end, begin + first + size))
+            yield at.start, lambda tensor, at=at: tensor.view(-1)[at]
 
 
-def _matrices(weight: Tensor) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
+def _matrices(weight: Tensor, used: Iterator[tuple[int, int]]) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
     """One expert, or the whole tensor, for a rule that treats matrices."""
-    for e in range(len(weight) if weight.ndim > 2 else 1):
-        yield e * weight[0].numel(), (lambda tensor, e=e: tensor[e]) if weight.ndim > 2 else lambda tensor: tensor
+    each = weight[0].numel()
+    for begin, end in used if weight.ndim > 2 else [(0, each)]:
+        for first in range(begin, end, each):
+            yield first, (lambda tensor, e=first // each: tensor[e]) if weight.ndim > 2 else lambda tensor: tensor
 
 
 def _adam(piece: _Piece, moments: dict[str, Tensor]) -> None:
     group, (beta1, beta2) = piece.group, piece.group["betas"]
+    if moments["exp_avg"].dtype != piece.weight.dtype:  # as they are stored: see _in_one_pass
+        step, decay, decoupled = int(piece.before) + 1, group["weight_decay"], group["rule"] == "adamw"
+        native.call("adam_rounded", piece.weight.dtype, piece.weight, piece.gradient, moments["exp_avg"], moments["exp_avg_sq"],
+                    piece.weight.numel(), piece.rounding_key("exp_avg"), piece.rounding_key("exp_avg_sq"), piece.first,
+                    group["lr"] / (1 - beta1**step), (1 - beta2**step) ** 0.5, 1 - beta1, beta2, 1 - beta2, group["eps"],
+                    1 - group["lr"] * decay if decoupled else 1.0, 0.0 if decoupled else decay)  # fmt: skip
+        return
     steps = [piece.before.to(piece.weight.device, copy=True)]
     torch_adam([piece.weight], [piece.gradient], [moments["exp_avg"]], [moments["exp_avg_sq"]], [], steps, lr=group["lr"],
                beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], fused=group["fused"],
