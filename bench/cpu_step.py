@@ -7,8 +7,8 @@ All run forward, loss with the balance loss, backward, clipping at norm 1 and fu
 grouped_mm, its fastest way; litgpt has no balance loss. Pellucid runs its own training step as `pellucid train` does,
 with document masks, capped attention, four norms a layer and fp32 master weights; in bf16 its peers hold everything in
 bf16, their fastest way, and Pellucid Adam's moments (`optimizer.state_dtype = "bf16"`). Each has a process of its own;
-their steps alternate, so that other load on the machine hits all. Time is the process's CPU time (wall time beside it); the ratio is the median over steps of the same number. Memory
-is the growth of the resident peak.
+their steps alternate, so that other load on the machine hits all. Time is the process's CPU time (wall time beside it);
+the ratio is the median over steps of the same number. Memory is the growth of the resident peak.
 Needs: pip install transformers; and for litgpt, which wants older packages, an environment of its own:
 
     python -m venv LITGPT && LITGPT/bin/pip install torch==2.13.0 litgpt==0.5.13

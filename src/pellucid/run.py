@@ -87,7 +87,8 @@ def train(
 def _train(config: Config, folder: Path | None, name: str, resume: bool, progress: Quiet, held: contextlib.ExitStack) -> Run:
     """`held` takes the run's lock: it is ours to the end of `train`. folder None: runs/NAME or the next, once its data are there."""
     device = choose_device(config.training.device)  # before any work is spent
-    brought = config.model.init_from is not None and config.data.tokenizer.kind != "file"  # the tokenizer, by the origin
+    asked = config.data.tokenizer
+    brought = config.model.init_from is not None and asked.kind != "file"  # the tokenizer, by the origin
     begun = resume and bool(saved_steps(folder / "checkpoints"))
     if resume:
         if begun and config.model.init_from is not None:
@@ -95,6 +96,8 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
         _refuse_other_settings(Run(folder), config)
         held.enter_context(only_trainer(folder))
     origin = start_from(config) if config.model.init_from is not None and not begun else None
+    if origin is not None and brought and asked.model_fields_set & {"kind", "vocab_size"}:
+        progress.say(f"the tokenizer is that of {config.model.init_from}; what data.tokenizer asks for is passed over")
     dataset = prepare(config.data, progress=progress.stage)
     progress.close()
     if origin is not None and config.data.prepared is not None:
@@ -103,7 +106,7 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
         raise UserError(f"{folder}: cannot resume, its data have changed since it began: those were prepared in {began['directory']}, "
                         f"these in {dataset.directory}; put the sources back as they were, or start anew in another --run-dir")
     if brought:
-        config.data.tokenizer = TokenizerConfig(kind="file", path=str(dataset.directory / "tokenizer"))
+        config.data.tokenizer = _from_file(dataset.directory / "tokenizer", asked)
     _fit_vocabulary(config, dataset)
     _fit_labels(config, dataset)
     budget_in_steps(config, dataset.split("train", config.training.seed))  # refuses more than there is, with nothing written
@@ -234,10 +237,14 @@ def start_from(config: Config) -> Source:
         if folder is None:
             raise UserError(f"{path}: brings no tokenizer; give the one it was trained with: data.tokenizer.kind = 'file' "
                             "and data.tokenizer.path")  # fmt: skip
-        config.data.tokenizer = TokenizerConfig(kind="file", path=str(folder))
+        config.data.tokenizer = _from_file(folder, config.data.tokenizer)
     else:
         _refuse_other_tokenizer(path, load_tokenizer(config.data.tokenizer.path), "data.tokenizer.path")
     return origin
+
+
+def _from_file(folder: Path, asked: TokenizerConfig) -> TokenizerConfig:
+    return TokenizerConfig(kind="file", path=str(folder), encoder=asked.encoder)
 
 
 def _refuse_other_tokenizer(origin: Path, tokenizer: Tokenizer, key: str) -> None:

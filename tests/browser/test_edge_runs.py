@@ -23,10 +23,10 @@ SLOW = """async ([question, milliseconds]) => {
 }"""
 
 
-def make_run(folder, ratios, *, skipped_last: bool = False):
+def make_run(folder, ratios, *, skipped_last: bool = False, training: str = ""):
     """A run of 40 steps whose tensors move by `ratios` of their size; its last step may be one that was skipped."""
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text("[model]\nnum_experts = 2\n[optimizer]\nname = 'adamw'\n[training]\nbatch_size = 4\n")
+    (folder / "config.toml").write_text("[model]\nnum_experts = 2\n[optimizer]\nname = 'adamw'\n[training]\nbatch_size = 4\n" + training)
     writer = Writer(folder)
     writer.define("run", [Row("run")], RUN, row_is="run")
     writer.define("param", TENSORS, PARAM, row_is="tensor")
@@ -122,6 +122,12 @@ def test_a_rule_that_needs_more_steps_is_not_said_to_be_content(watched):
     assert "✓" not in early.inner_text() and "too early to judge: it takes 100 steps, 40 were done" in early.inner_text()
     ticks, rules = page.locator(".rules li", has_text="✓").count(), page.locator(".rules li").count()
     assert f"{ticks} rules judged 40 steps" in answer(page, "verdict-title").inner_text() and ticks < rules
+
+
+def test_a_rule_on_held_out_text_does_not_judge_a_run_that_never_looks_at_it(watched):
+    page = watched("#view=verdicts", [1e-3] * 3, training="evaluate_every = 0\n")
+    rule = page.locator(".rules li", has_text="overfitting")
+    assert "✓" not in rule.inner_text() and "not judged: this run looks at held-out text at its end alone" in rule.inner_text()
 
 
 def test_of_a_skipped_step_the_page_says_that_it_was_skipped(watched):

@@ -25,6 +25,7 @@ from pellucid.observe.web import server
 from pellucid.observe.web.feed import Feed, answer
 from pellucid.observe.web.report import _questions
 from pellucid.run_files import Run
+from pellucid.training.lock import only_trainer
 
 from_cli = "from pellucid.cli import main; main()"
 
@@ -127,7 +128,24 @@ def test_a_run_without_telemetry_says_so_and_a_half_written_one_is_tried_again(t
     assert "cannot be read" in feed.pulse()["problem"]
     (folder / "run.sqlite").unlink()
     make_run(folder, 3).close()
-    assert feed.pulse() == {"step": 2, "event": 0, "files": [False, 0], "problem": None}
+    assert feed.pulse() == {"step": 2, "event": 0, "files": [False, 0], "training": None, "problem": None}
+
+
+def test_the_header_says_whether_a_process_trains_the_run_not_whether_it_is_quiet(open_page, tmp_path, serving):
+    folder = tmp_path / "run"
+    make_run(folder, 3).close()
+    with sqlite3.connect(folder / "run.sqlite") as telemetry:
+        telemetry.execute("UPDATE frame SET time = time - 300")
+    says = lambda page, text: page.locator(".status").get_by_text(text).wait_for()
+    with serving([Feed(folder)]) as address:
+        page = open_page(address, wait=".status")
+        says(page, "quiet since step 2")  # never trained here: nothing can be told
+        with only_trainer(folder):
+            says(page, "busy since step 2")
+        says(page, "stopped at step 2")
+        (folder / "model").mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+        says(page, "ended at step 2")
 
 
 def test_the_page_waits_for_the_first_step_and_goes_on_by_itself(open_page, tmp_path, serving):

@@ -10,6 +10,7 @@ from pellucid.config import UserError
 from pellucid.observe.columns import INDEX, LAYER, PARAM, ROUTER, RUN
 from pellucid.observe.store import MISSING, Record, Row, Writer
 from pellucid.observe.terminal import BARS, summarize, watch_terminal
+from pellucid.training.lock import only_trainer
 
 
 def write_run(folder, losses, max_steps=None, events=()) -> Writer:
@@ -49,6 +50,10 @@ def test_a_summary_holds_the_last_step_of_a_run_while_it_trains_and_after_it_was
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 300)
     assert summarize(tmp_path / "one").state == "silent for 5 min"
+    with only_trainer(tmp_path / "one"):  # a slow step
+        assert summarize(tmp_path / "one").state == "training"
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert summarize(tmp_path / "one").state == "stopped"
     writer.close()
 
 

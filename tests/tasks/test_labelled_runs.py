@@ -18,6 +18,7 @@ from pellucid import cli
 from pellucid.config import UserError
 from pellucid.exchange.convert import convert
 from pellucid.measure.documents import predict_files
+from pellucid.measure.tables import write_rows
 from pellucid.observe.explain import explain
 from pellucid.observe.explain_text import explain_text
 from pellucid.observe.reader import Reader
@@ -150,6 +151,19 @@ def test_a_head_on_a_language_model_starts_from_its_weights_and_tokenizer(langua
     for name, tensor in model.state_dict().items():
         assert torch.equal(begun.tensors["model"][name], tensor), name
     assert run.manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+
+
+def test_what_is_asked_of_a_tokenizer_that_the_origin_brings_is_passed_over_and_said(language_run, tables, tmp_path, capsys):
+    wanted = tables(max_steps=1, evaluate_every=0)
+    wanted["model"] = {"init_from": str(language_run.directory)}
+    wanted["data"]["tokenizer"] = {"kind": "bpe", "vocab_size": 300, "encoder": "reference"}
+    run = train(wanted, run_dir=tmp_path / "run", progress=True)
+    assert f"the tokenizer is that of {language_run.directory}; what data.tokenizer asks for is passed over" in capsys.readouterr().out
+    assert run.manifest["tokenizer"]["fingerprint"] == language_run.manifest["tokenizer"]["fingerprint"]
+    assert run.config.data.tokenizer.encoder == "reference"
+    del wanted["data"]["tokenizer"]
+    train(wanted, run_dir=tmp_path / "another", progress=True)
+    assert "passed over" not in capsys.readouterr().out
 
 
 def test_it_is_resumed_and_replayed_without_the_origin(language_run, tables, tmp_path, final_state):
@@ -338,3 +352,10 @@ def test_a_step_of_a_labelled_run_is_played_with_all_proofs(name, request):
     refuted = [edge for edge in compared if edge["doubt"] <= 0.05 * abs(edge["autograd"])
                and abs(edge["difference"] - edge["autograd"]) > 1e-3 * abs(edge["autograd"]) + edge["doubt"]]  # fmt: skip
     assert compared and not refuted and all(edge["by_hand"] == close(edge["autograd"]) for edge in play["edges"])
+
+
+def test_where_predictions_cannot_be_written_the_file_named_is_the_one_asked_for(tmp_path):
+    out = tmp_path / f"{'x' * 245}.csv"  # what is written first has a longer name, too long a one
+    with pytest.raises(UserError, match=rf"{out}: cannot be written \(File name too long\); choose another name or folder"):
+        write_rows([{"label": "cat"}], out, "csv")
+    assert not any(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -10,6 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from pellucid.config import UserError
 
 WIDEST = 12  # classes whose confusion matrix is printed; --json has any
 
@@ -26,8 +29,13 @@ def write_rows(rows: Iterable[dict[str, Any]], out: Path | None, kind: str) -> N
         with open(unfinished, "w", encoding="utf-8", newline="") as file:
             file.writelines(lines)
         os.replace(unfinished, out)
+    except OSError as error:
+        if error.filename != str(unfinished):
+            raise  # of what is read
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another name or folder") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def _csv(rows: Iterable[dict[str, Any]]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from pellucid.config import UserError
 from pellucid.observe.columns import PHASES
 from pellucid.observe.reader import Reader, is_missing
 from pellucid.observe.store import FAN, FILE_NAME, LEVELS
+from pellucid.training.lock import is_trained
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND = 24  # characters
@@ -105,7 +106,10 @@ def _state(summary: Summary, folder: Path, silent: float) -> str:
     finished = summary.max_steps is not None and summary.step + 1 >= summary.max_steps
     if finished or (folder / "model").is_dir():
         return "finished"
-    if silent < max(SILENT, 5 * summary.numbers.get("step_seconds", 0.0)):
+    trained = is_trained(folder)
+    if trained is False:
+        return "stopped"
+    if trained or silent < max(SILENT, 5 * summary.numbers.get("step_seconds", 0.0)):
         return "training"
     return f"silent for {_duration(silent)}"
 

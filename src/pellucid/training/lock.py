@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -24,8 +26,7 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
         raise UserError(f"{run_dir}: cannot be written to ({error.strerror}); make the folder writable, or go on in a copy") from None
     with file:
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"{run_dir}: is being trained by process {file.read()}; wait for its end, or stop it first") from None
@@ -35,3 +36,29 @@ def only_trainer(run_dir: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _lock(file: IO[str]) -> None:
+    for patience in (0.05, 0.05, None):  # `is_trained` may hold it for an instant
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if patience is None:
+                raise
+            time.sleep(patience)
+
+
+def is_trained(run_dir: Path) -> bool | None:
+    """Whether a process trains this run now; None where that cannot be told."""
+    if fcntl is None:
+        return None
+    try:
+        with open(run_dir / ".lock", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        return None
+    return False

@@ -26,6 +26,7 @@ from pellucid.observe.web.capsule import Plays, read_capsule
 from pellucid.observe.web.preferences import preferences
 from pellucid.observe.web.river import River
 from pellucid.training.checkpoint import saved_steps
+from pellucid.training.lock import is_trained
 
 COLUMNS = 2048  # the most columns of a window
 TEXTS = 40  # the most texts of the model listed
@@ -107,17 +108,18 @@ class Feed:
     def pulse(self) -> dict[str, Any]:
         """What changes while a run trains: newest step and event, or the sentence why not. Costs two index look-ups.
 
-        `files` changes when the run ends or a step is explained: then `describe` has more to say.
+        `files` changes when the run ends or a step is explained: then `describe` has more to say. `training`: see `is_trained`.
         """
+        training = is_trained(self.directory)
         files = [self.finished, len(list((self.directory / "capsules").glob("step-*.safetensors")))]
         try:
             if self.open() is None:
-                return {"step": None, "event": 0, "files": files, "problem": self.problem}
+                return {"step": None, "event": 0, "files": files, "training": training, "problem": self.problem}
             newest = self.reader.query("SELECT (SELECT max(step) FROM frame WHERE stream = 'run') AS step, "
                                        "(SELECT coalesce(max(id), 0) FROM event) AS event")[0]  # fmt: skip
         except UserError as error:
-            return {"step": None, "event": 0, "files": files, "problem": str(error)}
-        return {**newest, "files": files, "problem": None}
+            return {"step": None, "event": 0, "files": files, "training": training, "problem": str(error)}
+        return {**newest, "files": files, "training": training, "problem": None}
 
     @property
     def finished(self) -> bool:
@@ -148,7 +150,7 @@ class Feed:
     def describe(self) -> dict[str, Any]:
         """Everything that names the axes of a run: streams with rows and statistics, settings, provenance."""
         facts = {"name": self.directory.resolve().name, "config": self.config, "manifest": self.manifest}
-        facts["finished"] = self.finished
+        facts |= {"finished": self.finished, "training": is_trained(self.directory)}
         facts["network"] = is_network(self.directory)
         try:
             return {**facts, **self._axes()}
@@ -340,7 +342,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def steps_to_judge(rule: Rule, config: dict[str, Any]) -> int:
-    """How many steps of this run it takes; the first evaluation comes before them all."""
-    warmup, every = config.get("schedule", {}).get("warmup_steps", 0), config.get("training", {}).get("evaluate_every", 0)
-    return max(rule.steps + warmup * rule.after_warmup, (rule.evaluations - 1) * every)
+def steps_to_judge(rule: Rule, config: dict[str, Any]) -> int | None:
+    """How many steps of this run it takes; the first evaluation comes before them all. None: too few come in any number of steps."""
+    warmup, every = config.get("schedule", {}).get("warmup_steps", 0), config.get("training", {}).get("evaluate_every")
+    if rule.evaluations and every == 0:
+        return None
+    return max(rule.steps + warmup * rule.after_warmup, (rule.evaluations - 1) * (every or 0))

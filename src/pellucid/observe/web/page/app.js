@@ -95,8 +95,9 @@ function Status({ run, connection }) {
   if (isReport) return html`<p class="status"><i class="dot done"></i>report up to step ${count(run.latest)}</p>`;
   const silent = run.heard ? (performance.now() - run.heard) / 1000 : run.age ?? Infinity;
   const [kind, text] = connection === "lost" ? ["lost", "no answer"] : run.latest === null ? ["wait", "waiting for the first step"]
-    : run.finished && silent > 20 ? ["done", `ended at step ${count(run.latest)}`] : silent < 20 ? ["live", `live, step ${count(run.latest)}`]
-    : ["wait", `quiet since step ${count(run.latest)}`];
+    : run.training === false ? (run.finished ? ["done", `ended at step ${count(run.latest)}`] : ["wait", `stopped at step ${count(run.latest)}`])
+    : silent < 20 ? ["live", `live, step ${count(run.latest)}`] : run.finished ? ["done", `ended at step ${count(run.latest)}`]
+    : ["wait", `${run.training ? "busy" : "quiet"} since step ${count(run.latest)}`];
   return html`<p class="status" role="status" data-step=${run.latest}><i class=${"dot " + kind}></i>${text}</p>`;
 }
 

@@ -82,7 +82,7 @@ function soon() {
   if (rest <= 0) { drawn = performance.now(); changed(); } else due ??= setTimeout(() => { due = null; drawn = performance.now(); changed(); }, rest);
 }
 
-async function heard({ run: index, step, event, problem, files }) {
+async function heard({ run: index, step, event, problem, files, training }) {
   const run = runs[index];
   if (!run) return;
   const more = run.files !== undefined && String(run.files) !== String(files); // it has ended, or a step was explained
@@ -90,7 +90,7 @@ async function heard({ run: index, step, event, problem, files }) {
   if (anew) windows.clear();
   if (anew || more) runs = await ask("runs");
   runs = runs.map((known, i) => (i === index
-    ? { ...known, latest: step ?? known.latest, event, problem, files, heard: step !== run.latest ? performance.now() : run.heard } : known));
+    ? { ...known, latest: step ?? known.latest, event, problem, files, training, heard: step !== run.latest ? performance.now() : run.heard } : known));
   soon();
 }
 

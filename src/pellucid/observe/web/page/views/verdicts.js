@@ -15,7 +15,8 @@ export function Verdicts({ events }) {
   if (!window) return html`<p class="boot">Reading the steps …</p>`;
   const names = [...new Set(found.map((event) => event.rule))];
   const quiet = rules.filter((rule) => !names.includes(rule.name)), applied = appliedIn(run, window);
-  const judged = quiet.filter((rule) => rule.steps <= applied), early = quiet.filter((rule) => rule.steps > applied), skipped = (run.latest ?? 0) + 1 - applied;
+  const judges = (rule) => rule.steps !== null && rule.steps <= applied;
+  const judged = quiet.filter(judges), unasked = quiet.filter((rule) => rule.steps === null), early = quiet.filter((rule) => rule.steps > applied);
   const soon = early.length ? ` For ${plural(early.length, "rule")} it is too early to judge.` : "";
   return html`
     <${Panel} id="verdict-title" wide question="Is anything wrong?" answer=${found.length
@@ -25,10 +26,13 @@ export function Verdicts({ events }) {
         window=${window} run=${run} step=${step} />`)}
     <//>
     <${Panel} id="quiet-title" wide question="What is being watched?" answer="Every rule is a pure function of the recorded numbers, judged at each step while the run trains.">
-      ${quiet.length ? html`<ul class="rules">${[...judged, ...early].map((rule) => html`<li class=${rule.steps > applied ? "early" : ""}><b><i class="fine" aria-hidden="true">${rule.steps > applied ? "…" : "✓"}</i>${rule.name.replaceAll("_", " ")}</b>
-        <span>${rule.cause}${rule.steps > applied ? `; too early to judge: it takes ${plural(rule.steps, "step")}, ${count(applied)} ${applied === 1 ? "was" : "were"} done${skipped ? ` and ${count(skipped)} skipped` : ""}` : ""}</span></li>`)}</ul>` : html`<${Nothing}>Every rule has found something.<//>`}
+      ${quiet.length ? html`<ul class="rules">${[...judged, ...early, ...unasked].map((rule) => html`<li class=${judges(rule) ? "" : "early"}><b><i class="fine" aria-hidden="true">${judges(rule) ? "✓" : "…"}</i>${rule.name.replaceAll("_", " ")}</b>
+        <span>${rule.cause}${judges(rule) ? "" : `; ${whyNot(rule, applied, (run.latest ?? 0) + 1 - applied)}`}</span></li>`)}</ul>` : html`<${Nothing}>Every rule has found something.<//>`}
     <//>`;
 }
+
+const whyNot = (rule, applied, skipped) => (rule.steps === null ? "not judged: this run looks at held-out text at its end alone (training.evaluate_every is 0)"
+  : `too early to judge: it takes ${plural(rule.steps, "step")}, ${count(applied)} ${applied === 1 ? "was" : "were"} done${skipped ? ` and ${count(skipped)} skipped` : ""}`);
 
 /** How many steps were done, that is not skipped over a loss or gradient that is not finite. */
 function appliedIn(run, window) {
