@@ -26,7 +26,8 @@ SLOW = """async ([question, milliseconds]) => {
 def make_run(folder, ratios, *, skipped_last: bool = False, training: str = ""):
     """A run of 40 steps whose tensors move by `ratios` of their size; its last step may be one that was skipped."""
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text("[model]\nnum_experts = 2\n[optimizer]\nname = 'adamw'\n[training]\nbatch_size = 4\n" + training)
+    tables = "[model]\nnum_experts = 2\n[optimizer]\nname = 'adamw'\n[training]\nbatch_size = 4\n"
+    (folder / "config.toml").write_text(tables + training)
     writer = Writer(folder)
     writer.define("run", [Row("run")], RUN, row_is="run")
     writer.define("param", TENSORS, PARAM, row_is="tensor")
