@@ -55,6 +55,7 @@ CASES = [
     (loss._rows, {"SLOPE": True, "BLOCK": 4096, "multiplier": "fp32", "z_weight": "fp32", "ignore": "i32"}),
     (update._adam, {"COPY": True, "BLOCK": update.BLOCK, "weight": "*fp32", "grad": "*fp32", "copy": "*bf16", "num_warps": 8,
                     "enable_fp_fusion": False, **dict.fromkeys(ADAM, "fp32")}),
+    (update._round, {"BLOCK": update.BLOCK, "x": "*fp32", "rounded": "*bf16", "key": "i64", "first": "i64", "num_warps": 8}),
 ]
 
 

@@ -201,6 +201,21 @@ def test_update_is_the_plain_rule_s(rule, numel):
         assert torch.equal(copy, rounded) if DEVICE == "cuda" else ((copy - weight).abs() <= weight.abs() * 2**-7).all()
 
 
+@pytest.mark.parametrize(("numel", "first"), [(1, 0), (700, 2**33 + 5), LARGE(5_000_001, 2**34)])
+def test_moments_are_rounded_as_by_the_plain_function_bit_for_bit(numel, first):
+    from pellucid.model.kernels.gpu.update import round_up_or_down
+    from pellucid.training.optimizers.rounding import round_plain
+
+    torch.manual_seed(numel)
+    x = torch.randn(numel, device=DEVICE) * 10.0 ** torch.randint(-44, 38, (numel,), device=DEVICE)
+    x[::97] = float("nan")
+    x[1::97] = float("inf")
+    for key in (-(2**63) + 1, 2**62 + 1, 12345):
+        found, expected = round_up_or_down(x, key, first), round_plain(x, key, first)
+        assert torch.equal(found.isnan(), x.isnan())
+        assert torch.equal(found.view(torch.int16)[~x.isnan()], expected.view(torch.int16)[~x.isnan()])
+
+
 def test_a_token_that_is_not_a_number_chooses_experts_that_exist():
     from pellucid.model.kernels.gpu.routing import route, sort_by_expert
 

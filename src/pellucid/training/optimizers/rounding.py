@@ -13,7 +13,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from pellucid.model.kernels import native
+from pellucid.model.kernels import gpu, native
 
 LOW_32 = 0xFFFFFFFF
 
@@ -46,7 +46,11 @@ def round_plain(x: Tensor, key: int, first: int = 0) -> Tensor:
 
 
 def round_stochastically(x: Tensor, key: int, first: int = 0) -> Tensor:
-    """As `round_plain`, in one pass on a CPU."""
+    """As `round_plain`, in one pass."""
+    if gpu.fits("update", x) and x.dtype == torch.float32:
+        from pellucid.model.kernels.gpu.update import round_up_or_down  # triton is not everywhere
+
+        return round_up_or_down(x, key, first)
     if not native.fits(x) or x.dtype != torch.float32:
         return round_plain(x, key, first)
     rounded = torch.empty_like(x, dtype=torch.bfloat16)

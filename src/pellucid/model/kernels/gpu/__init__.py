@@ -26,7 +26,7 @@ KERNELS = {
     "norm": "RMSNorm with the residual sum",
     "rotary": "rotary positions, from token order to head order",
     "loss": "cross-entropy rows in place",
-    "update": "Adam and AdamW in one pass with clipping and the bf16 copy of the weights",
+    "update": "Adam and AdamW in one pass with clipping and the bf16 copy of the weights; rounding of bf16 moments",
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BF16, BOTH = (torch.bfloat16,), (torch.bfloat16, torch.float32)

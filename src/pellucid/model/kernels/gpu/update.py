@@ -1,10 +1,12 @@
-"""Adam and AdamW in one pass over a tensor, in Triton: clipping, moments, decay, the weight, and the weight as the products read it.
+"""Adam and AdamW in one pass over a tensor, in Triton: clipping, moments, decay, the weight, and the weight as the products read it;
+and the rounding of moments that are kept in bf16.
 
-The definitions are `adam` and `adamw` of training/optimizers/adam.py, operation by operation.
+The definitions are `adam` and `adamw` of training/optimizers/adam.py, operation by operation, and rounding.py beside it.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -49,3 +51,34 @@ def adam_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, cop
             1 - learning_rate * decay, l2, 1 - beta1, beta2, 1 - beta2, rate, root, eps, copy is not None, BLOCK, num_warps=8,
             enable_fp_fusion=False)  # fmt: skip
     increment_version((weight, exp_avg, exp_avg_sq))
+
+
+@triton.jit
+def _round(x, rounded, numel, key, first, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < numel)
+    bits = value.to(tl.uint32, bitcast=True) + _random_16(at + first, key)
+    bits = tl.where(value == value, bits, 0x7FC00000)
+    tl.store(rounded + at, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=at < numel)
+
+
+@triton.jit
+def _random_16(index, key):
+    """The upper 16 bits of squares32(index, key)."""
+    y = index.to(tl.uint64) * key.to(tl.uint64)
+    z = y + key.to(tl.uint64)
+    x = y * y + y
+    x = (x >> 32) | (x << 32)
+    x = x * x + z
+    x = (x >> 32) | (x << 32)
+    x = x * x + y
+    x = (x >> 32) | (x << 32)
+    return ((x * x + z) >> 48).to(tl.uint32)
+
+
+def round_up_or_down(x: Tensor, key: int, first: int) -> Tensor:
+    """`round_plain` of contiguous fp32 x."""
+    rounded = torch.empty_like(x, dtype=torch.bfloat16)
+    if native.dry() is None:
+        _round[(triton.cdiv(x.numel(), BLOCK),)](x, rounded, x.numel(), key, first, BLOCK, num_warps=8)
+    return rounded
