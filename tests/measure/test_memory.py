@@ -73,6 +73,7 @@ CASES = {
     "recompute attention": settings(recompute="attention"),
     "recompute all": settings(recompute="all"),
     "bf16 moments": settings({"optimizer": {"name": "adamw", "state_dtype": "bf16"}}),
+    "muon, bf16 moments": settings({"optimizer": {"name": "muon", "state_dtype": "bf16"}, "observe": {"enabled": False}}),
     "muon, unobserved": settings({"optimizer": {"name": "muon"}, "observe": {"enabled": False}}, balance_loss="mixtral", z_loss=1e-4),
 }
 

@@ -30,7 +30,7 @@ def frozen_idle_experts(optimizer: torch.optim.Optimizer, idle: dict[str, Tensor
     costs nothing. Names the optimizer lacks are ignored.
     """
     if isinstance(optimizer, Stored):
-        optimizer.idle = idle
+        optimizer.idle = {name: mask for name, mask in idle.items() if bool(mask.any())}  # of a dry run, none
         try:
             yield
         finally:
