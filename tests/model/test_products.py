@@ -93,6 +93,8 @@ def test_product_of_views_and_masters_and_chosen_rows(M, N, K, dtype, turned_x, 
 @given(sizes, sizes, st.integers(0, 90), st.sampled_from(DTYPES), st.booleans(), st.booleans())
 @example(40, 33, 5000, torch.bfloat16, True, False)
 @example(33, 40, 2100, torch.float32, True, True)
+@example(700, 400, 20, torch.float32, False, False)  # written past the caches, by whole lines
+@example(400, 700, 4200, torch.bfloat16, False, False)  # the same in two pieces; not all lines are whole
 def test_gradient_of_a_weight(O, I, M, dtype, choose, add):
     torch.manual_seed(O * I + M)
     for way in WAYS:

@@ -43,7 +43,7 @@ static Matrix<T> matrix(const T* first, int64_t outer, int64_t inner) { return {
 template <class T, class Wanted>
 static void times(const Matrix<T>& a, const Matrix<T>& b, float* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add,
                   const Wanted& wanted) {
-    multiply<T, float, false>(a, b, out, stride, M, N, K, add, true, wanted);
+    multiply<T, float, false>(a, b, out, stride, M, N, K, add, false, wanted);
 }
 
 // Items are spread over the threads where there are enough of them; else each is divided.

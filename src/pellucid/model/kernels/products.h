@@ -215,16 +215,15 @@ struct Part {
     int64_t columns, first, last;
 };
 
-// `wanted` says for rows m0..m1 which Part of them there should be. read_soon: whether out should stay in the caches.
+// `wanted` says for rows m0..m1 which Part of them there should be. away: out is written past the caches.
 template <class T, class O, bool turned, class A, class B, class Wanted>
 static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add,
-                     bool read_soon, const Wanted& wanted) {
+                     bool away, const Wanted& wanted) {
     const int64_t per = sizeof(float) / sizeof(T), depth = DEPTH * per, panels = (M + ROWS - 1) / ROWS;
     const int64_t deepest = (std::min(K, depth) + per - 1) / per, width = std::max<int64_t>(1, SHARED / deepest / COLUMNS) * COLUMNS;
     float* packed_b = room<0>((std::min(N, width) + COLUMNS - 1) / COLUMNS * panel(COLUMNS, deepest));
     const int64_t shared = std::min(N, width);  // columns at a time
     float* sums = K > depth && sizeof(O) < sizeof(float) ? room<1>(M * shared) : nullptr;
-    const bool away = !read_soon && !add && M * N > FAR;
     for (int64_t n0 = 0; n0 < N; n0 += width)
         for (int64_t k0 = 0; k0 < K; k0 += depth) {
             int64_t k1 = std::min(K, k0 + depth), cells = (k1 - k0 + per - 1) / per, n1 = std::min(N, n0 + width);
@@ -266,18 +265,20 @@ static void multiply(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t str
         }
 }
 
-// The longer side is taken for rows: their panels stay with one core, those of the other factor are shared.
+// The longer side is taken for rows: their panels stay with one core, those of the other factor are shared. But what is written past
+// the caches is not turned: a column of a tile is no whole line.
 template <class T, class O, class A, class B>
 static void product(const Matrix<A>& a, const Matrix<B>& b, O* out, int64_t stride, int64_t M, int64_t N, int64_t K, bool add,
                     bool read_soon, int64_t batch, int64_t a_batch, int64_t b_batch, int64_t out_batch) {
+    const bool away = !read_soon && !add && M * N > FAR && sizeof(O) == sizeof(float);
     auto one = [&](int64_t i) {
         auto all = [&](int64_t, int64_t) { return Part{std::max(M, N), 0, K}; };
         Matrix<A> left = {a.first + i * a_batch, a.outer, a.inner, a.rows};
         Matrix<B> right = {b.first + i * b_batch, b.outer, b.inner, b.rows};
-        if (N > M)
-            multiply<T, O, true>(right, left, out + i * out_batch, stride, N, M, K, add, read_soon, all);
+        if (N > M && !away)
+            multiply<T, O, true>(right, left, out + i * out_batch, stride, N, M, K, add, false, all);
         else
-            multiply<T, O, false>(left, right, out + i * out_batch, stride, M, N, K, add, read_soon, all);
+            multiply<T, O, false>(left, right, out + i * out_batch, stride, M, N, K, add, away, all);
     };
     if (batch >= omp_get_max_threads() && batch > 1) {
 #pragma omp parallel for schedule(dynamic)
