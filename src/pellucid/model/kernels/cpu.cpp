@@ -283,14 +283,13 @@ static void round_stochastically(const float* x, bf16* y, int64_t n, uint64_t ke
 }
 
 // Adam or AdamW of one tensor whose moments are bf16, computed in float and rounded up or down: see training/optimizers/adam.py.
-// rate = learning_rate / (1 - beta1^step), root = sqrt(1 - beta2^step), fresh = 1 - beta.
+// rate = learning_rate / (1 - beta1^step), root = sqrt(1 - beta2^step), fresh = 1 - beta, kept = 1 - learning_rate * decay.
 static void adam_rounded(float* weight, const float* gradient, bf16* m, bf16* v, int64_t n, uint64_t key_m, uint64_t key_v,
-                         uint64_t first, float rate, float root, float fresh1, float beta2, float fresh2, float eps, float kept,
-                         float l2) {
+                         uint64_t first, float rate, float root, float beta1, float fresh1, float beta2, float fresh2, float eps,
+                         float kept, float l2) {
 #pragma omp parallel for simd if (n > 4096)
     for (int64_t i = 0; i < n; i++) {
-        float slope = gradient[i] + l2 * weight[i], mean = load(m[i]);
-        mean += fresh1 * (slope - mean);
+        float slope = gradient[i] + l2 * weight[i], mean = load(m[i]) * beta1 + fresh1 * slope;
         float square = load(v[i]) * beta2 + fresh2 * slope * slope;
         weight[i] = weight[i] * kept - rate * (mean / (std::sqrt(square) / root + eps));
         m[i] = up_or_down(mean, random_bits(first + i, key_m));
@@ -332,8 +331,8 @@ extern "C" void round_stochastically_float(void* x, void* y, int64_t n, int64_t 
     round_stochastically((float*)x, (bf16*)y, n, uint64_t(key), uint64_t(first));
 }
 extern "C" void adam_rounded_float(void* weight, void* gradient, void* m, void* v, int64_t n, int64_t key_m, int64_t key_v,
-                                   int64_t first, float rate, float root, float fresh1, float beta2, float fresh2, float eps,
-                                   float kept, float l2) {
+                                   int64_t first, float rate, float root, float beta1, float fresh1, float beta2, float fresh2,
+                                   float eps, float kept, float l2) {
     adam_rounded((float*)weight, (float*)gradient, (bf16*)m, (bf16*)v, n, uint64_t(key_m), uint64_t(key_v), uint64_t(first), rate,
-                 root, fresh1, beta2, fresh2, eps, kept, l2);
+                 root, beta1, fresh1, beta2, fresh2, eps, kept, l2);
 }

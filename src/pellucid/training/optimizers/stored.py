@@ -181,11 +181,11 @@ def _matrices(weight: Tensor, used: Iterator[tuple[int, int]]) -> Iterator[tuple
 
 def _adam(piece: _Piece, moments: dict[str, Tensor]) -> None:
     group, (beta1, beta2) = piece.group, piece.group["betas"]
-    if moments["exp_avg"].dtype != piece.weight.dtype:  # as they are stored: see _in_one_pass
+    if moments is piece.kept:  # as they are stored: see _in_one_pass
         step, decay, decoupled = int(piece.before) + 1, group["weight_decay"], group["rule"] == "adamw"
         native.call("adam_rounded", piece.weight.dtype, piece.weight, piece.gradient, moments["exp_avg"], moments["exp_avg_sq"],
                     piece.weight.numel(), piece.rounding_key("exp_avg"), piece.rounding_key("exp_avg_sq"), piece.first,
-                    group["lr"] / (1 - beta1**step), (1 - beta2**step) ** 0.5, 1 - beta1, beta2, 1 - beta2, group["eps"],
+                    group["lr"] / (1 - beta1**step), (1 - beta2**step) ** 0.5, beta1, 1 - beta1, beta2, 1 - beta2, group["eps"],
                     1 - group["lr"] * decay if decoupled else 1.0, 0.0 if decoupled else decay)  # fmt: skip
         return
     steps = [piece.before.to(piece.weight.device, copy=True)]
