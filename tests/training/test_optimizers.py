@@ -399,3 +399,6 @@ def test_state_of_another_rule_or_model_is_refused_by_name():
         load_optimizer_state(build_optimizer(model, config("lion")), tensors, facts)
     with pytest.raises(UserError, match=r"exp_avg\.layers\.7"):
         load_optimizer_state(optimizer, tensors | {"exp_avg.layers.7": torch.zeros(1)}, facts)
+    label = next(label for label in tensors if label.startswith("exp_avg."))
+    with pytest.raises(UserError, match="is of shape"):
+        load_optimizer_state(optimizer, tensors | {label: tensors[label][:1]}, facts)

@@ -61,7 +61,7 @@ def frozen_idle_experts(optimizer: torch.optim.Optimizer, idle: dict[str, Tensor
         for weight, rows, before, state in kept:
             weight[rows] = before
             for key, after in _stacked(optimizer, weight).items():
-                after[rows.to(after.device)] = state.get(key, 0)  # state made in this very step begins at zero
+                after[rows] = state.get(key, 0)  # state made in this very step begins at zero
 
 
 def _used_slices(optimizer: torch.optim.Optimizer, weight: Tensor, idle: list[bool]) -> list[tuple[slice, Tensor]]:
@@ -100,7 +100,7 @@ def _join_state(optimizer: torch.optim.Optimizer, weight: Tensor, parts: list[tu
 
 
 def _slices(optimizer: torch.optim.Optimizer, weight: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    return {key: value[rows.to(value.device)] for key, value in _stacked(optimizer, weight).items()}
+    return {key: value[rows] for key, value in _stacked(optimizer, weight).items()}
 
 
 def _stacked(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from pellucid.config import UserError
 from pellucid.training.optimizers.build import optimizer_parameters
-from pellucid.training.optimizers.stored import Stored
+from pellucid.training.optimizers.stored import MOMENTS, Stored
+
+WHOLE = {key for keys in MOMENTS.values() for key in keys}  # of one number for each of the parameter
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
@@ -39,6 +41,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Te
         if name not in parameters:
             raise UserError(f"optimizer state: '{label}' belongs to no parameter of this model")
         weight = parameters[name][0]
+        if key in WHOLE and value.shape != weight.shape:  # the kernels that read it would not notice
+            raise UserError(f"optimizer state: '{label}' is of shape {list(value.shape)}, and its parameter of {list(weight.shape)}")
         loaded.setdefault(weight, {})[key] = _placed(optimizer, weight, fused[weight], value)
     optimizer.state.clear()
     optimizer.state.update(loaded)
