@@ -28,7 +28,7 @@ FLOATS = {"q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v", "x", "y", 
 FP32 = {"sums", "delta", "factor", "grad_factor", "scale", "nats", "normalizer", "logits", "bias", "probs", "gate",
         "cos", "sin", "exp_avg", "exp_avg_sq"}  # fmt: skip
 ROUTER = {"weight": "*fp32", "grad": "*fp32", "scores": "*fp32"}
-ADAM = ("clip", "keep", "l2", "new1", "beta2", "new2", "rate", "root", "eps")
+ADAM = ("clip", "keep", "l2", "beta1", "new1", "beta2", "new2", "rate", "root", "eps")
 INT64 = {"index", "first_E", "tokens_E", "targets", "row"}
 CASES = [
     (attention._forward, blocks({**ATTENTION, **attention.FORWARD[2]}, q="MD", k="ND", v="ND")),

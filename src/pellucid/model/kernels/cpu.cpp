@@ -289,7 +289,7 @@ static void adam_rounded(float* weight, const float* gradient, bf16* m, bf16* v,
                          float kept, float l2) {
 #pragma omp parallel for simd if (n > 4096)
     for (int64_t i = 0; i < n; i++) {
-        float slope = gradient[i] + l2 * weight[i], mean = load(m[i]) * beta1 + fresh1 * slope;
+        float slope = l2 == 0 ? gradient[i] : gradient[i] + l2 * weight[i], mean = load(m[i]) * beta1 + fresh1 * slope;
         float square = load(v[i]) * beta2 + fresh2 * slope * slope;
         weight[i] = weight[i] * kept - rate * (mean / (std::sqrt(square) / root + eps));
         m[i] = up_or_down(mean, random_bits(first + i, key_m));

@@ -19,7 +19,7 @@ BLOCK = 256 if INTERPRETED else 2048
 
 
 @triton.jit
-def _adam(weight, grad, exp_avg, exp_avg_sq, copy, numel, clip, keep, l2, new1, beta2, new2, rate, root, eps,
+def _adam(weight, grad, exp_avg, exp_avg_sq, copy, numel, clip, keep, l2, beta1, new1, beta2, new2, rate, root, eps,
           COPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """keep: what decay leaves of the weight; new: 1 - beta; rate: the learning rate, m's bias corrected; root: of v's correction."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -28,7 +28,7 @@ def _adam(weight, grad, exp_avg, exp_avg_sq, copy, numel, clip, keep, l2, new1, 
     g = tl.load(grad + at, mask=inside).to(tl.float32) * clip + l2 * w
     m = tl.load(exp_avg + at, mask=inside).to(tl.float32)
     v = tl.load(exp_avg_sq + at, mask=inside).to(tl.float32)
-    m += new1 * (g - m)
+    m = beta1 * m + new1 * g
     v = beta2 * v + new2 * g * g
     w = keep * w - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), tl.full((BLOCK,), root, tl.float32)) + eps)
     tl.store(weight + at, w.to(weight.dtype.element_ty), mask=inside)
@@ -48,7 +48,7 @@ def adam_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, cop
         rate, root = learning_rate / (1 - beta1**step), (1 - beta2**step) ** 0.5
         _adam[(triton.cdiv(weight.numel(), BLOCK),)](
             weight, grad.contiguous(), exp_avg, exp_avg_sq, weight if copy is None else copy, weight.numel(), clip,
-            1 - learning_rate * decay, l2, 1 - beta1, beta2, 1 - beta2, rate, root, eps, copy is not None, BLOCK, num_warps=8,
+            1 - learning_rate * decay, l2, beta1, 1 - beta1, beta2, 1 - beta2, rate, root, eps, copy is not None, BLOCK, num_warps=8,
             enable_fp_fusion=False)  # fmt: skip
     increment_version((weight, exp_avg, exp_avg_sq))
 
