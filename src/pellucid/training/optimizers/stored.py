@@ -75,7 +75,8 @@ class Stored(torch.optim.Optimizer):
                     continue
                 state = self._state_of(weight, group)
                 used = _used(weight, self.idle.get(name))
-                size = weight.numel() if self._in_one_pass(weight, group) else PIECE.get(native.dry() or weight.device.type, PIECE["cuda"])
+                piece = PIECE.get(native.dry() or weight.device.type, PIECE["cuda"])
+                size = weight.numel() if self._in_one_pass(weight, group) else piece
                 cuts = _matrices(weight, used) if group["rule"] == "muon" else _slices(used, size)
                 before = state["step"].clone()
                 state["step"] += 1
