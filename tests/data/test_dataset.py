@@ -234,3 +234,14 @@ def test_no_dataset_here_is_a_sentence(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"settings this version does not know \(packing"):
         Dataset(tmp_path)
+
+
+def test_a_document_is_spelled_once_for_all_its_pieces_and_steps(dataset, monkeypatch):
+    """A step's batch may hold many pieces of one book: the page asks for every step of a run that trains."""
+    split, steps = dataset.train, range(6)
+    expected = [split.trace(step, 8) for step in steps]
+    split = dataset.split("train")
+    seen, spell = [], type(split)._spell
+    monkeypatch.setattr(type(split), "_spell", lambda self, document, origin: (seen.append(document), spell(self, document, origin))[1])
+    assert [split.trace(step, 8) for step in steps] == expected
+    assert len(seen) == len(set(seen)) < sum(map(len, expected))

@@ -159,6 +159,17 @@ def test_the_page_draws_the_recorded_stages_between_the_source_and_the_batch(run
     assert elsewhere.describe(run)["stages"] == drawn[1:] and "is not on this machine" in elsewhere.problem
 
 
+def test_the_documents_of_a_step_are_told_without_reading_them_whole(run, run_dir, monkeypatch):
+    known = pellucid.Run(run_dir)
+    split, eos = known.dataset().split("train", 0), known.dataset().tokenizer.eos_token_id
+    whole = {piece["document"]: split.document(piece["document"])["token_ids"] for piece in split.trace(STEP, 8)}
+    monkeypatch.setattr(type(split), "document", None)
+    pieces = River(run_dir, known.manifest).step(STEP, [], [], {"training": {"batch_size": 8}})["pieces"][:12]
+    for piece in pieces:
+        ids = whole[piece["document"]][piece["token_start"] : piece["token_start"] + min(piece["length"], 80)]
+        assert piece["excerpt"] == split.tokenizer.decode([i for i in ids if i != eos])
+
+
 def test_an_epoch_has_as_many_rows_as_the_weights_of_the_sources_make_of_it(run, run_dir):
     known = pellucid.Run(run_dir)
     wanted = known.config.data.model_copy(deep=True)

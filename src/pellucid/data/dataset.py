@@ -164,6 +164,7 @@ class Split:
                                 for w, r in zip(weights, rows, strict=True)], dtype=np.int64)
         self.rows_per_epoch = int(self.quotas.sum())
         self._rows_of_samples = lru_cache(maxsize=4)(self._order)
+        self._spelled: dict[int, int | None] = {}  # bytes_before_text of documents
 
     def __len__(self) -> int:
         """Number of different rows."""
@@ -345,8 +346,11 @@ class Split:
     def bytes_before_text(self, document: int, origin: dict[str, Any]) -> int | None:
         """How many bytes a document's tokens spell before its text: SentencePiece puts a space there. None where they do not
         spell the very bytes of the source: a stage changed these, or the tokenizer did (the content hash tells)."""
-        if not origin["exact"]:
-            return None
+        if document not in self._spelled:  # one look through a document serves all of its pieces
+            self._spelled[document] = self._spell(document, origin) if origin["exact"] else None
+        return self._spelled[document]
+
+    def _spell(self, document: int, origin: dict[str, Any]) -> int | None:
         first = int(self.reader.starts[document])
         tokens = self.reader.tokens(np.arange(first, first + origin["tokens"])).tolist()
         spelled = b"".join(map(self.tokenizer.token_bytes, tokens))

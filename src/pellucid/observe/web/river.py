@@ -10,11 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pellucid.config import FilterConfig, UserError, load_config
-from pellucid.data.dataset import Dataset
+from pellucid.data.dataset import Dataset, Split
 from pellucid.observe.trace import height
 from pellucid.observe.web.journey import EXCERPT, journey
 
+EXCERPTED = 80  # tokens of a piece shown as its text
 TOKENS = 600  # tokens of a document shown as chips
 SHOWN = 400  # rows of a document listed
 TITLES = {"held_out": "decontaminate", "split": "hold out"}  # where not the name
@@ -27,6 +30,7 @@ class River:
         self.run_dir = run_dir
         self._manifest = manifest
         self.problem: str | None = None
+        self._splits: dict[tuple[str, int], Split] = {}
 
     @cached_property
     def dataset(self) -> Dataset | None:
@@ -44,6 +48,12 @@ class River:
             self.problem = f"{recorded} holds other data now than what this run was trained on, so no text is shown."
             return None
         return dataset
+
+    def _split(self, name: str, seed: int) -> Split:
+        """Kept, with what it has found out about its documents."""
+        if (name, seed) not in self._splits:
+            self._splits[name, seed] = self.dataset.split(name, seed)
+        return self._splits[name, seed]
 
     def describe(self, reader: Any) -> dict[str, Any]:
         """What the page draws: the stages that the run recorded (data/river.py) between the source and the batch.
@@ -81,7 +91,7 @@ class River:
         if self.dataset is None:
             return {"problem": self.problem, "step": step, "pieces": losses, "tokens": worst}
         training = config.get("training", {})
-        split = self.dataset.split("train", training.get("seed", 0))
+        split = self._split("train", training.get("seed", 0))
         pieces = split.trace(step, training.get("batch_size", 16))
         label_at = {(piece["row"], piece["position_start"] + piece["length"] - 1): piece["label"] for piece in pieces}
         loss_of = {(loss["row"], loss["segment"]): loss for loss in losses}
@@ -95,8 +105,10 @@ class River:
         return {"problem": None, "step": step, "pieces": pieces, "tokens": tokens}
 
     def _piece_text(self, split: Any, piece: dict[str, Any]) -> str:
-        document = split.document(piece["document"])
-        ids = document["token_ids"][piece["token_start"] : piece["token_start"] + min(piece["length"], 80)]
+        """Its first tokens as text, and no others: a document may be a whole book."""
+        first = int(split.reader.starts[piece["document"]]) + piece["token_start"]
+        last = min(first + min(piece["length"], EXCERPTED), int(split.reader.ends[piece["document"]]))
+        ids = split.reader.tokens(np.arange(first, last)).tolist()
         return split.tokenizer.decode([i for i in ids if i != split.tokenizer.eos_token_id])
 
     def _token(self, split: Any, step: int, training: dict[str, Any], token: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +143,7 @@ class River:
         """One document from its file to the batches: text, tokens, the rows it is packed into, the steps that read it."""
         if self.dataset is None:
             raise UserError(self.problem)
-        split = self.dataset.split(split_name, config.get("training", {}).get("seed", 0))
+        split = self._split(split_name, config.get("training", {}).get("seed", 0))
         if not 0 <= index < split.plan.document.max() + 1:
             raise UserError(f"document {index}: the {split_name} split has {split.plan.document.max() + 1} documents")
         document = split.document(index)
