@@ -6,7 +6,11 @@ import struct
 import pytest
 import torch
 
+from pellucid.training.optimizers.adafactor import adafactor
 from pellucid.training.optimizers.adam import adam
+from pellucid.training.optimizers.lion import lion
+from pellucid.training.optimizers.muon import muon
+from pellucid.training.optimizers.sgd import sgd
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +77,42 @@ def test_the_derivation_of_adam_with_decay_adds_up_as_printed(call):
         text, value = said[name]
         formula = text.split(": ")[1].replace("·", "*").replace("s²", "s**2").replace("−", "-")
         assert eval(formula, {"s": said["with L2 decay"][1]}) == pytest.approx(value, rel=1e-3), formula
+
+
+MOMENTUM = {"learning_rate": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(("rule", "settings", "state"), [
+    (sgd, {**MOMENTUM, "nesterov": True}, "momentum_buffer"), (sgd, {**MOMENTUM, "nesterov": False}, "momentum_buffer"),
+    (sgd, {**MOMENTUM, "nesterov": True}, None), (sgd, {**MOMENTUM, "momentum": 0.0, "nesterov": True}, None),
+    (muon, {**MOMENTUM, "nesterov": True}, "momentum_buffer"), (muon, {**MOMENTUM, "nesterov": False}, None),
+    (lion, {"learning_rate": 0.02, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}, "exp_avg"),
+    (adafactor, {"learning_rate": 0.02, "weight_decay": 0.1}, None)])  # fmt: skip
+def test_each_line_of_a_derivation_follows_from_the_numbers_that_it_names(call, rule, settings, state):
+    """A formula of scalars, with the numbers of its own line and of those before it put in, gives the number beside it."""
+    tensor = lambda seed: torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight, gradient, known = tensor(0), tensor(1), {} if state is None else {state: tensor(2)}
+    update, at = rule(weight, gradient, known, **settings), lambda values: {name: value[1, 2].item() for name, value in values.items()}
+    edge = {"tensor": "w", "before": weight[1, 2].item(), "gradient": 0, "clipped": gradient[1, 2].item(), "state": at(known),
+            "terms": at(update.terms), "after": update.weight_after[1, 2].item(), "quantities": at(update.quantities)}  # fmt: skip
+    optimizer = {"w": {"rule": rule.__name__, "settings": settings}}
+    play = {"edges": [edge], "optimizer": optimizer, "step_result": {"clip_factor": 1}, "shape": {}}
+    chosen = {"fan": {"fan": {"slope": 1, "kind": "router", "index": [0]}}, "term": {"edge": 0, "a": 0.1, "j": 0, "wa": 0.05}}
+    [lines] = call("play", "m.derivation(x[0], x[1])", [[play, chosen]])
+    names = {"η": settings["learning_rate"], "λ": settings["weight_decay"], "μ": settings.get("momentum"), "β1": settings.get("beta1"),
+             "β2": settings.get("beta2"), "w": edge["before"], "g": edge["clipped"], "b0": 0, "m0": 0,
+             "sign": lambda v: (v > 0) - (v < 0)}  # fmt: skip
+    plain = lambda text: text.translate(str.maketrans("·−₀₁₂", "*-012")).replace("ĝ", "g")
+    checked = 0
+    for what, formula, value in lines[8:-1]:
+        if "=" in formula:
+            name, formula = plain(formula).split(" = ")
+            names[name] = value
+        elif formula != "Δw" and formula:
+            names[plain(formula)] = value
+        said = formula if formula != "Δw" else what.split(": ")[1].split(", ")[0] if ": " in what else ""
+        if said and not set("√ρ/^") & set(said) and "orth" not in said:
+            assert eval(plain(said), names) == pytest.approx(value, rel=1e-9, abs=1e-12), (what, formula)
+            checked += 1
+    assert checked >= 2 - (rule is adafactor)
+    assert all(formula for _, formula, _ in lines), "no line is without its formula"

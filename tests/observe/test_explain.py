@@ -16,13 +16,14 @@ from pellucid.config import UserError
 from pellucid.model.kernels import native
 from pellucid.observe import explain as explaining
 from pellucid.observe.columns import INDEX
-from pellucid.observe.explain import explain
+from pellucid.observe.explain import explain, term_words
 from pellucid.observe.explain_text import explain_text
 from pellucid.observe.explain_view import render
 from pellucid.observe.proofs import independent_tokens
 from pellucid.observe.replay import capsule_path, state_before
 from pellucid.observe.theatre import theatre_path
 from pellucid.training import checkpoint
+from pellucid.training.optimizers.sgd import sgd
 
 NAMES = (
     "layers.0.moe.gate_up_proj", "layers.1.moe.down_proj", "layers.0.attention.q_proj.weight",
@@ -201,3 +202,12 @@ def test_mistakes_are_one_sentence(run_dir):
         explain(run_dir, 100000)
     with pytest.raises(UserError, match="give between"):
         explain_text(run_dir, "")
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, True)])
+def test_the_decay_of_sgd_is_told_by_the_formula_that_gives_its_number(momentum, nesterov):
+    settings = {"learning_rate": 0.1, "momentum": momentum, "nesterov": nesterov, "weight_decay": 0.3}
+    weight = torch.tensor([2.0])
+    decay = sgd(weight, torch.ones(1), {}, **settings).terms["decay"].item()
+    said = term_words("decay", "sgd", settings).removeprefix("decay: ")
+    assert eval(said, settings | {"lr": 0.1, "w": 2.0}) == pytest.approx(decay)

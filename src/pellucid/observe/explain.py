@@ -45,9 +45,19 @@ WORDS = {
     "slope": "gradient, with L2 decay where the rule has it", "m": "first moment m", "v": "second moment v",
     "m_hat": "m / (1 - beta1^t)", "v_hat": "v / (1 - beta2^t)", "denominator": "sqrt(v_hat) + eps",
     "direction": "normalised step u", "buffer": "momentum", "blend": "what the step follows",
-    "decay": "decay: -lr * weight_decay * w", "momentum": "from earlier gradients", "gradient": "from this gradient",
+    "momentum": "from earlier gradients", "gradient": "from this gradient",
     "descent": "from the gradients", "rounding": "what the weight's dtype could not hold",
 }  # fmt: skip
+
+
+def term_words(term: str, rule: str, settings: dict[str, Any]) -> str:
+    """What a term of the change is; decay with its formula, which is not the same for every rule."""
+    if term != "decay":
+        return WORDS.get(term, term)
+    if rule == "adam":
+        return "decay, as far as it is part of this gradient"
+    ahead = " * (1 + momentum)" if rule == "sgd" and settings["nesterov"] and settings["momentum"] else ""
+    return f"decay: -lr{ahead} * weight_decay * w"
 
 
 @dataclass

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pellucid.observe.explain import WORDS, Explanation, Proof
+from pellucid.observe.explain import Explanation, Proof, term_words
 
 MARKS = {True: ("proven", "green"), False: ("FAILED", "bold red"), None: ("not testable", "dim")}
 
@@ -37,7 +37,7 @@ def _numbers(e: Explanation) -> Table:
         table.add_row(label, f"{value:.9g}")
     table.add_section()
     for label, value in e.terms.items():
-        table.add_row(f"+ {WORDS.get(label, label)}", f"{value:+.9g}")
+        table.add_row(f"+ {term_words(label, e.rule, e.settings)}", f"{value:+.9g}")
     table.add_row(Text("= change", style="bold"), Text(f"{e.change:+.9g}", style="bold"))
     table.add_row("weight before", f"{e.weight_before:.9g}")
     table.add_row("weight after", f"{e.weight_after:.9g}")

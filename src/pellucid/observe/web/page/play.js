@@ -112,6 +112,32 @@ export function updateFormula(play, edge, n) {
   return html`w ${terms.map(([name]) => `+ ${name} `)} = ${n(edge.before)} ${terms.map(([, value]) => html`${value < 0 ? "−" : "+"} ${n(Math.abs(value))} `)} = ${n(edge.after, { digits: 6 })}`;
 }
 
+/** What each quantity of a rule other than Adam's is: {name: [in words, formula]}. Sources: the plain functions in training/optimizers. */
+function ruleOf(rule, { momentum: μ, nesterov, beta1, beta2, weight_decay: λ }, state) {
+  const rest = (share) => number(1 - share), before = (name) => number(state[name] ?? 0);
+  return { sgd: {
+    slope: λ ? [`with L2 decay: ĝ + ${number(λ)}·w`, "s = ĝ + λ·w"] : ["what the momentum takes up", "s = ĝ"],
+    buffer: [state.momentum_buffer === undefined ? "momentum: it begins with s" : `momentum: ${number(μ)}·${before("momentum_buffer")} + s`, "b = μ·b₀ + s"],
+    direction: !μ ? ["step: no momentum", "u = s"] : nesterov ? [`step, looking ahead: s + ${number(μ)}·b`, "u = s + μ·b"] : ["step: the momentum", "u = b"] },
+  muon: {
+    buffer: [`momentum: ${number(μ)}·${before("momentum_buffer")} + ${rest(μ)}·ĝ`, "b = μ·b₀ + (1−μ)·ĝ"],
+    blend: nesterov ? [`looking ahead: ${number(μ)}·b + ${rest(μ)}·ĝ`, "c = μ·b + (1−μ)·ĝ"] : ["what the step follows", "c = b"],
+    direction: ["step: the matrix of all c of this tensor, made orthogonal", "u = √max(1, out/in)·orth(c)"] },
+  lion: {
+    m: [`moving mean for the next step: ${number(beta2)}·${before("exp_avg")} + ${rest(beta2)}·ĝ`, "m = β₂·m₀ + (1−β₂)·ĝ"],
+    blend: [`what the step follows: ${number(beta1)}·${before("exp_avg")} + ${rest(beta1)}·ĝ`, "c = β₁·m₀ + (1−β₁)·ĝ"],
+    direction: ["step: its sign", "u = sign(c)"] },
+  adafactor: {
+    v: ["how large it usually is, from moving means of ĝ² by row and column", "v = row·column / mean(row)"],
+    direction: ["step: scaled down where the RMS of all ĝ/√v is above 1", "u = ĝ/√v / max(1, RMS)"] } }[rule] ?? {};
+}
+
+/** Decay's term of a change: with SGD and Adam it is part of the gradient. */
+function decayOf(rule, { weight_decay: λ, momentum: μ, nesterov }) {
+  if (rule === "adam") return `decay, as far as it is part of this gradient, λ = ${λ}`;
+  return rule === "sgd" && nesterov && μ ? `decay: −η·(1+μ)·λ·w, λ = ${λ}, μ = ${μ}` : `decay: −η·λ·w, λ = ${λ}`;
+}
+
 /** The derivation of one weight's update: [what, formula, value]. */
 export function derivation(play, chosen) {
   const { fan } = chosen.fan, term = chosen.term, edge = play.edges[term.edge];
@@ -134,10 +160,10 @@ export function derivation(play, chosen) {
       [`second moment: ${settings.beta2}·${number(s.exp_avg_sq ?? 0)} + ${number(1 - settings.beta2)}·${slope}²`, "v", q.v],
       [`bias corrections of step ${count(t)}: 1−β₁ᵗ = ${number(1 - settings.beta1 ** t)}, 1−β₂ᵗ = ${number(1 - settings.beta2 ** t)}`, "m̂/(√v̂+ε)", q.direction]);
   } else {
-    for (const [name, value] of Object.entries(s)) if (name !== "step") lines.push([`${name.replaceAll("_", " ")}, before`, "", value]);
-    for (const [name, value] of Object.entries(q)) lines.push([`${rule}: ${name.replaceAll("_", " ")}`, "", value]);
+    for (const [name, value] of Object.entries(s)) if (name !== "step") lines.push([`${{ momentum_buffer: "momentum", exp_avg: "moving mean" }[name] ?? name.replaceAll("_", " ")}, before`, { momentum_buffer: "b₀", exp_avg: "m₀" }[name] ?? "", value]);
+    for (const [name, value] of Object.entries(q)) lines.push([...(ruleOf(rule, settings, s)[name] ?? [`${rule}: ${name.replaceAll("_", " ")}`, ""]), value]);
   }
-  const words = { decay: `decay: −η·λ·w, λ = ${settings.weight_decay}`, momentum: "from earlier gradients", gradient: "from this gradient", descent: "from the gradients", rounding: "what fp32 could not hold" };
+  const words = { decay: decayOf(rule, settings), momentum: "from earlier gradients", gradient: "from this gradient", descent: rule === "adafactor" ? "from the gradients: −ρ·u, ρ = max(10⁻³, RMS of all w)·min(η, t^−½)" : "from the gradients: −η·u", rounding: "what fp32 could not hold" };
   for (const [name, value] of Object.entries(edge.terms)) lines.push([words[name] ?? name, name === "rounding" ? "rounding" : "Δw", value]);
   lines.push([`weight after (learning rate η = ${number(settings.learning_rate)})`, "w + ΣΔw", edge.after]);
   return lines;
