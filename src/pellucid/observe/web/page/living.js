@@ -6,7 +6,7 @@ import { MAGENTA, NEUTRAL, colourAt, css, scaleOf } from "./colour.js";
 import { ColourBar } from "./heatmap.js";
 import { capital, count, elsewhen, number, percent } from "./format.js";
 import { visible } from "./play.js";
-import { taskOf } from "./task.js";
+import { labelOf, taskOf } from "./task.js";
 
 const EVERY = 250, TOKENS = 10;
 const curve = (x0, y0, x1, y1) => { const m = (x0 + x1) / 2; return `M${x0} ${y0}C${m} ${y0} ${m} ${y1} ${x1} ${y1}`; };
@@ -71,7 +71,7 @@ function pickSample(rows, step, task) {
   if (!row) return null;
   if (task.labelled) {
     const ends = row.losses.map((loss, i) => [loss, i]).filter(([, i]) => i > 0 && (row.labels?.[i] ?? null) !== null).slice(0, TOKENS);
-    return { step: row.step, head: "what the text is", pick: ends.map(([loss, i]) => ({ token: row.texts[i - 1], target: row.labels[i], p: task.share(loss) ?? Math.exp(-loss), told: task.share(loss) === null ? `${number(loss, { digits: 2 })} ${task.unit}` : percent(task.share(loss)) })) };
+    return { step: row.step, head: "what the text is", pick: ends.map(([loss, i]) => ({ token: row.texts[i - 1], target: labelOf(row.labels[i], task.head), p: task.share(loss) ?? Math.exp(-loss), told: task.share(loss) === null ? `${number(loss, { digits: 2 })} ${task.unit}` : percent(task.share(loss)) })) };
   }
   const letters = (i) => row.texts.slice(i, i + TOKENS).join("").replace(/[^\p{L}]/gu, "").length, starts = row.texts.map((_, i) => i).slice(1, Math.max(2, row.texts.length - TOKENS));
   const from = starts.reduce((best, i) => (letters(i) > letters(best) ? i : best), 1), pick = []; // where most can be read

@@ -1,6 +1,13 @@
 // What a run is trained to predict, in the words of its views: the next token, a document's class, or its numbers.
 import { count, number, percent } from "./format.js";
 
+/** A recorded label in words: a class by its name, numbers with theirs and four digits. */
+export function labelOf(label, head) {
+  if (label === null || label === undefined || head?.problem_type !== "regression") return label;
+  const values = [JSON.parse(label)].flat();
+  return values.map((value, k) => (values.length > 1 ? `${head.labels[k]} ${number(value)}` : number(value))).join(", ");
+}
+
 /** {labelled, head, unit, each (what a loss belongs to), guess: {value, words} or null, share(loss): chance of what is right or
  * null, meaning(loss): a clause}. */
 export function taskOf(run) {

@@ -7,7 +7,7 @@ import { epochsOf } from "../epochs.js";
 import { isReport } from "../source.js";
 import { capital, count, number, percent, plural, visible, when } from "../format.js";
 import { visible as token } from "../play.js";
-import { taskOf } from "../task.js";
+import { labelOf, taskOf } from "../task.js";
 
 const TRAIN = "#0072B2", HELD = "#D55E00", NEAR = 10;
 
@@ -109,9 +109,9 @@ export function Documents({ run, index, step }) {
       <div class="scroll tall" tabindex="0" role="region" aria-label="documents of the step"><table><thead><tr><th class="left" scope="col">document</th><th scope="col">bytes</th><th scope="col">tokens</th><th scope="col">loss</th><th scope="col">${task.labelled ? "label" : "worst token"}</th></tr></thead>
         <tbody>${data.pieces.map((piece, i) => html`<tr class=${open === name(i) ? "chosen" : ""}><td class="left"><button type="button" class="link" aria-expanded=${open === name(i)} onClick=${() => show(open === name(i) ? null : name(i))}>${piece.source}</button>
           ${open === name(i) && html`<p><a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "river", document: piece.document }); }}>follow this document through the river</a></p><pre class="text">${piece.excerpt ?? "(its text is shown for the twelve hardest)"}</pre>`}</td>
-          <td>${count(piece.byte_start)}–${count(piece.byte_end)}${piece.exact === false && html`<br /><small>of its whole document, that was changed</small>`}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${task.labelled ? piece.label : number(piece.worst)}</td></tr>`)}</tbody></table></div>
+          <td>${count(piece.byte_start)}–${count(piece.byte_end)}${piece.exact === false && html`<br /><small>of its whole document</small>`}</td><td>${piece.length}</td><td>${number(piece.loss)}</td><td>${task.labelled ? labelOf(piece.label, task.head) : number(piece.worst)}</td></tr>`)}</tbody></table></div>
       <div><h3>${task.labelled ? "The documents it was most wrong about, and what they are" : "The tokens it expected least"}</h3>
-        <ol class="worst">${data.tokens.map((worst) => html`<li><span class="loss">${number(worst.loss)}</span><span class="mono">…${visible(worst.before.slice(-60))}<mark>${token(worst.label ?? worst.target_text)}</mark></span></li>`)}</ol></div>
+        <ol class="worst">${data.tokens.map((worst) => html`<li><span class="loss">${number(worst.loss)}</span><span class="mono">…${visible(worst.before.slice(-60))}<mark>${token(labelOf(worst.label, task.head) ?? worst.target_text)}</mark></span></li>`)}</ol></div>
     </div><//>`;
 }
 
@@ -121,12 +121,12 @@ function Samples({ run, index, step }) {
   const held = useAnswer(`river?run=${index}`).data?.splits?.validation;
   const [at, pick] = useState(null);
   if (!data) return null;
-  const rows = data.rows, row = rows[at ?? rows.length - 1], { labelled, unit, share } = taskOf(run);
+  const rows = data.rows, row = rows[at ?? rows.length - 1], { labelled, unit, share, head } = taskOf(run);
   const told = (loss) => `${number(loss)} ${unit}${share(loss) === null ? "" : `, probability ${percent(share(loss), 2)}`}`;
   return html`<div class="columns">
     <${Panel} id="tokens-title" question=${labelled ? "Which documents is it still wrong about?" : "Where in a text is it still surprised?"} answer=${!row ? "" : labelled ? "The documents of a training row; the end of each is darker the more wrong the model was about it at that step. Point at one for its loss." : "Each token of a training row, darker the more it surprised the model at that step. Point at one for its loss."}>
       ${row ? html`<label>kept row of <select value=${at ?? rows.length - 1} onChange=${(e) => pick(Number(e.target.value))}>${rows.map((r, i) => html`<option value=${i} selected=${i === (at ?? rows.length - 1)}>step ${count(r.step)}</option>`)}</select></label>
-        <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${count(row.step)}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${!labelled ? `${JSON.stringify(text)}: ${told(row.losses[i])}` : (row.labels?.[i] ?? null) === null ? null : `${row.labels[i]}: ${told(row.losses[i])}`}>${text}</span>`)}</p>`
+        <p class="token-text" tabindex="0" role="region" aria-label=${`tokens of the row kept at step ${count(row.step)}`}>${row.texts.map((text, i) => text === null ? "" : html`<span style=${{ background: `color-mix(in oklab, #D55E00 ${Math.round(Math.min(70, row.losses[i] * 8))}%, transparent)` }} title=${!labelled ? `${JSON.stringify(text)}: ${told(row.losses[i])}` : (row.labels?.[i] ?? null) === null ? null : `${labelOf(row.labels[i], head)}: ${told(row.losses[i])}`}>${text}</span>`)}</p>`
     : html`<${Nothing}>No row with the loss of each token was kept yet.<//>`}<//>
     <${Panel} id="written-title" question=${labelled ? "What does it say of documents?" : "What does it write?"} answer=${data.texts.length ? `${labelled ? `${held ? "Held-out documents" : "Documents"}, what they are, and what the model says` : "The same words continued by the model"}, ${plural(data.texts.length, "time")} over the run; the newest on top.` : ""}>
       ${data.texts.length ? html`<div class="scroll tall" tabindex="0" role="region" aria-label="texts the model wrote">${data.texts.toReversed().map((text) => html`<h3>${when(text.step)}</h3>
