@@ -23,10 +23,11 @@ SLOW = """async ([question, milliseconds]) => {
 }"""
 
 
-def make_run(folder, ratios, *, skipped_last: bool = False, training: str = ""):
-    """A run of 40 steps whose tensors move by `ratios` of their size; its last step may be one that was skipped."""
+def make_run(folder, ratios, *, skipped_last: bool = False, training: str = "", every: int = 1, optimizer: str = "adamw"):
+    """A run of 40 steps whose tensors move by `ratios` of their size, measured every so many steps from the first; its last step
+    may be one that was skipped."""
     folder.mkdir(parents=True)
-    tables = "[model]\nnum_experts = 2\n[optimizer]\nname = 'adamw'\n[training]\nbatch_size = 4\n"
+    tables = f"[model]\nnum_experts = 2\n[optimizer]\nname = '{optimizer}'\n[training]\nbatch_size = 4\n"
     (folder / "config.toml").write_text(tables + training)
     writer = Writer(folder)
     writer.define("run", [Row("run")], RUN, row_is="run")
@@ -43,6 +44,10 @@ def make_run(folder, ratios, *, skipped_last: bool = False, training: str = ""):
             frames["run"][0, INDEX["run"]["applied"]] = 0
             frames["param"][:, INDEX["param"]["update_norm"]] = 0
             frames["param"][:, INDEX["param"]["update_ratio"]] = MISSING
+        if step % every:
+            del frames["param"]
+            for stat in ("gradient_norm", "update_norm", "ghost", "ghost_share", "frozen"):
+                frames["router"][:, INDEX["router"][stat]] = MISSING
         writer.write(Record(step, frames))
     writer.close()
     return Feed(folder)
@@ -159,3 +164,13 @@ def test_the_history_of_experts_says_that_a_column_is_a_mean(open_page, long_run
     with serving([Feed(long_run.directory)]) as address:
         page = open_page(f"{address}#view=experts", wait="#movie-title")
         assert "steps in a column you see the mean" in answer(page, "movie-title").inner_text()
+
+
+def test_what_experts_learned_is_told_of_the_newest_step_that_measured_it(watched):
+    page = watched("#view=experts", [1e-3] * 3, every=8)
+    page.locator(".choice button", has_text="gradient per token").click()
+    page.locator(".ledger-grid .inspector", has_text="Shown at step 32.").wait_for()
+    assert page.locator(".expert-cell").all_inner_texts() == ["1", "1"]  # a norm of 0.5 over half a token
+    facts = page.locator("#expert-title").locator("xpath=ancestor::section").locator("dl")
+    assert facts.locator("dt", has_text="ghost share (at step 32)").count() == 1
+    assert facts.locator("dt", has_text="tokens").inner_text() == "tokens", "that is counted at every step"

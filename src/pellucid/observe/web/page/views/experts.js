@@ -8,6 +8,8 @@ import { capital, count, elsewhen, number, percent, plural, when as after, withU
 import { visible } from "../play.js";
 
 const SHOWN = [["load", "load"], ["per_token", "gradient per token"], ["ratio", "update / weight"], ["credit", "credit"], ["mean_gate", "mean gate"], ["ghost", "ghost"], ["ghost_share", "ghost share"], ["idle_steps", "idle steps"]];
+/** What is measured with the tensors alone, so not at every step: shown of the newest step that has it. */
+const MEASURED = new Set(["gradient_norm", "update_norm", "ghost", "ghost_share", "frozen"]), WITH_TENSORS = new Set(["per_token", ...MEASURED]);
 const OWN = { // statistics formed here from recorded ones
   per_token: { name: "per_token", scale: "log", low: 1e-8, high: 1e-2, unit: "", meaning: "Norm of the expert's gradient divided by the tokens it served in the step.", formula: "||g_e|| / tokens_e" },
   ratio: { name: "ratio", scale: "log", low: 1e-6, high: 1e-1, unit: "", meaning: "Relative size of the change of the expert's matrices, together.", formula: "||dw_e|| / ||w_e||" },
@@ -22,16 +24,17 @@ export function Experts({ theme }) {
   const router = useWindow(index, "router", "*").window;
   const now = useReading(index, "router", "*", step), layersNow = useReading(index, "layer", "*", step);
   const weights = useReading(index, "param", "weight_norm", step), updates = useReading(index, "param", "update_norm", step), credits = useReading(index, "param", "credit", step);
+  const measured = useReading(index, "router", "*", weights?.to ?? step) ?? now;
   const slices = useMemo(() => slicesOf(run), [streams]);
   const stat = OWN[shown] ?? statOf(run, "router", shown);
   const scale = useMemo(() => stat && scaleOf(stat, theme), [stat, theme]);
   if (!rows.length) return html`<${Nothing}>This run recorded no experts: its model has none, or it was trained before they were observed.<//>`;
   if (!router || now === undefined) return html`<p class="boot">Reading the routers …</p>`;
   if (now === null) return html`<${Nothing}>No router was observed up to step ${count(step)}.<//>`;
-  const ledger = { run, now, weights, updates, credits, slices };
+  const ledger = { run, now, measured, weights, updates, credits, slices };
   const layer = chosen.layer ?? layers[0], expert = chosen.expert ?? 0;
   const pick = (l, e) => select({ layer: l, expert: e });
-  const values = rows.map((_, i) => read(ledger, shown, i)), when = ({ ratio: updates, credit: credits }[shown] ?? now).when;
+  const values = rows.map((_, i) => read(ledger, shown, i)), when = ({ ratio: updates, credit: credits }[shown] ?? (WITH_TENSORS.has(shown) ? measured : now)).when;
   return html`
     <${Panel} id="ledger-title" wide question="Who does the work, and who learns from it?" answer=${sentence(ledger, rows, layers)}>
       <div class="controls"><${Choice} label="what a cell shows" value=${shown} onChange=${show} options=${SHOWN.filter(([key]) => OWN[key] || statOf(run, "router", key))} /></div>
@@ -45,7 +48,7 @@ export function Experts({ theme }) {
         <aside class="inspector"><${ColourBar} scale=${scale} unit=${stat.unit} />
           <h3>${SHOWN.find(([key]) => key === shown)[1]} ${stat.formula && html`<code>${stat.formula}</code>`}</h3><p>${stat.meaning} Shown ${when}.</p>
           ${stat.healthy && html`<p><b>Healthy:</b> ${stat.healthy}</p>`}
-          <p class="bar-key"><span><i class="swatch is-frozen"></i>served tokens, did not move</span><span><i class="swatch is-ghost"></i>moved without tokens</span></p>
+          <p class="bar-key"><span><i class="swatch is-frozen"></i>served tokens, did not move</span><span><i class="swatch is-ghost"></i>moved without tokens</span>${measured.when === when ? "" : html`<span>(these ${measured.when})</span>`}</p>
         </aside>
       </div>
     <//>
@@ -65,8 +68,8 @@ function slicesOf(run) {
 }
 
 /** A cell of the ledger at the selected step: null where it was not measured. */
-function read({ run, now, weights, updates, credits, slices }, name, i) {
-  const value = (stat) => now.value(i, statIndex(run, "router", stat));
+function read({ run, now, measured, weights, updates, credits, slices }, name, i) {
+  const value = (stat) => (WITH_TENSORS.has(name) ? measured : now).value(i, statIndex(run, "router", stat));
   if (name === "per_token") {
     const gradient = value("gradient_norm"), tokens = value("tokens");
     return gradient === null || !tokens ? null : gradient / tokens;
@@ -84,7 +87,7 @@ function read({ run, now, weights, updates, credits, slices }, name, i) {
 }
 
 function Cell({ value, scale, stat, row, ledger, index, chosen, pick, compact }) {
-  const flag = (name) => ledger.now.value(index, statIndex(ledger.run, "router", name)) > 0;
+  const flag = (name) => ledger.measured.value(index, statIndex(ledger.run, "router", name)) > 0;
   const word = value === null || !Number.isFinite(value) ? null : colourAt(scale, value);
   const light = word !== null && 0.299 * (word & 255) + 0.587 * ((word >> 8) & 255) + 0.114 * ((word >> 16) & 255) > 140;
   const text = number(value, { digits: 3 });
@@ -123,17 +126,17 @@ function Movie({ run, index, shown, rows, router, theme, step, pick, layer, expe
 }
 
 function Card({ ledger, router, rows, index, step, layer, expert, theme }) {
-  const { run, now, updates, credits } = ledger, i = rows.findIndex((row) => row.layer === layer && row.expert === expert);
+  const { run, now, measured, updates, credits } = ledger, i = rows.findIndex((row) => row.layer === layer && row.expert === expert);
   const at = statIndex(run, "router", "load"), siblings = rows.map((row, j) => [row, j]).filter(([row]) => row.layer === layer);
   const series = useMemo(() => [...siblings.filter(([row]) => row.expert !== expert).map(([row, j]) => ({ label: `expert ${row.expert}`, quiet: true, hue: "#99999980", ...router.line(j, at), low: null })),
     { label: `expert ${expert}`, hue: ROLES.experts.hue, ...router.line(i, at) }], [router, layer, expert]);
   if (i < 0) return null;
-  const facts = run.streams.router.stats.map((stat) => [stat, now.value(i, statIndex(run, "router", stat.name))]);
+  const facts = run.streams.router.stats.map((stat) => [stat, read(ledger, stat.name, i), MEASURED.has(stat.name) ? elsewhen(measured, now) : ""]);
   return html`<${Panel} id="expert-title" wide question=${`What about expert ${expert} of layer ${layer}?`}
     answer=${overTheRun(router, i, at)}>
     <div class="columns"><div><h3>Load, among its siblings of the layer</h3>
       <${Lines} label=${`load of expert ${expert} of layer ${layer}`} series=${series} height=${220} step=${step} theme=${theme} theory=${[{ value: 1, label: "fair share" }]} onPick=${(s) => select({ step: s })} zero /></div>
-    <div><h3>${capital(now.when)}</h3><dl>${facts.map(([stat, value]) => html`<dt title=${stat.meaning}>${stat.name.replaceAll("_", " ")}</dt><dd>${stat.unit === "tokens" ? count(value) : withUnit(value, stat.unit)}</dd>`)}
+    <div><h3>${capital(now.when)}</h3><dl>${facts.map(([stat, value, other]) => html`<dt title=${stat.meaning}>${stat.name.replaceAll("_", " ")}${other}</dt><dd>${stat.unit === "tokens" ? count(value) : withUnit(value, stat.unit)}</dd>`)}
       <dt title=${OWN.ratio.meaning}>update / weight${elsewhen(updates, now)}</dt><dd>${number(read(ledger, "ratio", i))}</dd><dt title=${OWN.credit.meaning}>credit${elsewhen(credits, now)}</dt><dd>${number(read(ledger, "credit", i), { signed: true })}</dd></dl>
       <p class="links">${(ledger.slices.get(`${layer}.${expert}`) ?? []).map((r) => html`<a href="#" onClick=${(e) => { e.preventDefault(); select({ view: "tensor", tensor: run.streams.param.rows[r].name }); }}>${run.streams.param.rows[r].name}</a>`)}</p></div></div>
     <${Preference} run=${run} index=${index} layer=${layer} expert=${expert} />
@@ -153,6 +156,7 @@ function overTheRun(router, row, stat) {
 function Preference({ run, index, layer, expert }) {
   const { data, problem } = useAnswer(`preferences?run=${index}`, Math.floor((run.latest ?? 0) / Math.max(1, run.config?.checkpoint?.every_steps ?? 500)));
   if (problem ?? data?.problem) return html`<${Nothing}>${problem ?? data.problem}<//>`;
+  if (run.streams.router.rows.filter((row) => row.layer === layer).length < 2) return null; // the only one has all tokens, and no sibling
   const own = data?.layers[run.streams.router.rows.findIndex((row) => row.layer === layer) < 0 ? 0 : [...new Set(run.streams.router.rows.map((row) => row.layer))].indexOf(layer)]?.[expert];
   if (!own) return html`<p class="hint">Reading the newest checkpoint …</p>`;
   return html`<h3>Tokens it prefers</h3><p class="hint">${count(data.tokens)} ${data.held_out ? "held-out" : "training"} tokens through the checkpoint ${after(data.step - 1)}; × how much more often than tokens on the whole.</p>
