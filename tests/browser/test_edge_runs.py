@@ -136,6 +136,14 @@ def test_a_rule_on_held_out_text_does_not_judge_a_run_that_never_looks_at_it(wat
     assert "✓" not in rule.inner_text() and "not judged: this run looks at held-out text at its end alone" in rule.inner_text()
 
 
+def test_a_rule_on_adam_s_averages_does_not_judge_a_run_without_them(watched):
+    page = watched("#view=verdicts", [1e-3] * 3, optimizer="lion")
+    for name in ("gradients grew faster than Adam", "impossible step"):
+        rule = page.locator(".rules li").filter(has_text=name)
+        assert "✓" not in rule.inner_text() and "not judged: lion keeps no averages as Adam does" in rule.inner_text()
+    assert "✓" in page.locator(".rules li", has_text="learning rate high").inner_text()
+
+
 def test_of_a_skipped_step_the_page_says_that_it_was_skipped(watched):
     page = watched("#view=tensor", [1e-3] * 3, skipped_last=True)
     answer(page, "tensor-title").filter(has_text="Step 39 was skipped, as its loss or gradient was not finite").wait_for()

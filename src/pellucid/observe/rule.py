@@ -76,7 +76,7 @@ class Finding:
 class Rule:
     """severity: alarm (something is wrong) or warning (something is off). steps: how many it takes before it can judge; until then
     it is too early, which is not to say that all is well. after_warmup: those of the warm-up come on top. evaluations: of held-out
-    text that it takes."""
+    text that it takes. adam: whether it reads Adam's averages, which other optimizers do not have."""
 
     name: str
     severity: str
@@ -86,6 +86,7 @@ class Rule:
     steps: int
     after_warmup: bool
     evaluations: int
+    adam: bool
     check: Callable[[History], Iterator[Finding]]
 
 
@@ -93,11 +94,11 @@ RULES: list[Rule] = []
 
 
 def rule(name: str, severity: str, *, cause: str, remedy: str, source: str, steps: int = 1, after_warmup: bool = False,
-         evaluations: int = 0):  # fmt: skip
+         evaluations: int = 0, adam: bool = False):  # fmt: skip
     """Registers a check as a rule."""
 
     def register(check):
-        RULES.append(Rule(name, severity, cause, remedy, source, steps, after_warmup, evaluations, check))
+        RULES.append(Rule(name, severity, cause, remedy, source, steps, after_warmup, evaluations, adam, check))
         return check
 
     return register

@@ -64,7 +64,7 @@ def update_spike(h: History) -> Iterator[Finding]:
 
 @rule("stale_moments", "warning", cause="gradients grew faster than Adam's second moment follows",
       remedy="lower beta2; warm up longer", source="Wortsman et al. 2023, arXiv 2304.13013",
-      steps=LIMITS["recent"] + FRAME_EVERY)
+      steps=LIMITS["recent"] + FRAME_EVERY, adam=True)
 def stale_moments(h: History) -> Iterator[Finding]:
     staleness = h.table("param", "staleness", 2)
     if "param" in h.fresh and h.age > LIMITS["recent"] and len(staleness) == 2 and (staleness[:, -1] > LIMITS["staleness"]).all():
@@ -73,7 +73,8 @@ def stale_moments(h: History) -> Iterator[Finding]:
 
 @rule("impossible_step", "alarm", cause="Adam's second moment does not belong to these gradients: restored from elsewhere, or changed",
       remedy="check what touched the optimizer's state (a partial resume?); without it, begin with fresh moments and a warm-up",
-      source="Cauchy-Schwarz on Adam's two averages (Kingma & Ba 2014, section 2.1, on the bounded step)", steps=FRAME_EVERY)
+      source="Cauchy-Schwarz on Adam's two averages (Kingma & Ba 2014, section 2.1, on the bounded step)", steps=FRAME_EVERY,
+      adam=True)
 def impossible_step(h: History) -> Iterator[Finding]:
     sizes = h.now("param", "adam_rms")
     if sizes is None:

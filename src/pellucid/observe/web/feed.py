@@ -289,8 +289,9 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
         if path == "events":
             return _json(feed.events())
         if path == "rules":
-            return _json([{name: getattr(rule, name) for name in ("name", "severity", "cause", "remedy", "source")}
-                          | {"steps": steps_to_judge(rule, feed.config)} for rule in RULES])  # fmt: skip
+            config, told = feed.config, ("name", "severity", "cause", "remedy", "source")
+            judging = lambda rule: {"steps": steps_to_judge(rule, config), "never": never_judges(rule, config)}
+            return _json([{name: getattr(rule, name) for name in told} | judging(rule) for rule in RULES])
         if path == "step":
             return _json(feed.step(int(query["step"])))
         if path == "histograms":
@@ -343,8 +344,18 @@ def _plain(value: Any) -> Any:
 
 
 def steps_to_judge(rule: Rule, config: dict[str, Any]) -> int | None:
-    """How many steps of this run it takes; the first evaluation comes before them all. None: too few come in any number of steps."""
+    """How many steps of this run it takes; the first evaluation comes before them all. None: see `never_judges`."""
     warmup, every = config.get("schedule", {}).get("warmup_steps", 0), config.get("training", {}).get("evaluate_every")
-    if rule.evaluations and every == 0:
+    if never_judges(rule, config):
         return None
     return max(rule.steps + warmup * rule.after_warmup, (rule.evaluations - 1) * (every or 0))
+
+
+def never_judges(rule: Rule, config: dict[str, Any]) -> str | None:
+    """Why a rule cannot judge this run in any number of steps, in words; None: it can."""
+    if rule.evaluations and config.get("training", {}).get("evaluate_every") == 0:
+        return "this run looks at held-out text at its end alone (training.evaluate_every is 0)"
+    optimizer = config.get("optimizer", {}).get("name")
+    if rule.adam and optimizer not in (None, "adam", "adamw", "muon"):  # Muon's embedding, norms and routers are AdamW's
+        return f"{optimizer} keeps no averages as Adam does"
+    return None

@@ -31,7 +31,7 @@ export function Verdicts({ events }) {
     <//>`;
 }
 
-const whyNot = (rule, applied, skipped) => (rule.steps === null ? "not judged: this run looks at held-out text at its end alone (training.evaluate_every is 0)"
+const whyNot = (rule, applied, skipped) => (rule.steps === null ? `not judged: ${rule.never}`
   : `too early to judge: it takes ${plural(rule.steps, "step")}, ${count(applied)} ${applied === 1 ? "was" : "were"} done${skipped ? ` and ${count(skipped)} skipped` : ""}`);
 
 /** How many steps were done, that is not skipped over a loss or gradient that is not finite. */
