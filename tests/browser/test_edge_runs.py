@@ -120,6 +120,16 @@ def test_the_tensor_that_differs_most_may_be_the_smaller_one(watched):
     answer(page, "xray-title").filter(has_text="largest difference: layer 0, experts' output, expert 1").wait_for()
 
 
+def test_a_cell_of_two_runs_tells_both_numbers_and_how_far_they_are_apart(watched):
+    page = watched("#compare=1&tensor=embedding.weight", [4e-3, 2e-3, 1e-5], [1e-3, 1e-3, 1e-3])
+    cell = page.locator(".cell", has_text="× 4")
+    cell.wait_for()
+    told = cell.inner_text()
+    assert "0.004000" in told and "run-1" in told and "0.001000, step 39; × 4" in told
+    page.locator(".xray-grid canvas").first.hover(position={"x": 20, "y": 3})
+    assert "run-1: 0.001000, step" in page.locator(".tip").inner_text()
+
+
 def test_a_rule_that_needs_more_steps_is_not_said_to_be_content(watched):
     page = watched("#view=verdicts", [1e-3] * 3)
     judged = page.locator(".rules li", has_text="loss spike")

@@ -33,7 +33,7 @@ export function XRay({ theme, alarms }) {
     const bad = column < 0 ? 0 : window.nonfinite(column, row.index);
     const there = column < 0 ? `step ${count(at)}` : window.stepsOf(column);
     const said = bad ? plural(bad, "non-finite value") : value === null ? "not measured" : withUnit(value, stat.unit);
-    return `${describeRow(row.row)} · ${there} · ${said}`;
+    return `${describeRow(row.row)} · ${there} · ${said}${other ? ` · ${other.name}: ${beside(compared, row, at, part, stat, value, log)}` : ""}`;
   };
   const rowHeight = Math.max(3, Math.min(12, Math.floor(Math.max(420, innerHeight - 330) / Math.max(1, rows.length))));
   return html`<${Panel} id="xray-title" wide question=${other ? `Where does ${run.name} differ from ${other.name}?` : "What is happening in every tensor, at every step?"}
@@ -93,7 +93,7 @@ function summary({ reading, against, rows, stat, step, other, log, skipped }) {
     if (value === null) continue;
     if (!Number.isFinite(value)) bad++; else values.push([value, row]);
   }
-  const when = capital(reading.when) + (other && against ? elsewhen(against, reading) : "");
+  const when = capital(reading.when) + (other && against && against.when !== reading.when ? ` (${other.name} ${against.when})` : "");
   if (!values.length && !bad && skipped) {
     return html`“${title(stat.name)}” was not measured ${reading.when}: the step was skipped, as its loss or gradient was not finite. <a href="#view=verdicts" onClick=${(e) => { e.preventDefault(); select({ view: "verdicts" }); }}>See the verdicts</a>.`;
   }
@@ -104,9 +104,17 @@ function summary({ reading, against, rows, stat, step, other, log, skipped }) {
   if (other) {
     const far = values.reduce((a, b) => (Math.abs(b[0]) > Math.abs(a[0]) ? b : a));
     const way = log ? `${number(10 ** middle)} times` : number(middle, { signed: true });
-    return `${when} the middle tensor is ${way}${log ? "" : " apart"}; largest difference: ${describeRow(far[1].row)}.${warn}`;
+    return `${when} the middle tensor has ${way}${log ? ` that of ${other.name}` : ` against ${other.name}`}; largest difference: ${describeRow(far[1].row)}.${warn}`;
   }
   return `${when} the middle tensor has ${withUnit(middle, stat.unit)}; the largest is ${withUnit(top[0], stat.unit)}, in ${describeRow(top[1].row)}.${warn}`;
+}
+
+/** What the other run has in a cell, and how far apart the two are, in words. */
+function beside(window, row, step, part, stat, own, log) {
+  const column = window && row.other !== undefined ? window.columnOf(step) : -1, value = column < 0 ? null : window.value(column, row.other, 0, part);
+  if (value === null) return "not measured";
+  const apart = differ(own, value, log), when = `${withUnit(value, stat.unit)}, ${window.stepsOf(column)}`;
+  return apart === null || !Number.isFinite(apart) ? when : `${when}; ${log ? `× ${number(10 ** apart)}` : `${number(apart, { signed: true })} apart`}`;
 }
 
 /** What the cell under the pointer, or the selected one, says; and the meaning of the statistic, from the run's own file. */
@@ -127,6 +135,7 @@ function Inspector({ run, window, stat, scale, row, step, theme, from, to, part,
       <dt>when</dt><dd>${column < 0 ? "–" : window.stepsOf(column)}</dd>
       <dt>${window.parts > 1 ? PARTS.find(([key]) => key === part)[1] : "value"}</dt><dd class="value" data-value=${value === null ? "" : String(value)}>${withUnit(value, stat.unit)}</dd>
       <dt>exactly</dt><dd>${value === null ? "not measured" : float32(value)}</dd>
+      ${other && html`<dt>${other.name}</dt><dd>${step > other.latest ? `its newest is step ${count(other.latest)}` : beside(compared, row, step, part, stat, value, stat.scale === "log")}</dd>`}
       ${window.parts > 1 && column >= 0 && html`<dt>from … to</dt><dd>${number(window.value(column, row.index, 0, "min"))} … ${number(window.value(column, row.index, 0, "max"))}</dd>
         <dt>non-finite</dt><dd>${window.nonfinite(column, row.index)} of ${window.value(column, row.index, 0, "measured")}</dd>`}
     </dl>` : html`<p class="hint">Point at a cell to read it.</p>`}
