@@ -192,3 +192,12 @@ def test_what_experts_learned_is_told_of_the_newest_step_that_measured_it(watche
     facts = page.locator("#expert-title").locator("xpath=ancestor::section").locator("dl")
     assert facts.locator("dt", has_text="ghost share (at step 32)").count() == 1
     assert facts.locator("dt", has_text="tokens").inner_text() == "tokens", "that is counted at every step"
+
+
+@pytest.mark.parametrize(("optimizer", "rule", "source"), [
+    ("lion", "sign(β₁ m + (1−β₁) g)", "Chen"), ("adafactor", "ρ g / √v", "Shazeer"), ("muon", "orthogonal(μ b + (1−μ) g)", "Jordan"),
+    ("sgd", "η (g + μ b)", "Rumelhart")])  # fmt: skip
+def test_the_update_is_told_by_the_rule_of_the_run(watched, optimizer, rule, source):
+    page = watched("#view=learn", [1e-3] * 3, optimizer=optimizer)
+    card = page.locator("section[aria-labelledby='idea-update']").inner_text()
+    assert rule in card and source in card and f"This run uses {optimizer}" in card

@@ -52,7 +52,7 @@ def test_every_idea_has_this_runs_numbers(page, play, runs, feeds):
 def test_sources_and_formulas_are_those_of_the_docs(page):
     docs = {path.name: path.read_text() for path in (Path(__file__).parents[2] / "docs/learn").glob("*.md")}
     links = page.locator(".sources a").all()
-    assert len(links) == 7
+    assert len(links) == 10
     for link in links:
         assert link.get_attribute("href") in docs["README.md"] and link.inner_text() in docs["README.md"]
     told = {"idea-loss": "2-loss.md", "idea-attention": "1-forward.md", "idea-backward": "3-backward.md", "idea-data": "6-data.md"}

@@ -17,6 +17,9 @@ const SOURCES = [
   ["Halevy, Norvig & Pereira 2009", "The unreasonable effectiveness of data", "https://doi.org/10.1109/MIS.2009.36"],
   ["Goodfellow, Bengio & Courville 2016", "Deep Learning", "https://www.deeplearningbook.org"],
   ["xAI 2024", "Open release of Grok-1", "https://github.com/xai-org/grok-1"],
+  ["Chen et al. 2023", "Symbolic discovery of optimization algorithms", "https://arxiv.org/abs/2302.06675"],
+  ["Shazeer & Stern 2018", "Adafactor: adaptive learning rates with sublinear memory cost", "https://arxiv.org/abs/1804.04235"],
+  ["Jordan et al. 2024", "Muon: an optimizer for hidden layers in neural networks", "https://kellerjordan.github.io/posts/muon/"],
 ];
 const cite = (...numbers) => html`<p class="source">${numbers.map((n, i) => html`${i ? " · " : "Source: "}<a href=${SOURCES[n][2]} rel="noopener noreferrer" target="_blank">${SOURCES[n][0]}</a>`)}</p>`;
 const go = (view, patch = {}) => (event) => { event.preventDefault(); select({ view, ...patch }); };
@@ -77,6 +80,8 @@ function Attention({ run, play }) {
 const inUse = (training) => (training.balance_loss !== "none" && training.balance_loss_weight !== 0 ? "A balance loss keeps all of them in use."
   : training.balance_bias_rate ? "A bias on the router's choice keeps all of them in use." : "Nothing keeps all of them in use: this run has no balance loss.");
 
+const layersOf = (rows) => new Set(rows.map((row) => row.layer)).size;
+
 function Experts({ run, play, router }) {
   const rows = run.streams.router?.rows ?? [], load = statIndex(run, "router", "load");
   const loads = router ? rows.map((row, i) => ({ row, load: router.value(i, load) })).filter((x) => x.load !== null) : [];
@@ -84,9 +89,9 @@ function Experts({ run, play, router }) {
   const own = play?.layers.at(-1).router, chosen = own?.chosen.at(-1), probs = own?.probs.at(-1);
   const model = run.config?.model ?? {};
   return html`<${Idea} id="idea-experts" title="Experts: many specialists, few at work" sources=${[6]}
-    formula=${html`p = softmax(x Wᵀ) over ${count(model.num_experts)} experts, the best ${count(model.num_experts_per_tok)} serve<br/>y = Σ p · down(gelu(gate(x)) · up(x))`}>
-    <p>Each layer holds ${count(model.num_experts)} small networks, and a router that sends every token to ${count(model.num_experts_per_tok)} of them. So the model can know more without every token paying for all of it. ${inUse(run.config?.training ?? {})}</p>
-    ${most && html`<p>${capital(router.when)}, expert ${most.row.expert} of layer ${most.row.layer} carried ${n(most.load, { digits: 3 })} times its fair share, expert ${least.row.expert} of layer ${least.row.layer} ${n(least.load, { digits: 3 })} times. ${see("experts", "See the ledger")}.</p>`}
+    formula=${html`p = softmax(x Wᵀ) over ${plural(model.num_experts ?? 0, "expert")}, the best ${count(model.num_experts_per_tok)} ${model.num_experts_per_tok === 1 ? "serves" : "serve"}<br/>y = Σ p · down(gelu(gate(x)) · up(x))`}>
+    <p>${model.num_experts === 1 ? "Each layer of this run has one expert, and every token goes to it: the router has nothing to choose. With more of them a model can know more without every token paying for all of it." : html`Each layer holds ${count(model.num_experts)} small networks, and a router that sends every token to ${count(model.num_experts_per_tok)} of them. So the model can know more without every token paying for all of it. ${inUse(run.config?.training ?? {})}`}</p>
+    ${most && loads.length > layersOf(rows) && html`<p>${capital(router.when)}, expert ${most.row.expert} of layer ${most.row.layer} carried ${n(most.load, { digits: 3 })} times its fair share, expert ${least.row.expert} of layer ${least.row.layer} ${n(least.load, { digits: 3 })} times. ${see("experts", "See the ledger")}.</p>`}
     ${play ? html`<p>For ${quoted(play.tokens.at(-1).text)} the last layer's router chose ${chosen.map((e, i) => html`${i ? " and " : ""}expert ${e} (${p(probs[e])})`)}.</p>` : ""}<//>`;
 }
 
@@ -126,14 +131,26 @@ function Backward({ run, play }) {
 /** What a rule makes of the gradient, in a sentence, and which of SOURCES it is from. */
 const ADAM = ["Adam keeps what the gradient usually is (m) and how large it usually is (v): weights whose gradients agree move, those whose gradients cancel hardly do.", [1]];
 const RULES = { adam: ADAM, adamw: ADAM, sgd: ["Plain gradient descent takes the gradient itself; with momentum, what earlier gradients agreed on as well.", [0]],
-  muon: ["Muon makes all directions of a matrix's momentum equally long, so that no few of them take the whole step.", []] };
+  muon: ["Muon makes all directions of a matrix's momentum equally long, so that no few of them take the whole step.", [9]],
+  lion: ["Lion takes the sign of a moving mean of the gradients: every weight moves by the same η, whatever the size of its gradient.", [7]],
+  adafactor: ["Adafactor divides the gradient by how large it usually is, of which it keeps means by row and column alone; its steps are relative to the size of the weights.", [8]] };
+
+/** The rule itself, decay left out. */
+function ruleOf(rule, { momentum: μ, nesterov } = {}) {
+  if (RULES[rule] === ADAM) return html`m ← β₁ m + (1−β₁) g<br/>v ← β₂ v + (1−β₂) g²<br/>w ← w − η m̂ / (√v̂ + ε)`;
+  if (rule === "sgd") return μ === 0 ? "w ← w − η g" : html`b ← μ b + g<br/>w ← w − η ${nesterov === false ? "b" : "(g + μ b)"}`;
+  if (rule === "muon") return html`b ← μ b + (1−μ) g<br/>w ← w − η · orthogonal(${nesterov === false ? "b" : "μ b + (1−μ) g"})`;
+  if (rule === "lion") return html`w ← w − η sign(β₁ m + (1−β₁) g)<br/>m ← β₂ m + (1−β₂) g`;
+  if (rule === "adafactor") return html`v ← row · column / mean(row), of means of g²<br/>w ← w − ρ g / √v<br/>ρ = max(10⁻³, RMS(w)) · min(η, t^−½)`;
+  return html`w ← w − η · step of ${rule ?? "the optimizer"}`;
+}
 
 function Update({ run, play }) {
   const chosen = example(play), edge = chosen && play.edges[chosen.term.edge], rule = edge ? play.optimizer[edge.tensor].rule : run.config?.optimizer?.name;
   const [before, after] = edge ? pair(edge.before, edge.after) : [], output = play?.outputs.at(-1), [about, sources] = RULES[rule] ?? ["", []];
   const terms = edge ? derivation(play, chosen).filter(([, formula]) => formula === "Δw") : [];
   return html`<${Idea} id="idea-update" title="Update: what is adjusted, and by how much" sources=${sources}
-    formula=${RULES[rule] === ADAM ? html`m ← β₁ m + (1−β₁) g<br/>v ← β₂ v + (1−β₂) g²<br/>w ← w − η m̂ / (√v̂ + ε)` : html`w ← w − η · step of ${rule ?? "the optimizer"}`}>
+    formula=${ruleOf(rule, run.config?.optimizer)}>
     <p>Each weight takes a small step against its gradient. ${about} ${edge ? html`The weight below is moved by ${rule}` : html`This run uses ${rule}`}.</p>
     ${edge ? html`<p>The same weight went from ${n(edge.before)} to <b data-value=${edge.after}>${after}</b> (${terms.map(([what, , value], i) => html`${i ? ", " : ""}${what.replace(/:.*/, "")} ${n(value, { signed: true })}`)}).</p><div class="formula">${updateFormula(play, edge, n)}</div>
       <p>With all weights moved, ${play.shape.head ? html`the head says ${answerOf(output, "_after")} instead of ${answerOf(output)}` : html`${quoted(play.tokens.at(-1).target_text)} went from ${percents(output.p, output.p_after)[0]} to ${percents(output.p, output.p_after)[1]}`}. ${see("network", "Play it", { step: play.step, phase: 5 })}.</p>` : unplayed}<//>`;
