@@ -201,3 +201,12 @@ def test_the_update_is_told_by_the_rule_of_the_run(watched, optimizer, rule, sou
     page = watched("#view=learn", [1e-3] * 3, optimizer=optimizer)
     card = page.locator("section[aria-labelledby='idea-update']").inner_text()
     assert rule in card and source in card and f"This run uses {optimizer}" in card
+
+
+def test_a_long_name_of_a_file_is_broken_on_a_telephone(open_page, address, changed):
+    page = open_page(f"{address}#view=river", wait=".journey")
+    changed(page, "document", lambda answer: answer | {"source": "/a" * 60 + "/tiny.txt"})
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.reload()
+    page.locator(".journey", has_text="/a/a/a/a").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
