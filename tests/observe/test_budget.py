@@ -64,5 +64,5 @@ def test_on_a_gpu_a_look_takes_what_its_own_clock_says_once_it_is_done(clock, mo
 
 
 def test_a_look_that_no_step_can_pay_for_still_comes_every_so_many_steps(clock):
-    assert looked_at(1e-9, 0.2, 100, clock) == [99, 199, 299]
+    assert looked_at(1e-9, 0.2, 100, clock) == [0, 100, 200]
     assert looked_at(1e-9, 0.2, None, clock) == []
