@@ -116,3 +116,17 @@ def test_each_line_of_a_derivation_follows_from_the_numbers_that_it_names(call, 
             checked += 1
     assert checked >= 2 - (rule is adafactor)
     assert all(formula for _, formula, _ in lines), "no line is without its formula"
+
+
+@pytest.mark.parametrize(("precision", "made"), [("bf16", "in fp32: "), ("fp32", "")])
+def test_a_gradient_made_in_bf16_stands_beside_the_one_that_the_proofs_have(call, precision, made):
+    edge = {"tensor": "w", "index": [0], "before": 1, "after": 1, "gradient": 2.1e-4, "clipped": 2.1e-4, "autograd": 1.5e-4,
+            "by_hand": 1.5e-4, "difference": None, "doubt": 0, "exact": True, "rule_after": 1, "state": {}, "terms": {},
+            "quantities": {}}  # fmt: skip
+    optimizer = {"w": {"rule": "sgd", "settings": {"learning_rate": 1, "weight_decay": 0}}}
+    play = {"edges": [edge], "optimizer": optimizer, "precision": precision, "step_result": {"clip_factor": 1}, "shape": {}}
+    chosen = {"fan": {"fan": {"slope": 1, "kind": "router", "index": [0]}}, "term": {"edge": 0, "a": 0.1, "j": 0, "wa": 0.05}}
+    [lines] = call("play", "m.derivation(x[0], x[1])", [[play, chosen]])
+    [proofs] = call("play", "m.proofsOf(x.edges[0], x)", [play])
+    assert [value for _, formula, value in lines if formula in ("g", "g in fp32")] == ([2.1e-4, 1.5e-4] if made else [2.1e-4])
+    assert [claim for claim, _, _ in proofs[:2]] == [f"{made}chain rule by hand = autograd", f"{made}finite difference = autograd"]

@@ -116,16 +116,16 @@ export function updateFormula(play, edge, n) {
 function ruleOf(rule, { momentum: μ, nesterov, beta1, beta2, weight_decay: λ }, state) {
   const rest = (share) => number(1 - share), before = (name) => number(state[name] ?? 0);
   return { sgd: {
-    slope: λ ? [`with L2 decay: ĝ + ${number(λ)}·w`, "s = ĝ + λ·w"] : ["what the momentum takes up", "s = ĝ"],
-    buffer: [state.momentum_buffer === undefined ? "momentum: it begins with s" : `momentum: ${number(μ)}·${before("momentum_buffer")} + s`, "b = μ·b₀ + s"],
-    direction: !μ ? ["step: no momentum", "u = s"] : nesterov ? [`step, looking ahead: s + ${number(μ)}·b`, "u = s + μ·b"] : ["step: the momentum", "u = b"] },
+    slope: λ ? [`with L2 decay: ĝ + ${λ}·w`, "s = ĝ + λ·w"] : ["what the momentum takes up", "s = ĝ"],
+    buffer: [state.momentum_buffer === undefined ? "momentum: it begins with s" : `momentum: ${μ}·${before("momentum_buffer")} + s`, "b = μ·b₀ + s"],
+    direction: !μ ? ["step: no momentum", "u = s"] : nesterov ? [`step, looking ahead: s + ${μ}·b`, "u = s + μ·b"] : ["step: the momentum", "u = b"] },
   muon: {
-    buffer: [`momentum: ${number(μ)}·${before("momentum_buffer")} + ${rest(μ)}·ĝ`, "b = μ·b₀ + (1−μ)·ĝ"],
-    blend: nesterov ? [`looking ahead: ${number(μ)}·b + ${rest(μ)}·ĝ`, "c = μ·b + (1−μ)·ĝ"] : ["what the step follows", "c = b"],
+    buffer: [`momentum: ${μ}·${before("momentum_buffer")} + ${rest(μ)}·ĝ`, "b = μ·b₀ + (1−μ)·ĝ"],
+    blend: nesterov ? [`looking ahead: ${μ}·b + ${rest(μ)}·ĝ`, "c = μ·b + (1−μ)·ĝ"] : ["what the step follows", "c = b"],
     direction: ["step: the matrix of all c of this tensor, made orthogonal", "u = √max(1, out/in)·orth(c)"] },
   lion: {
-    m: [`moving mean for the next step: ${number(beta2)}·${before("exp_avg")} + ${rest(beta2)}·ĝ`, "m = β₂·m₀ + (1−β₂)·ĝ"],
-    blend: [`what the step follows: ${number(beta1)}·${before("exp_avg")} + ${rest(beta1)}·ĝ`, "c = β₁·m₀ + (1−β₁)·ĝ"],
+    m: [`moving mean for the next step: ${beta2}·${before("exp_avg")} + ${rest(beta2)}·ĝ`, "m = β₂·m₀ + (1−β₂)·ĝ"],
+    blend: [`what the step follows: ${beta1}·${before("exp_avg")} + ${rest(beta1)}·ĝ`, "c = β₁·m₀ + (1−β₁)·ĝ"],
     direction: ["step: its sign", "u = sign(c)"] },
   adafactor: {
     v: ["how large it usually is, from moving means of ĝ² by row and column", "v = row·column / mean(row)"],
@@ -150,6 +150,7 @@ export function derivation(play, chosen) {
     ["this token's share of the gradient", "∂L/∂Σ · a", share],
     ["all other tokens' shares", "Σ", edge.gradient - share],
     ["gradient", "g", edge.gradient],
+    ...(play.precision === "bf16" && edge.autograd !== null ? [["the same made in fp32, as the proofs below have it", "g in fp32", edge.autograd]] : []),
     [`clipped: × ${number(play.step_result.clip_factor)}`, "ĝ = c·g", edge.clipped],
   ];
   if (rule === "adamw" || rule === "adam") {
@@ -158,7 +159,7 @@ export function derivation(play, chosen) {
     lines.push(
       [`first moment: ${settings.beta1}·${number(s.exp_avg ?? 0)} + ${number(1 - settings.beta1)}·${slope}`, "m", q.m],
       [`second moment: ${settings.beta2}·${number(s.exp_avg_sq ?? 0)} + ${number(1 - settings.beta2)}·${slope}²`, "v", q.v],
-      [`bias corrections of step ${count(t)}: 1−β₁ᵗ = ${number(1 - settings.beta1 ** t)}, 1−β₂ᵗ = ${number(1 - settings.beta2 ** t)}`, "m̂/(√v̂+ε)", q.direction]);
+      [`bias corrections, t = ${count(t)} updates with this one: 1−β₁ᵗ = ${number(1 - settings.beta1 ** t)}, 1−β₂ᵗ = ${number(1 - settings.beta2 ** t)}`, "m̂/(√v̂+ε)", q.direction]);
   } else {
     for (const [name, value] of Object.entries(s)) if (name !== "step") lines.push([`${{ momentum_buffer: "momentum", exp_avg: "moving mean" }[name] ?? name.replaceAll("_", " ")}, before`, { momentum_buffer: "b₀", exp_avg: "m₀" }[name] ?? "", value]);
     for (const [name, value] of Object.entries(q)) lines.push([...(ruleOf(rule, settings, s)[name] ?? [`${rule}: ${name.replaceAll("_", " ")}`, ""]), value]);
@@ -172,14 +173,15 @@ export function derivation(play, chosen) {
 /** ✓, ✗, or – for what was not tested; in words for those who listen. */
 export const Mark = ({ holds }) => html`<b><span class="sr">${holds === null ? "not tested" : holds ? "proven" : "refuted"}: </span><i aria-hidden="true">${holds === null ? "–" : holds ? "✓" : "✗"}</i></b>`;
 
-/** Three proofs of an edge: [claim, true, false or null, detail]. */
-export function proofsOf(edge) {
+/** Three proofs of an edge: [claim, true, false or null, detail]. The gradient of a step made in bf16 is proven in fp32. */
+export function proofsOf(edge, play) {
+  const made = play.precision === "bf16" ? "in fp32: " : "";
   const near = (a, b, doubt = 0) => Math.abs(a - b) <= 1e-3 * Math.abs(b) + doubt;
   const apart = (a, b) => `${number(a, { digits: 7 })} and ${number(b, { digits: 7 })}`;
   const unsure = edge.difference !== null && edge.doubt > 0.05 * Math.abs(edge.autograd);
   return [
-    ["chain rule by hand = autograd", edge.by_hand === null ? null : near(edge.by_hand, edge.autograd, 1e-12), edge.by_hand === null ? "no formula here" : apart(edge.by_hand, edge.autograd)],
-    ["finite difference = autograd", edge.difference === null || unsure ? null : near(edge.difference, edge.autograd, edge.doubt), edge.difference === null
+    [`${made}chain rule by hand = autograd`, edge.by_hand === null ? null : near(edge.by_hand, edge.autograd, 1e-12), edge.by_hand === null ? "no formula here" : apart(edge.by_hand, edge.autograd)],
+    [`${made}finite difference = autograd`, edge.difference === null || unsure ? null : near(edge.difference, edge.autograd, edge.doubt), edge.difference === null
       ? `not tried here: pellucid explain RUN --step N --parameter ${edge.tensor} --index ${edge.index.join(",")}` : `${apart(edge.difference, edge.autograd)}; sure to ${number(edge.doubt)}${unsure ? ", too unsure to tell" : ""}`],
     ["the plain rule gives the stored weight", edge.exact || Math.abs(edge.rule_after - edge.after) <= 4 * 2 ** -23 * Math.abs(edge.after), edge.exact ? `bit for bit: ${number(edge.after, { digits: 9 })}` : `but for the last bits: ${apart(edge.rule_after, edge.after)}`],
   ];

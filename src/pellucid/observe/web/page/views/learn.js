@@ -120,7 +120,7 @@ const slopeOf = (task) => (!task.guess && task.labelled ? "" : task.head?.proble
 
 function Backward({ run, play }) {
   const chosen = example(play), edge = chosen && play.edges[chosen.term.edge], share = chosen && chosen.fan.fan.slope * chosen.term.a;
-  const proofs = edge ? proofsOf(edge).slice(0, 2).filter(([, holds]) => holds !== null) : [];
+  const proofs = edge ? proofsOf(edge, play).slice(0, 2).filter(([, holds]) => holds !== null) : [];
   return html`<${Idea} id="idea-backward" title="Backward: who was responsible?" sources=${[0]}
     formula=${html`∂loss/∂x = ∂loss/∂y · ∂y/∂x<br/>${slopeOf(taskOf(run))}`}>
     <p>Change a weight a little and the loss changes a little; the ratio is its gradient. Back-propagation finds the gradients of all weights in one sweep from right to left, by the chain rule. A weight's share is <em>how wrong its output was</em> times <em>how active its input was</em>.</p>

@@ -131,7 +131,7 @@ function Lens({ play, fans, chosen, layer, token, phase, onEdge }) {
 }
 
 function Calculator({ play, chosen }) {
-  const edge = play.edges[chosen.term.edge], [exact, show] = useState(false), lines = derivation(play, chosen), proofs = proofsOf(edge);
+  const edge = play.edges[chosen.term.edge], [exact, show] = useState(false), lines = derivation(play, chosen), proofs = proofsOf(edge, play);
   const change = edge.after - edge.before;
   return html`<${Panel} id="calculator-title" question="How was this weight adjusted?" answer=${html`<span class="mono">${place(edge)}</span> by ${play.optimizer[edge.tensor].rule}: ${number(change, { signed: true })}, ${percent(change / (edge.before || 1), 3)} of it.`}
     aside=${html`<button type="button" class="quiet" aria-pressed=${exact} onClick=${() => show(!exact)}>${exact ? "four digits" : "all digits"}</button>`}>
