@@ -23,7 +23,8 @@ SLOW = """async ([question, milliseconds]) => {
 }"""
 
 
-def make_run(folder, ratios, *, skipped_last: bool = False, training: str = "", every: int = 1, optimizer: str = "adamw"):
+def make_run(folder, ratios, *, skipped_last: bool = False, training: str = "", every: int = 1, optimizer: str = "adamw",
+             wrong: tuple[int, ...] = ()):  # fmt: skip
     """A run of 40 steps whose tensors move by `ratios` of their size, measured every so many steps from the first; its last step
     may be one that was skipped."""
     folder.mkdir(parents=True)
@@ -48,7 +49,9 @@ def make_run(folder, ratios, *, skipped_last: bool = False, training: str = "", 
             del frames["param"]
             for stat in ("gradient_norm", "update_norm", "ghost", "ghost_share", "frozen"):
                 frames["router"][:, INDEX["router"][stat]] = MISSING
-        writer.write(Record(step, frames))
+        found = {"rule": "non_finite", "severity": "alarm", "subject": f"tensor of step {step}", "text": "3 elements", "value": 3,
+                 "threshold": 0}  # fmt: skip
+        writer.write(Record(step, frames, events=[found] if step in wrong else []))
     writer.close()
     return Feed(folder)
 
@@ -210,3 +213,14 @@ def test_a_long_name_of_a_file_is_broken_on_a_telephone(open_page, address, chan
     page.reload()
     page.locator(".journey", has_text="/a/a/a/a").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_of_values_that_are_not_finite_the_first_is_told(watched):
+    page = watched("#view=verdicts", [1e-3] * 3, wrong=(5, 9))
+    card = page.locator(".verdict").inner_text()
+    assert "Step 5, tensor of step 5" in card and "documents of step 5" in card and "all 2 findings" in card
+
+
+def test_a_learning_rate_of_muon_says_whose_it_is(watched):
+    page = watched("#view=learning", [1e-3] * 3, optimizer="muon")
+    answer(page, "rate-title").filter(has_text="the learning rate of Muon's matrices is 0.5").wait_for()

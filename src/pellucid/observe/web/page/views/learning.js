@@ -46,7 +46,7 @@ export function Learning({ theme }) {
     <//>
     <div class="columns">
       <${ByPosition} run=${run} index=${index} step=${step} />
-      <${Panel} id="rate-title" question="How was it driven?" answer=${`${capital(reading.when)} the learning rate is ${number(reading.value(0, lr))}, the gradient norm ${number(reading.value(0, norm))} before clipping.`}>
+      <${Panel} id="rate-title" question="How was it driven?" answer=${`${capital(reading.when)} the learning rate${run.config?.optimizer?.name === "muon" ? " of Muon's matrices" : ""} is ${number(reading.value(0, lr))}, the gradient norm ${number(reading.value(0, norm))} before clipping.`}>
         <${Lines} label="learning rate" series=${[{ label: "learning rate", hue: "#009E73", ...window.line(0, lr) }]} height=${110} step=${step} theme=${theme} onPick=${(s) => select({ step: s })} zero />
         <${Lines} label="gradient norm" series=${[{ label: "gradient norm", hue: "#CC79A7", ...window.line(0, norm) }]} log height=${130} step=${step} theme=${theme} onPick=${(s) => select({ step: s })}
           theory=${run.config?.training?.gradient_clip ? [{ value: run.config.training.gradient_clip, label: "clipped above" }] : []} />

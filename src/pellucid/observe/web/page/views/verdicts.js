@@ -43,7 +43,7 @@ function appliedIn(run, window) {
 }
 
 function Card({ rule, events, window, run }) {
-  const newest = events[events.length - 1], alarm = rule.severity === "alarm";
+  const newest = rule.name === "non_finite" ? events[0] : events[events.length - 1], alarm = rule.severity === "alarm";
   const stat = EVIDENCE[rule.name] && statIndex(run, "run", EVIDENCE[rule.name]);
   const open = (event) => select({ view: "learning", step: event.step });
   const tensor = run.streams.param?.rows.some((row) => row.name === newest.subject);
