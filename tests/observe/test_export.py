@@ -56,6 +56,20 @@ def test_mlflow_reads_back_every_scalar(run_dir, tmp_path, expected):
         assert history == {step: value for (n, step), value in expected.items() if n == name}
 
 
+def test_mlflow_takes_a_run_by_a_relative_path_with_spaces(run_dir, tmp_path, monkeypatch):
+    """As `train` names a run of its own: runs/NAME."""
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    place = tmp_path / "my runs ü"
+    place.mkdir()
+    (place / "demo").symlink_to(run_dir)
+    monkeypatch.chdir(place)
+    folder = export("demo", "mlflow", "ml")
+    client = MlflowClient(tracking_uri=(folder.resolve() / "mlruns").as_uri())
+    assert "pellucid" in {experiment.name for experiment in client.search_experiments()}
+
+
 def test_wandb_reads_back_every_scalar_from_the_offline_run(run_dir, tmp_path, expected):
     """`wandb leet inspect`: the reader that comes with wandb 0.31 and later."""
     pytest.importorskip("wandb")

@@ -104,7 +104,7 @@ def _mlflow(run: Reader, folder: Path, name: str) -> None:
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions refuse a folder without it
     mlflow = _needs(*TOOLS["mlflow"])
     entities = importlib.import_module("mlflow.entities")
-    client = mlflow.MlflowClient(tracking_uri=(folder / "mlruns").as_uri())
+    client = mlflow.MlflowClient(tracking_uri=(folder.absolute() / "mlruns").as_uri())
     record = client.create_run(client.create_experiment("pellucid"), run_name=name)
     parameters = [entities.Param(k, str(v)[:500]) for k, v in _flat(run.meta.get("config", {}))]
     for start in range(0, len(parameters), 100):  # the most the protocol takes at once
