@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import pellucid
-from pellucid.config import UserError, load_config
+from pellucid.config import SourceConfig, UserError, load_config
+from pellucid.data.sources import list_files
 from pellucid.exchange.load import run_of
 from pellucid.measure.texts import trained_with
 from pellucid.observe.store import Record, Writer
@@ -54,6 +56,21 @@ def test_a_run_on_relative_sources_is_resumed(tiny_folder, tiny_tables, tmp_path
     assert max(saved_steps(train(None, run_dir="run", resume=True).directory / "checkpoints")) == 12
     tables["training"]["max_steps"] = 14
     assert max(saved_steps(train(tables, run_dir="run", resume=True).directory / "checkpoints")) == 14
+
+
+@pytest.mark.parametrize("pattern", [".", "**/*", "**/*.json", "**/*.txt"])
+def test_a_run_and_its_data_are_no_sources_of_the_folder_they_lie_in(pattern, tiny_run, tmp_path, monkeypatch):
+    """Else the second run reads the manifest and tables of the first, and the first, resumed, finds its data changed."""
+    for name in ("00.txt", "01.txt"):
+        (tmp_path / name).write_text("my own", encoding="utf-8")
+    (tmp_path / "notes.json").write_text('{"text": "my own"}', encoding="utf-8")
+    shutil.copytree(tiny_run.directory, tmp_path / "runs" / "a")
+    shutil.copytree(tiny_run.manifest["data"]["directory"], tmp_path / "data" / "b")
+    (tmp_path / "runs" / "a" / "requirements.txt").write_text("what an exporter left", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    mine = [name for name in ("00.txt", "01.txt", "notes.json") if name.endswith(Path(pattern).suffix)]
+    assert [file.path.name for file in list_files([SourceConfig(path=pattern)])] == mine
+    assert "manifest.json" in [file.path.name for file in list_files([SourceConfig(path="data/b")])], "unless it is named itself"
 
 
 def test_a_resumed_run_leaves_its_caller_the_threads_it_had(tiny_tables, tmp_path, monkeypatch):

@@ -158,12 +158,19 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _folders(root: str) -> Iterator[str]:
-    """A folder and those below it but hidden ones, also behind links, each once."""
+    """A folder and those below it but hidden ones and our own, also behind links, each once."""
     entered = {os.path.realpath(root)}
     for parent, names, _ in os.walk(root, followlinks=True):
         yield parent
         below = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(names) if not name.startswith(".")}
-        names[:] = [name for name, place in below.items() if place not in entered and not entered.add(place)]
+        names[:] = [name for name, place in below.items()
+                    if place not in entered and not entered.add(place) and not _written_by_us(place)]
+
+
+def _written_by_us(folder: str) -> bool:
+    """Whether it is a run or prepared data: what comes of a text is no part of it, or each build would read the one before."""
+    beside = (os.path.join(folder, name) for name in ("config.toml", "shards"))
+    return os.path.isfile(os.path.join(folder, "manifest.json")) and any(map(os.path.exists, beside))
 
 
 def _remote(source: SourceConfig, index: int, where: str, split: str | None, options: tuple) -> Iterator[SourceFile]:
