@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 import pellucid
 from pellucid.config import SourceConfig, UserError, load_config
 from pellucid.data.sources import list_files
-from pellucid.exchange.load import run_of
-from pellucid.measure.texts import trained_with
+from pellucid.exchange.load import find_tokenizer, run_of
+from pellucid.measure.texts import open_dataset, trained_with
 from pellucid.observe.store import Record, Writer
+from pellucid.observe.trace import trace
 from pellucid.run import train
 from pellucid.run_files import Run, next_run_dir, resolved_config, run_name
 from pellucid.summary import what_next
@@ -56,6 +57,32 @@ def test_a_run_on_relative_sources_is_resumed(tiny_folder, tiny_tables, tmp_path
     assert max(saved_steps(train(None, run_dir="run", resume=True).directory / "checkpoints")) == 12
     tables["training"]["max_steps"] = 14
     assert max(saved_steps(train(tables, run_dir="run", resume=True).directory / "checkpoints")) == 14
+
+
+def test_a_project_that_was_moved_goes_on_bit_for_bit(tiny_folder, tiny_tables, tmp_path, monkeypatch, final_state):
+    """Sources, data and runs in one folder, which gets another name: its old paths lead nowhere."""
+    shutil.copytree(tiny_folder / "corpus", tmp_path / "old" / "corpus")
+    monkeypatch.chdir(tmp_path / "old")
+    tables = tiny_tables()
+    tables["data"] |= {"sources": ["corpus"], "directory": "data"}
+    unbroken = final_state(train(tables, run_dir="runs/a").directory)
+    monkeypatch.chdir(tmp_path)
+    os.rename("old", "new ü")
+    run = tmp_path / "new ü" / "runs" / "a"
+    shutil.rmtree(run / "checkpoints" / "step-12")
+    shutil.rmtree(run / "model")
+    assert trace(run, 3).documents and open_dataset(str(run)).directory.parent.parent.resolve() == tmp_path / "new ü"
+    assert find_tokenizer(run) is not None, "of an unfinished run it lies with the data"
+    monkeypatch.chdir(run)
+    assert final_state(train(None, run_dir=".", resume=True).directory) == unbroken
+
+
+def test_a_run_remembers_where_the_same_data_were_found_again(tiny_run, tmp_path):
+    run, data = shutil.copytree(tiny_run.directory, tmp_path / "run"), shutil.copytree(tiny_run.dataset().directory, tmp_path / "again")
+    tables = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    tables["data"]["prepared"] = str(data)
+    assert train(tables, run_dir=run, resume=True).dataset().directory == data
+    assert Run(run).manifest["data"]["fingerprint"] == tiny_run.manifest["data"]["fingerprint"]
 
 
 @pytest.mark.parametrize("pattern", [".", "**/*", "**/*.json", "**/*.txt"])
@@ -169,7 +196,8 @@ def test_config_of_a_run_repeats_it_from_any_folder(precision, tiny_folder, tiny
         repeated = train(original / "config.toml", run_dir=f"again-{original.name}")
         assert final_state(repeated.directory) == final_state(original)
         assert (repeated.directory / "config.toml").read_text() == (original / "config.toml").read_text()
-        assert repeated.dataset().reused is False and repeated.manifest["data"] == Run(original).manifest["data"]
+        ours, theirs = (r.manifest["data"] for r in (repeated, Run(original)))
+        assert ours["directory"] == theirs["directory"] and ours["fingerprint"] == theirs["fingerprint"]
     assert not (tmp_path / "b" / "data").exists(), "the prepared data was found again"
     assert first.stopped_by is None and second.stopped_by is None
 

@@ -15,7 +15,7 @@ import torch
 from pellucid import summary
 from pellucid.config import Config, HeadConfig, ModelConfig, TokenizerConfig, UserError, load_config, make_config, nearest
 from pellucid.data.build import prepare
-from pellucid.data.dataset import Dataset
+from pellucid.data.dataset import Dataset, folder_of_run
 from pellucid.data.tokenizer import Tokenizer, load_tokenizer
 from pellucid.exchange.huggingface import save_huggingface
 from pellucid.exchange.leaves import Source, fill
@@ -98,7 +98,10 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
     origin = start_from(config) if config.model.init_from is not None and not begun else None
     if origin is not None and brought and asked.model_fields_set & {"kind", "vocab_size"}:
         progress.say(f"the tokenizer is that of {config.model.init_from}; what data.tokenizer asks for is passed over")
-    dataset = prepare(config.data, progress=progress.stage)
+    moved = _moved_with_run(Run(folder), config) if resume else None
+    if moved is not None:
+        progress.say(f"its data were moved with it: {moved}")
+    dataset = prepare(config.data, progress=progress.stage) if moved is None else Dataset(moved, run=config.data)
     progress.close()
     if origin is not None and config.data.prepared is not None:
         _refuse_other_tokenizer(Path(config.model.init_from), dataset.tokenizer, "data.prepared")
@@ -138,7 +141,7 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
         if resume:
             observer.resume(loop.counters.step)
             forget_capsules(folder, loop.counters.step)
-            note_changes(run, config, loop.counters.step)
+            note_changes(run, config, loop.counters.step, dataset)
             if loop.counters.step < loop.max_steps:
                 shutil.rmtree(folder / "model", ignore_errors=True)  # it is no longer the end of this run
         progress.say(summary.describe(loop, folder))
@@ -188,6 +191,13 @@ def _known_before_preparing(config: Config) -> dict[str, Any]:
     del data["tokenizer"]["encoder"]
     from_data = {"preset", "init_from", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "head"}
     return {"model": config.model.model_dump(mode="json", exclude=from_data), "data": data}
+
+
+def _moved_with_run(run: Run, config: Config) -> Path | None:
+    """The folder of its data if they were moved (or copied) with it: its sources may still be elsewhere, or nowhere."""
+    recorded, asked = run.manifest["data"], config.data.prepared
+    folder = folder_of_run(run.directory, recorded)
+    return folder if folder != Path(recorded["directory"]) and asked in (None, run.config.data.prepared) else None
 
 
 def _stage_plays(progress: Quiet, run: Run) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pellucid.config import Config, UserError, is_of_a_run, load_config, resolve_paths
-from pellucid.data.dataset import Dataset
+from pellucid.data.dataset import Dataset, folder_of_run
 from pellucid.exchange.load import load
 from pellucid.model.grok import Grok1
 from pellucid.model.kernels import native
@@ -59,7 +59,7 @@ class Run:
 
     def dataset(self) -> Dataset:
         """The data it was trained on."""
-        return Dataset(self.manifest["data"]["directory"], run=self.config.data)
+        return Dataset(folder_of_run(self.directory, self.manifest["data"]), run=self.config.data)
 
 
 def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dataset) -> Path:
@@ -79,11 +79,12 @@ def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dat
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "seed": config.training.seed,
-        "data": {"directory": str(dataset.directory.resolve()), "fingerprint": dataset.fingerprint},
+        "data": {},
         "tokenizer": {"fingerprint": dataset.tokenizer.fingerprint},
         "parameters": parameter_counts(config.model),
     }  # fmt: skip
     new = folder or next_run_dir(name)
+    manifest["data"] = _place_of(dataset, new)
     unfinished = new.parent / f".{new.name}.{os.getpid()}.starting"
     try:
         unfinished.mkdir(parents=True)
@@ -105,6 +106,12 @@ def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dat
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _place_of(dataset: Dataset, run: Path) -> dict[str, str]:
+    """What a run's manifest tells of its data: where they are, also seen from the run, and what they are."""
+    directory = dataset.directory.resolve()
+    return {"directory": str(directory), "from_run": os.path.relpath(directory, run.resolve()), "fingerprint": dataset.fingerprint}
+
+
 def run_name(config: str | Path | None) -> str:
     """What a run of this configuration file is called: the file's name, or that of the run it repeats."""
     if config is None:
@@ -119,8 +126,9 @@ def next_run_dir(name: str) -> Path:
     return next(Path("runs") / n for n in names if not (Path("runs") / n).exists())
 
 
-def note_changes(run: Run, config: Config, step: int) -> None:
-    """A run continued with other settings (a longer budget, say): config.toml takes them, the manifest tells when.
+def note_changes(run: Run, config: Config, step: int, dataset: Dataset) -> None:
+    """A run continued with other settings (a longer budget, say): config.toml takes them, the manifest tells when. If the same data
+    now lie in another place, it takes that too.
 
     An entry of `changes` keeps, beside the words, the configuration, threads and kernels of the steps before `step`, so that
     those can be replayed. Steps that an earlier entry was about and that are done again belong to the new settings.
@@ -134,7 +142,10 @@ def note_changes(run: Run, config: Config, step: int) -> None:
     changes = [{**change, "step": min(change["step"], step)} for change in run.manifest.get("changes", [])]
     if differences:
         changes.append({"step": step, "settings": differences, "before": before, "threads": threads, "kernels": kernels})
-    if changes != run.manifest.get("changes", []):
+    moved = folder_of_run(run.directory, run.manifest["data"]).resolve() != dataset.directory.resolve()
+    if moved:
+        run.manifest["data"] = _place_of(dataset, run.directory)
+    if moved or changes != run.manifest.get("changes", []):
         run.config = config
         run.manifest["changes"] = changes
         machine |= {"threads": now, "kernels": serving}

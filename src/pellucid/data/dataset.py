@@ -61,6 +61,12 @@ class Batch:
         return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))
 
 
+def folder_of_run(run: Path, recorded: dict[str, str]) -> Path:
+    """Where the data of a run lie, by `data` of its manifest: where they did, or, both moved, in the same place seen from the run."""
+    told, beside = Path(recorded["directory"]), run / recorded.get("from_run", "")
+    return beside if not (told / MANIFEST).is_file() and "from_run" in recorded and (beside / MANIFEST).is_file() else told
+
+
 class Dataset:
     """A folder that `prepare` made. Sizes of all files are checked on opening, and sha256 too unless verify=False.
 

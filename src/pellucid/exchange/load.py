@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pellucid.config import Config, ModelConfig, UserError, load_config, make_config, preset_names
+from pellucid.data.dataset import folder_of_run
 from pellucid.data.tokenizer import load_tokenizer
 from pellucid.exchange.folder import read_json
 from pellucid.exchange.huggingface import HuggingFaceSource
@@ -90,7 +91,7 @@ def find_tokenizer_folder(path: Path) -> Path | None:
     if (path / "checkpoints").is_dir() and (path / "manifest.json").exists():
         data = read_json(path / "manifest.json").get("data")
         if isinstance(data, dict) and isinstance(data.get("directory"), str):
-            folders.append(Path(data["directory"]) / "tokenizer")
+            folders.append(folder_of_run(path, data) / "tokenizer")
     names = ("tokenizer.model", "tokenizer.json")
     return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pellucid.config import DataConfig, NormalizeConfig, SourceConfig, UserError, load_config
-from pellucid.data.dataset import MANIFEST, Dataset
+from pellucid.data.dataset import MANIFEST, Dataset, folder_of_run
 from pellucid.data.document import Unreadable
 from pellucid.data.sources import list_files, read_documents
 from pellucid.data.stages.normalize import normalize
@@ -52,7 +52,7 @@ def open_dataset(place: str | Path) -> Dataset | None:
     manifest = read_json(path / MANIFEST)
     data = manifest.get("data")
     if (path / "config.toml").is_file() and isinstance(data, dict) and isinstance(data.get("directory"), str):
-        return Dataset(data["directory"])
+        return Dataset(folder_of_run(path, data))
     return Dataset(path) if "splits" in manifest else None
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pellucid.config import Config, UserError, load_config
-from pellucid.data.dataset import Dataset, Split
+from pellucid.data.dataset import Dataset, Split, folder_of_run
 from pellucid.observe.reader import Reader
 
 CONTEXT = 12  # tokens shown before a surprising one
@@ -74,7 +74,7 @@ def open_run(run_dir: str | Path) -> tuple[Config, Dataset]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a run directory (manifest.json cannot be read: {error})") from None
     config = load_config(folder / "config.toml")
-    return config, Dataset(manifest["data"]["directory"], verify=False, run=config.data)
+    return config, Dataset(folder_of_run(folder, manifest["data"]), verify=False, run=config.data)
 
 
 def trace(run_dir: str | Path, step: int) -> Trace:
