@@ -173,6 +173,7 @@ def test_epochs_too_few_for_one_step(here, write, command):
         ("training.device=tpu", "not usable on this machine (known: auto, cpu, cuda, cuda:1 and so on, mps)"),
         ("schedule.name=cosin", "pellucid: command line: schedule.name: "),
         ("data.sources=[{pth='x'}]", "unknown key 'data.sources[0].pth'; did you mean 'path'?"),
+        ("data.sources=[a.txt,b.txt]", 'a list is needed: data.sources=["a.txt", "b.txt"]; a shell takes its quotes away'),
         ("data.sources=corpus/a.txt", 'data.sources: a list is needed: data.sources=["corpus/a.txt"]'),
         ("data.augment=[{name='synonym'}]", "data.augment[0]: there is no 'synonym'; did you mean 'synonyms'?"),
         ("data.augment=[{rate=0.1}]", "data.augment[0]: say which by its 'name'; known: synonyms, "),

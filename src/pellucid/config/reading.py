@@ -145,7 +145,9 @@ def explain_validation_error(error: ValidationError, root: type[BaseModel]) -> s
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     if first["type"] == "list_type" and isinstance(given, str):
-        return f"{key}: a list is needed: {key}=[{json.dumps(given, ensure_ascii=False)}]"
+        parts = [part.strip() for part in given.strip("[] ").split(",")] if given.startswith("[") else [given]
+        whole = "; a shell takes its quotes away, unless all of it stands in single ones" if given.startswith("[") else ""
+        return f"{key}: a list is needed: {key}={json.dumps(parts, ensure_ascii=False)}{whole}"
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) and first["type"] != "value_error" else ""
     return f"{key}: {message}{shown}" if key else f"{message}{shown}"
 
