@@ -17,7 +17,7 @@ from pellucid.data.tokenizer_training import train_tokenizer
 from pellucid.exchange.convert import convert, convert_tokenizer, verify
 from pellucid.exchange.folder import file_hashes
 from pellucid.exchange.huggingface import save_huggingface
-from pellucid.exchange.load import load
+from pellucid.exchange.load import load, open_source
 from pellucid.model.grok import Grok1
 from pellucid.model.initialize import initialize
 from pellucid.training import checkpoint
@@ -183,6 +183,8 @@ def test_folders_and_files_without_a_model_are_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a model is a folder"):
         load(tmp_path / "file")
+    with pytest.raises(UserError, match="nothere: there is nothing"):
+        open_source(tmp_path / "nothere")
     with pytest.raises(UserError, match="dtype fp8"):
         load("tiny", dtype="fp8")
 

@@ -54,7 +54,8 @@ def open_source(path: str | Path, config: ModelConfig | Config | dict[str, Any] 
     """The weights at `path`, checked but not yet read. Raises UserError if nothing we know is there."""
     path, config = Path(path), _model_config(config)
     if not path.is_dir():
-        raise UserError(f"{path}: a model is a folder: a run, a Hugging Face directory, or an official ckpt-0")
+        there = "a model is a folder" if path.exists() else "there is nothing; a model is a folder"
+        raise UserError(f"{path}: {there}: a run, a Hugging Face directory, or an official ckpt-0")
     if (run := run_of(path)) != path:
         return ModelSource(_model_of(run, checkpoint.load(path)))
     if (path / "model" / "config.json").exists():
