@@ -19,6 +19,7 @@ from pellucid.config import SourceConfig, UserError, load_config
 from pellucid.data.sources import list_files
 from pellucid.exchange.load import find_tokenizer, run_of
 from pellucid.measure.texts import open_dataset, trained_with
+from pellucid.observe.reader import Reader
 from pellucid.observe.store import Record, Writer
 from pellucid.observe.trace import trace
 from pellucid.run import train
@@ -83,6 +84,14 @@ def test_a_run_remembers_where_the_same_data_were_found_again(tiny_run, tmp_path
     tables["data"]["prepared"] = str(data)
     assert train(tables, run_dir=run, resume=True).dataset().directory == data
     assert Run(run).manifest["data"]["fingerprint"] == tiny_run.manifest["data"]["fingerprint"]
+
+
+def test_a_finished_run_that_is_resumed_keeps_one_text_of_each_step(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run.directory, tmp_path / "run")
+    steps = lambda: [e["step"] for e in Reader(run).events() if e["rule"] == "text_sample"]
+    before = steps()
+    train(None, run_dir=run, resume=True)
+    assert steps() == before == sorted(set(before)) and before[-1] == 11
 
 
 @pytest.mark.parametrize("pattern", [".", "**/*", "**/*.json", "**/*.txt"])

@@ -178,6 +178,8 @@ class Observer(SilentObserver):
     def _recall(self, step: int) -> None:
         """What is counted over many steps goes on from what was recorded of those before `step`."""
         with Reader(self.writer.path) as run:
+            if any(event["rule"] == "text_sample" and event["step"] == step - 1 for event in run.events()):
+                self._written = step
             losses = run.series("run", "loss", stream="run", since=step - 1 - RECORDER)[1]
             self.train_losses.extend(losses[np.isfinite(losses)].tolist())
             frames = run.frames("router", since=step - 1 - RECORDER)[1]
