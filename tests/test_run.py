@@ -109,6 +109,13 @@ def test_a_run_and_its_data_are_no_sources_of_the_folder_they_lie_in(pattern, ti
     assert "manifest.json" in [file.path.name for file in list_files([SourceConfig(path="data/b")])], "unless it is named itself"
 
 
+def test_a_folder_with_somebody_else_s_manifest_is_a_source(tmp_path):
+    (tmp_path / "extension").mkdir()
+    for name, text in (("manifest.json", '{"name": "mine"}'), ("config.toml", ""), ("a.txt", "my own")):
+        (tmp_path / "extension" / name).write_text(text, encoding="utf-8")
+    assert [file.path.name for file in list_files([SourceConfig(path=f"{tmp_path}/**/*.txt")])] == ["a.txt"]
+
+
 def test_a_resumed_run_leaves_its_caller_the_threads_it_had(tiny_tables, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 2)

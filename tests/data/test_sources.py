@@ -85,6 +85,20 @@ def test_every_format_in_every_compression_gives_the_same_texts(tmp_path, extens
     assert texts == (["".join(TEXTS)] if extension in ("txt", "md", "py", "rst") else TEXTS)
 
 
+@pytest.mark.parametrize(("header", "delimiter"), [("id;text", ";"), ("text", ";"), ("id,text", ","), ('"a;b",text', ",")])
+def test_semicolons_separate_where_the_header_has_no_comma(tmp_path, header, delimiter):
+    """As spreadsheets write it where numbers have commas. Of a header with one name, the separator cannot be told: commas."""
+    texts = ["1,5 kg; a lot", 'he said "no"', "two\nlines"]
+    rows = [["7", text] if "," in header or ";" in header else [text] for text in texts]
+    out = io.StringIO(header + "\n")
+    out.seek(0, io.SEEK_END)
+    csv.writer(out, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows(rows)
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + out.getvalue().encode())
+    documents = read(tmp_path / "a.csv")
+    assert [document.text for document in documents] == texts
+    assert documents[0].byte_start == 3 + len(header) + 1 and documents[-1].byte_end == (tmp_path / "a.csv").stat().st_size
+
+
 def test_a_zip_archive_is_its_members(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("b/x.jsonl", "a.txt", "c.jsonl.gz", "picture.png"):

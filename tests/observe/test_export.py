@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import pellucid
+from pellucid import cli
 from pellucid.config import UserError
 from pellucid.observe.export import EXPORTERS, TOOLS, export, scalars
 from pellucid.observe.reader import Reader
@@ -113,6 +116,21 @@ def test_a_tool_that_is_missing_is_told_before_training_with_how_to_install_it(t
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="export needs what observation records"):
         pellucid.train(tiny_tables() | {"observe": {"export": ["wandb"], "enabled": False}}, run_dir=tmp_path / "run")
+
+
+def test_the_command_exports_a_finished_run(run_dir, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    for arguments in (["--to", "parquet", "--to", "tensorboard"], ["--to", "neptune"]):
+        monkeypatch.setattr(sys, "argv", ["pellucid", "export", str(copy), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, error = capsys.readouterr()
+        if "neptune" in arguments:
+            assert ended.value.code == 2 and "export to 'neptune': not known; choose from tensorboard" in error and not out
+        else:
+            assert not ended.value.code and out.split() == [str(copy / "export" / "parquet"), str(copy / "export" / "tensorboard")]
+            assert all(any(Path(folder).iterdir()) for folder in out.split())
 
 
 def test_an_unknown_tool_is_one_sentence_and_a_failed_export_leaves_nothing(run_dir, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from pellucid.config import UserError
 
-ORDER = ("train", "watch", "report", "explain", "trace", "generate", "predict", "evaluate", "measure", "data",
+ORDER = ("train", "watch", "report", "export", "explain", "trace", "generate", "predict", "evaluate", "measure", "data",
          "plan", "convert", "doctor", "version")  # fmt: skip
 
 

@@ -50,3 +50,20 @@ def report(
     finally:
         shown.close()
     print(f"{path}  ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run, finished or not")],
+    to: Annotated[list[str], typer.Option(help="tensorboard, wandb, mlflow or parquet; several times")],
+) -> None:
+    """Write what a run recorded for another tool, into RUN/export/TOOL; `observe.export` does it at the end of each training.
+
+    Example: pellucid export runs/demo --to wandb --to parquet
+    """
+    from pellucid.observe.export import check_tools
+    from pellucid.observe.export import export as write
+
+    check_tools(to)
+    for kind in to:
+        print(write(run, kind))

@@ -63,8 +63,10 @@ class Batch:
 
 def folder_of_run(run: Path, recorded: dict[str, str]) -> Path:
     """Where the data of a run lie, by `data` of its manifest: where they did, or, both moved, in the same place seen from the run."""
-    told, beside = Path(recorded["directory"]), run / recorded.get("from_run", "")
-    return beside if not (told / MANIFEST).is_file() and "from_run" in recorded and (beside / MANIFEST).is_file() else told
+    told, seen = Path(recorded["directory"]), recorded.get("from_run")
+    if isinstance(seen, str) and not (told / MANIFEST).is_file() and (run / seen / MANIFEST).is_file():
+        return run / seen
+    return told
 
 
 class Dataset:

@@ -95,7 +95,8 @@ def read_json(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterato
 
 
 def read_csv(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
-    """A table with a header line; one record, one document. Tabs separate the fields of a .tsv."""
+    """A table with a header line; one record, one document. Tabs separate the fields of a .tsv, and semicolons those of a .csv whose
+    header has them and no comma: spreadsheets write it where the comma is the decimal one."""
     csv.field_size_limit(LARGEST_LINE)
     records = _csv_records(_CsvLines(stream, file))
     header, _, start = next(records, (None, 0, 0))
@@ -125,7 +126,9 @@ def read_csv(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator
 
 def _csv_records(lines: _CsvLines) -> Iterator[tuple[list[str] | Unreadable, int, int]]:
     """(fields, the line where they begin, the byte where they end) of each record; after a bad one the next."""
-    rows = csv.reader(lines, delimiter="\t" if lines.file.format == "tsv" else ",", strict=True)
+    semicolons = b";" in lines.first and b"," not in lines.first
+    delimiter = "\t" if lines.file.format == "tsv" else ";" if semicolons else ","
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         lines.held, lines.problem, first = 0, None, lines.number + 1
         try:
@@ -153,12 +156,13 @@ class _CsvLines:
         self.stream, self.file, self.problem = stream, file, None
         self.position = self.number = self.held = 0
         self.ended = False
+        self.first = self.ahead = stream.readline(LARGEST_LINE)
 
     def __iter__(self) -> _CsvLines:
         return self
 
     def __next__(self) -> str:
-        line = self.stream.readline(LARGEST_LINE)
+        line, self.ahead = self.ahead or self.stream.readline(LARGEST_LINE), b""
         self.number += 1
         self.position += len(line)
         if len(line) == LARGEST_LINE and not line.endswith(b"\n"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 import sysconfig
@@ -169,8 +170,13 @@ def _folders(root: str) -> Iterator[str]:
 
 def _written_by_us(folder: str) -> bool:
     """Whether it is a run or prepared data: what comes of a text is no part of it, or each build would read the one before."""
-    beside = (os.path.join(folder, name) for name in ("config.toml", "shards"))
-    return os.path.isfile(os.path.join(folder, "manifest.json")) and any(map(os.path.exists, beside))
+    if not any(os.path.exists(os.path.join(folder, name)) for name in ("config.toml", "shards")):
+        return False
+    try:
+        manifest = json.loads(Path(folder, "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and ("pellucid" in manifest or "settings_hash" in manifest)
 
 
 def _remote(source: SourceConfig, index: int, where: str, split: str | None, options: tuple) -> Iterator[SourceFile]:

@@ -37,14 +37,13 @@ def export(run_dir: str | Path, kind: str, destination: str | Path | None = None
 
     Raises UserError when the tool's package is not installed or the kind is unknown.
     """
-    if kind not in EXPORTERS:
-        raise UserError(f"observe.export: '{kind}' is not known; choose from {', '.join(EXPORTERS)}")
+    _known(kind)
     folder = Path(destination) if destination is not None else Path(run_dir) / "export" / kind
     unfinished = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
         with Reader(run_dir) as run:
+            unfinished.mkdir(parents=True)
             EXPORTERS[kind](run, unfinished, Path(run_dir).resolve().name)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
@@ -54,9 +53,11 @@ def export(run_dir: str | Path, kind: str, destination: str | Path | None = None
 
 
 def check_tools(kinds: Iterable[str]) -> None:
-    """Raises UserError for a tool that is not installed: better before hours of training than after."""
-    for module, package in (TOOLS[kind] for kind in kinds if kind in TOOLS):
-        _needs(module, package)
+    """Raises UserError for a tool that is unknown or not installed: better before hours of training than after."""
+    for kind in kinds:
+        _known(kind)
+        if kind in TOOLS:
+            _needs(*TOOLS[kind])
 
 
 def scalars(run: Reader) -> Scalars:
@@ -140,6 +141,11 @@ EXPORTERS: dict[str, Callable[[Reader, Path, str], None]] = {
     "mlflow": _mlflow,
     "parquet": _parquet,
 }
+
+
+def _known(kind: str) -> None:
+    if kind not in EXPORTERS:
+        raise UserError(f"export to '{kind}': not known; choose from {', '.join(EXPORTERS)}")
 
 
 def _needs(module: str, package: str) -> Any:
