@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -92,7 +93,10 @@ def _labelled(loop: Loop) -> tuple[str, str]:
     lines = []
     for document, outputs_K in zip(documents, outputs_MK, strict=True):
         excerpt = " ".join(document["text"].split())[:EXCERPT]
-        lines.append(f"{excerpt!r}: {document['label']}, predicted {told(loop.model.config.head, outputs_K)}")
+        label = document["label"]
+        if loop.model.config.head.problem_type == "regression":
+            label = ", ".join(f"{value:.4g}" for value in np.atleast_1d(json.loads(str(label))))
+        lines.append(f"{excerpt!r}: {label}, predicted {told(loop.model.config.head, outputs_K)}")
     return "", "\n".join(lines)
 
 
