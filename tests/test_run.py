@@ -22,6 +22,7 @@ from pellucid.measure.texts import open_dataset, trained_with
 from pellucid.observe.reader import Reader
 from pellucid.observe.store import Record, Writer
 from pellucid.observe.trace import trace
+from pellucid.observe.web.feed import Feed
 from pellucid.run import train
 from pellucid.run_files import Run, next_run_dir, resolved_config, run_name
 from pellucid.summary import what_next
@@ -74,6 +75,10 @@ def test_a_project_that_was_moved_goes_on_bit_for_bit(tiny_folder, tiny_tables, 
     shutil.rmtree(run / "model")
     assert trace(run, 3).documents and open_dataset(str(run)).directory.parent.parent.resolve() == tmp_path / "new ü"
     assert find_tokenizer(run) is not None, "of an unfinished run it lies with the data"
+    shown = Feed(run).river
+    assert shown.dataset is not None, shown.problem
+    shutil.copytree(tmp_path / "new ü", tmp_path / "copy")
+    assert open_dataset(str(tmp_path / "copy" / "runs" / "a")).directory.parent.parent == tmp_path / "copy", "a copy reads its own"
     monkeypatch.chdir(run)
     assert final_state(train(None, run_dir=".", resume=True).directory) == unbroken
 
@@ -106,6 +111,8 @@ def test_a_run_and_its_data_are_no_sources_of_the_folder_they_lie_in(pattern, ti
     monkeypatch.chdir(tmp_path)
     mine = [name for name in ("00.txt", "01.txt", "notes.json") if name.endswith(Path(pattern).suffix)]
     assert [file.path.name for file in list_files([SourceConfig(path=pattern)])] == mine
+    with pytest.raises(UserError, match="no file matches"):
+        list_files([SourceConfig(path="runs/*/**")])
     assert "manifest.json" in [file.path.name for file in list_files([SourceConfig(path="data/b")])], "unless it is named itself"
 
 
@@ -113,6 +120,9 @@ def test_a_folder_with_somebody_else_s_manifest_is_a_source(tmp_path):
     (tmp_path / "extension").mkdir()
     for name, text in (("manifest.json", '{"name": "mine"}'), ("config.toml", ""), ("a.txt", "my own")):
         (tmp_path / "extension" / name).write_text(text, encoding="utf-8")
+    (tmp_path / "deep").mkdir()
+    for name, text in (("manifest.json", "[" * 200_000), ("config.toml", "")):
+        (tmp_path / "deep" / name).write_text(text, encoding="utf-8")
     assert [file.path.name for file in list_files([SourceConfig(path=f"{tmp_path}/**/*.txt")])] == ["a.txt"]
 
 

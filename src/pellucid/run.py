@@ -197,7 +197,7 @@ def _moved_with_run(run: Run, config: Config) -> Path | None:
     """The folder of its data if they were moved (or copied) with it: its sources may still be elsewhere, or nowhere."""
     recorded, asked = run.manifest["data"], config.data.prepared
     folder = folder_of_run(run.directory, recorded)
-    return folder if folder != Path(recorded["directory"]) and asked in (None, run.config.data.prepared) else None
+    return folder if str(folder) != recorded["directory"] and asked in (None, run.config.data.prepared) else None
 
 
 def _stage_plays(progress: Quiet, run: Run) -> None:

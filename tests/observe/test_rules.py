@@ -14,7 +14,7 @@ from pellucid.observe.history import Run
 from pellucid.observe.rule import RULES
 from pellucid.observe.rules import Watch, equal_pairs
 from pellucid.observe.store import MISSING, Record, Row
-from pellucid.observe.web.feed import steps_to_judge
+from pellucid.observe.web.feed import never_judges, steps_to_judge
 
 DOCUMENTS = "INSERT INTO document_loss"
 WORKING = {"loss": 3.0, "applied": 1, "gradient_norm": 1.0, "clip_factor": 1.0, "learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95}
@@ -275,7 +275,9 @@ def test_a_rule_speaks_after_the_steps_that_it_says_it_takes(name, stream, value
 
 def test_overfitting_takes_three_evaluations_and_a_low_rate_the_warmup():
     config = {"schedule": {"warmup_steps": 50}, "training": {"evaluate_every": 200}}
-    steps = {rule.name: steps_to_judge(rule, config) for rule in RULES}
+    steps = {rule.name: steps_to_judge(rule, config, looks=True) for rule in RULES}
+    without = {rule.name: never_judges(rule, config, looks=False) for rule in RULES}
+    assert without.pop("overfitting") == "this run holds no text out" and not any(without.values())
     assert steps["overfitting"] == 400 and steps["learning_rate_low"] == 50 + 29 and steps["non_finite"] == 1
 
 

@@ -61,7 +61,8 @@ def _numbers(value: Any, where: str) -> list[float] | Unreadable:
             number = None
         if number is None:
             shown = repr(part) if isinstance(part, str | bool) else kind_of(part)
-            return Unreadable("wrong label", f"{where} is {shown[:60]}, not a number")
+            comma = "; write it with a point" if isinstance(part, str) and "," in part else ""
+            return Unreadable("wrong label", f"{where} is {shown[:60]}, not a number{comma}")
         if not math.isfinite(number):
             return Unreadable("wrong label", f"{where} is {number}; a label must be finite: leave the record out or mend it")
         numbers.append(number)

@@ -154,7 +154,9 @@ def _matching(pattern: str) -> list[str]:
     before, *after = re.split(r"(?<![^/])\*\*(?:/+|$)", pattern, maxsplit=1)
     if not after:
         return [name for name in glob.glob(pattern) if os.path.isfile(name)]
-    folders = (folder for root in glob.glob(before or ".") for folder in _folders(root))
+    named = not glob.has_magic(before)
+    roots = (root for root in glob.glob(before or ".") if named or not _written_by_us(root))
+    folders = (folder for root in roots for folder in _folders(root))
     return [name for folder in folders for name in _matching(os.path.join(glob.escape(folder), after[0] or "*"))]
 
 
@@ -174,7 +176,7 @@ def _written_by_us(folder: str) -> bool:
         return False
     try:
         manifest = json.loads(Path(folder, "manifest.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and ("pellucid" in manifest or "settings_hash" in manifest)
 

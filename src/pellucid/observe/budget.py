@@ -39,13 +39,13 @@ class Budget:
         self.spent = 0.0
         self.steps += 1
 
-    def affords(self, task: str, at_least_every: int | None = None) -> bool:
+    def affords(self, task: str, at_least_every: int) -> bool:
         """Whether to do `task` in this step: where it is affordable, its last turn is so many steps ago, or it never had one.
 
         So the shortest run has a look of every kind, and its cost is known from the first step on.
         """
         self.settle()
-        overdue = at_least_every is not None and (task not in self.done or self.steps - self.done[task] >= at_least_every)
+        overdue = task not in self.done or self.steps - self.done[task] >= at_least_every
         if self.share < 1 and not overdue and self.balance < max(self.costs.get(task, 0.0), 1e-6):
             return False
         self.done[task] = self.steps

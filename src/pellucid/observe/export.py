@@ -152,7 +152,7 @@ def _needs(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"observe.export: the package '{package}' is not installed; pip install {package}") from None
+        raise UserError(f"export: the package '{package}' is not installed; pip install {package}") from None
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

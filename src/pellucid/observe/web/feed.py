@@ -125,6 +125,12 @@ class Feed:
     def finished(self) -> bool:
         return (self.directory / "model" / "config.json").is_file()
 
+    @property
+    def looks_at_held_out(self) -> bool:
+        """Whether it has held-out text, which a run that looks at it does before its first step."""
+        reader = self.open()
+        return reader is None or reader.latest_step("run") is None or reader.latest_step("evaluation") is not None
+
     @cached_property
     def river(self) -> River:
         return River(self.directory, self.manifest)
@@ -289,8 +295,8 @@ def answer(feeds: Sequence[Feed], path: str, query: dict[str, str]) -> tuple[byt
         if path == "events":
             return _json(feed.events())
         if path == "rules":
-            config, told = feed.config, ("name", "severity", "cause", "remedy", "source")
-            judging = lambda rule: {"steps": steps_to_judge(rule, config), "never": never_judges(rule, config)}
+            config, told, looks = feed.config, ("name", "severity", "cause", "remedy", "source"), feed.looks_at_held_out
+            judging = lambda rule: {"steps": steps_to_judge(rule, config, looks), "never": never_judges(rule, config, looks)}
             return _json([{name: getattr(rule, name) for name in told} | judging(rule) for rule in RULES])
         if path == "step":
             return _json(feed.step(int(query["step"])))
@@ -343,18 +349,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def steps_to_judge(rule: Rule, config: dict[str, Any]) -> int | None:
+def steps_to_judge(rule: Rule, config: dict[str, Any], looks: bool) -> int | None:
     """How many steps of this run it takes; the first evaluation comes before them all. None: see `never_judges`."""
     warmup, every = config.get("schedule", {}).get("warmup_steps", 0), config.get("training", {}).get("evaluate_every")
-    if never_judges(rule, config):
+    if never_judges(rule, config, looks):
         return None
     return max(rule.steps + warmup * rule.after_warmup, (rule.evaluations - 1) * (every or 0))
 
 
-def never_judges(rule: Rule, config: dict[str, Any]) -> str | None:
-    """Why a rule cannot judge this run in any number of steps, in words; None: it can."""
+def never_judges(rule: Rule, config: dict[str, Any], looks: bool) -> str | None:
+    """Why a rule cannot judge this run in any number of steps, in words; None: it can. looks: see `Feed.looks_at_held_out`."""
     if rule.evaluations and config.get("training", {}).get("evaluate_every") == 0:
         return "this run looks at held-out text at its end alone (training.evaluate_every is 0)"
+    if rule.evaluations and not looks:
+        return "this run holds no text out"
     optimizer = config.get("optimizer", {}).get("name")
     if rule.adam and optimizer not in (None, "adam", "adamw", "muon"):  # Muon's embedding, norms and routers are AdamW's
         return f"{optimizer} keeps no averages as Adam does"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pellucid.config import FilterConfig, UserError, load_config
-from pellucid.data.dataset import Dataset, Split
+from pellucid.data.dataset import Dataset, Split, folder_of_run
 from pellucid.observe.trace import height
 from pellucid.observe.web.journey import EXCERPT, journey
 
@@ -34,18 +34,20 @@ class River:
 
     @cached_property
     def dataset(self) -> Dataset | None:
-        recorded = self._manifest.get("data", {}).get("directory")
-        if recorded is None:
+        recorded = self._manifest.get("data") if isinstance(self._manifest, dict) else None
+        try:
+            place = folder_of_run(self.run_dir, recorded)
+        except UserError:
             self.problem = "This run does not say where its data lies (manifest.json is missing or incomplete)."
             return None
         try:
-            dataset = Dataset(recorded, verify=False, run=load_config(self.run_dir / "config.toml").data)
+            dataset = Dataset(place, verify=False, run=load_config(self.run_dir / "config.toml").data)
         except UserError as error:
-            why = "cannot be read" if Path(recorded).is_dir() else "is not on this machine"
+            why = "cannot be read" if place.is_dir() else "is not on this machine"
             self.problem = f"The prepared data {why}: {error}."
             return None
-        if dataset.fingerprint != self._manifest["data"].get("fingerprint"):
-            self.problem = f"{recorded} holds other data now than what this run was trained on, so no text is shown."
+        if dataset.fingerprint != recorded.get("fingerprint"):
+            self.problem = f"{place} holds other data now than what this run was trained on, so no text is shown."
             return None
         return dataset
 

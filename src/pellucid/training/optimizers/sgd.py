@@ -39,4 +39,5 @@ def sgd(
         "gradient": -now * gradient.double(),
     }
     state_after = {} if momentum == 0 else {"momentum_buffer": buffer.clone()}
-    return account(weight, weight_after, terms, state_after, slope=slope, buffer=buffer, direction=direction)
+    return account(weight, weight_after, terms, state_after, slope=slope, **({"buffer": buffer} if momentum else {}),
+                   direction=direction)  # fmt: skip

@@ -1,7 +1,7 @@
 """Adam and AdamW in one pass over a tensor, in Triton: clipping, moments, decay, the weight, and the weight as the products read it;
 and the rounding of moments that are kept in bf16.
 
-The definitions are `adam` and `adamw` of training/optimizers/adam.py, operation by operation, and rounding.py beside it.
+The definitions are `adam` and `adamw` of training/optimizers/adam.py, and rounding.py beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def _adam(weight, grad, exp_avg, exp_avg_sq, copy, numel, clip, keep, l2, beta1,
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     w = tl.load(weight + at, mask=inside).to(tl.float32)
-    g = tl.load(grad + at, mask=inside).to(tl.float32) * clip + l2 * w
+    g = tl.load(grad + at, mask=inside).to(tl.float32) * clip
+    g = tl.where(l2 == 0, g, g + l2 * w)  # a weight that is not finite makes no slope where it is no part of it
     m = tl.load(exp_avg + at, mask=inside).to(tl.float32)
     v = tl.load(exp_avg_sq + at, mask=inside).to(tl.float32)
     m = beta1 * m + new1 * g

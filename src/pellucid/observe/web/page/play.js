@@ -116,7 +116,7 @@ export function updateFormula(play, edge, n) {
 function ruleOf(rule, { momentum: μ, nesterov, beta1, beta2, weight_decay: λ }, state) {
   const rest = (share) => number(1 - share), before = (name) => number(state[name] ?? 0);
   return { sgd: {
-    slope: λ ? [`with L2 decay: ĝ + ${λ}·w`, "s = ĝ + λ·w"] : ["what the momentum takes up", "s = ĝ"],
+    slope: λ ? [`with L2 decay: ĝ + ${λ}·w`, "s = ĝ + λ·w"] : [μ ? "what the momentum takes up" : "the gradient", "s = ĝ"],
     buffer: [state.momentum_buffer === undefined ? "momentum: it begins with s" : `momentum: ${μ}·${before("momentum_buffer")} + s`, "b = μ·b₀ + s"],
     direction: !μ ? ["step: no momentum", "u = s"] : nesterov ? [`step, looking ahead: s + ${μ}·b`, "u = s + μ·b"] : ["step: the momentum", "u = b"] },
   muon: {

@@ -139,9 +139,9 @@ const RULES = { adam: ADAM, adamw: ADAM, sgd: ["Plain gradient descent takes the
 function ruleOf(rule, { momentum: μ, nesterov } = {}) {
   if (RULES[rule] === ADAM) return html`m ← β₁ m + (1−β₁) g<br/>v ← β₂ v + (1−β₂) g²<br/>w ← w − η m̂ / (√v̂ + ε)`;
   if (rule === "sgd") return μ === 0 ? "w ← w − η g" : html`b ← μ b + g<br/>w ← w − η ${nesterov === false ? "b" : "(g + μ b)"}`;
-  if (rule === "muon") return html`b ← μ b + (1−μ) g<br/>w ← w − η · orthogonal(${nesterov === false ? "b" : "μ b + (1−μ) g"})`;
+  if (rule === "muon") return html`b ← μ b + (1−μ) g<br/>w ← w − η · √max(1, out/in) · orthogonal(${nesterov === false ? "b" : "μ b + (1−μ) g"})`;
   if (rule === "lion") return html`w ← w − η sign(β₁ m + (1−β₁) g)<br/>m ← β₂ m + (1−β₂) g`;
-  if (rule === "adafactor") return html`v ← row · column / mean(row), of means of g²<br/>w ← w − ρ g / √v<br/>ρ = max(10⁻³, RMS(w)) · min(η, t^−½)`;
+  if (rule === "adafactor") return html`v ← row · column / mean(row), of means of g²<br/>u ← g / √v, divided by max(1, RMS(g / √v))<br/>w ← w − ρ u<br/>ρ = max(10⁻³, RMS(w)) · min(η, t^−½)`;
   return html`w ← w − η · step of ${rule ?? "the optimizer"}`;
 }
 
