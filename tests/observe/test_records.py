@@ -155,7 +155,7 @@ def test_the_page_draws_the_recorded_stages_between_the_source_and_the_batch(run
     drawn = River(run_dir, manifest).describe(run)["stages"]
     assert [s["name"] for s in drawn] == ["source", *(s["name"] for s in run.stages()), "batch"]
     assert all(before["out"] == after["into"] for before, after in itertools.pairwise(drawn[:-1])), "as wide here as there"
-    elsewhere = River(run_dir, {"data": manifest["data"] | {"directory": "/not/on/this/machine"}})
+    elsewhere = River(run_dir, {"data": manifest["data"] | {"directory": "/not/on/this/machine", "from_run": "nor here"}})
     assert elsewhere.describe(run)["stages"] == drawn[1:] and "is not on this machine" in elsewhere.problem
 
 
