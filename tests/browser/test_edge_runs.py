@@ -198,7 +198,8 @@ def test_what_experts_learned_is_told_of_the_newest_step_that_measured_it(watche
 
 
 @pytest.mark.parametrize(("optimizer", "rule", "source"), [
-    ("lion", "sign(β₁ m + (1−β₁) g)", "Chen"), ("adafactor", "u ← g / √v, divided by max(1, RMS(g / √v))", "Shazeer"), ("muon", "orthogonal(μ b + (1−μ) g)", "Jordan"),
+    ("lion", "sign(β₁ m + (1−β₁) g)", "Chen"), ("adafactor", "u ← g / √v, divided by max(1, RMS(g / √v))", "Shazeer"),
+    ("muon", "√max(1, out/in) · orthogonal(μ b + (1−μ) g)", "Jordan"),
     ("sgd", "η (g + μ b)", "Rumelhart")])  # fmt: skip
 def test_the_update_is_told_by_the_rule_of_the_run(watched, optimizer, rule, source):
     page = watched("#view=learn", [1e-3] * 3, optimizer=optimizer)
