@@ -15,7 +15,8 @@ import torch
 from pellucid import summary
 from pellucid.config import Config, HeadConfig, ModelConfig, TokenizerConfig, UserError, load_config, make_config, nearest
 from pellucid.data.build import prepare
-from pellucid.data.dataset import Dataset, folder_of_run
+from pellucid.data.dataset import Dataset
+from pellucid.data.place import folder_of_run
 from pellucid.data.tokenizer import Tokenizer, load_tokenizer
 from pellucid.exchange.huggingface import save_huggingface
 from pellucid.exchange.leaves import Source, fill

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from pellucid.config import Config, UserError, is_of_a_run, load_config, resolve_paths
-from pellucid.data.dataset import Dataset, folder_of_run
+from pellucid.data.dataset import Dataset
+from pellucid.data.place import folder_of_run, place_of
 from pellucid.exchange.load import load
 from pellucid.model.grok import Grok1
 from pellucid.model.kernels import native
@@ -67,6 +68,7 @@ def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dat
 
     Returns their folder: `folder`, or where that is None the free one of runs/NAME, runs/NAME-2, ... that no other process took first.
     """
+    new = folder or next_run_dir(name)
     manifest = {
         "format": 1,
         "pellucid": installed_version("pellucid"),
@@ -79,12 +81,10 @@ def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dat
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "seed": config.training.seed,
-        "data": {},
+        "data": place_of(dataset, new),
         "tokenizer": {"fingerprint": dataset.tokenizer.fingerprint},
         "parameters": parameter_counts(config.model),
     }  # fmt: skip
-    new = folder or next_run_dir(name)
-    manifest["data"] = _place_of(dataset, new)
     unfinished = new.parent / f".{new.name}.{os.getpid()}.starting"
     try:
         unfinished.mkdir(parents=True)
@@ -104,12 +104,6 @@ def write_run_files(folder: Path | None, name: str, config: Config, dataset: Dat
         raise UserError(f"{new}: cannot write the run directory ({error.strerror}); choose another --run-dir") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _place_of(dataset: Dataset, run: Path) -> dict[str, str]:
-    """What a run's manifest tells of its data: where they are, also seen from the run, and what they are."""
-    directory = dataset.directory.resolve()
-    return {"directory": str(directory), "from_run": os.path.relpath(directory, run.resolve()), "fingerprint": dataset.fingerprint}
 
 
 def run_name(config: str | Path | None) -> str:
@@ -144,7 +138,7 @@ def note_changes(run: Run, config: Config, step: int, dataset: Dataset) -> None:
         changes.append({"step": step, "settings": differences, "before": before, "threads": threads, "kernels": kernels})
     moved = folder_of_run(run.directory, run.manifest["data"]).resolve() != dataset.directory.resolve()
     if moved:
-        run.manifest["data"] = _place_of(dataset, run.directory)
+        run.manifest["data"] = place_of(dataset, run.directory)
     if moved or changes != run.manifest.get("changes", []):
         run.config = config
         run.manifest["changes"] = changes

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -60,18 +59,6 @@ class Batch:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = (getattr(self, f.name) for f in fields(self))
         return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))
-
-
-def folder_of_run(run: Path, recorded: Any) -> Path:
-    """Where the data of a run lie, by `data` of its manifest: in the same place seen from the run, where both may have been moved or
-    copied to, or else where they were. Raises UserError where the manifest does not say."""
-    if not (isinstance(recorded, dict) and isinstance(recorded.get("directory"), str)):
-        raise UserError(f"{run}/manifest.json: does not say where the data of the run lie")
-    told, seen = recorded["directory"], recorded.get("from_run")
-    if isinstance(seen, str) and os.path.isfile(run / seen / MANIFEST):  # unlike Path's, False also of what may not be looked at
-        beside = os.path.realpath(run / seen)
-        return Path(told if beside == os.path.realpath(told) else beside)
-    return Path(told)
 
 
 class Dataset:

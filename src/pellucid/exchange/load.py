@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pellucid.config import Config, ModelConfig, UserError, load_config, make_config, preset_names
-from pellucid.data.dataset import folder_of_run
+from pellucid.data.place import folder_of_run
 from pellucid.data.tokenizer import load_tokenizer
 from pellucid.exchange.folder import read_json
 from pellucid.exchange.huggingface import HuggingFaceSource

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from pellucid.config import DataConfig, NormalizeConfig, SourceConfig, UserError, load_config
-from pellucid.data.dataset import MANIFEST, Dataset, folder_of_run
+from pellucid.data.dataset import MANIFEST, Dataset
 from pellucid.data.document import Unreadable
+from pellucid.data.place import folder_of_run
 from pellucid.data.sources import list_files, read_documents
 from pellucid.data.stages.normalize import normalize
 from pellucid.data.stages.textview import hash_text, mix

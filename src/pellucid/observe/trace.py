@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pellucid.config import Config, UserError, load_config
-from pellucid.data.dataset import Dataset, Split, folder_of_run
+from pellucid.data.dataset import Dataset, Split
+from pellucid.data.place import folder_of_run
 from pellucid.observe.reader import Reader
 
 CONTEXT = 12  # tokens shown before a surprising one

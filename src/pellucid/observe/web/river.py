@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pellucid.config import FilterConfig, UserError, load_config
-from pellucid.data.dataset import Dataset, Split, folder_of_run
+from pellucid.data.dataset import Dataset, Split
+from pellucid.data.place import folder_of_run
 from pellucid.observe.trace import height
 from pellucid.observe.web.journey import EXCERPT, journey
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from pellucid.training.optimizers.build import optimizer_parameters
-from pellucid.training.optimizers.stored import Stored
+from pellucid.training.optimizers.stored import Stored, experts_in_use
 
 ELEMENTWISE = ("sgd", "adam", "adamw", "lion")  # rules that treat every element alike: a slice may take its step alone
 
@@ -26,8 +25,8 @@ def frozen_idle_experts(optimizer: torch.optim.Optimizer, idle: dict[str, Tensor
     """`with frozen_idle_experts(optimizer, idle): optimizer.step()` leaves idle experts bit for bit as they were.
 
     idle: parameter name -> bool mask [E], True where no token of the whole step chose the expert. Where the rule allows,
-    only the slices in use take the step; elsewhere the idle ones are copied and put back. The usual step, with none,
-    costs nothing. Names the optimizer lacks are ignored.
+    or moments are stored (see stored.py), only the slices in use take the step; elsewhere the idle ones are copied and put
+    back. The usual step, with none, costs nothing. Names the optimizer lacks are ignored.
     """
     if isinstance(optimizer, Stored):
         optimizer.idle = {name: mask for name, mask in idle.items() if bool(mask.any())}  # of a dry run, none
@@ -42,7 +41,7 @@ def frozen_idle_experts(optimizer: torch.optim.Optimizer, idle: dict[str, Tensor
         if mask is None or weight.grad is None or not bool(mask.any()):
             continue
         if group["rule"] in ELEMENTWISE and not bool(mask.all()):
-            in_parts.append((weight, _used_slices(optimizer, weight, mask.tolist())))
+            in_parts.append((weight, _used_slices(optimizer, weight, mask)))
         else:
             rows = mask.nonzero().squeeze(1).to(weight.device)
             kept.append((weight, rows, weight.detach()[rows], _slices(optimizer, weight, rows)))
@@ -64,14 +63,12 @@ def frozen_idle_experts(optimizer: torch.optim.Optimizer, idle: dict[str, Tensor
                 after[rows] = state.get(key, 0)  # state made in this very step begins at zero
 
 
-def _used_slices(optimizer: torch.optim.Optimizer, weight: Tensor, idle: list[bool]) -> list[tuple[slice, Tensor]]:
+def _used_slices(optimizer: torch.optim.Optimizer, weight: Tensor, idle_E: Tensor) -> list[tuple[slice, Tensor]]:
     """Each run of experts in use, as a view of the weight with its gradient, and with its state in the optimizer."""
-    parts, first, stacked = [], 0, _stacked(optimizer, weight)
+    parts, stacked = [], _stacked(optimizer, weight)
     state = optimizer.state.get(weight, {})
-    for is_idle, run in groupby(idle):
-        at = slice(first, first := first + len(list(run)))
-        if is_idle:
-            continue
+    for first, end in experts_in_use(idle_E):
+        at = slice(first, end)
         part = weight.detach()[at]
         part.grad = weight.grad[at]
         if state:

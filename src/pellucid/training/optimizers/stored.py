@@ -156,9 +156,15 @@ def _used(weight: Tensor, idle_E: Tensor | None) -> Iterator[tuple[int, int]]:
     if idle_E is None:
         yield 0, weight.numel()
         return
-    first, each = 0, weight[0].numel()
+    each = weight[0].numel()
+    yield from ((each * first, each * end) for first, end in experts_in_use(idle_E))
+
+
+def experts_in_use(idle_E: Tensor) -> Iterator[tuple[int, int]]:
+    """(first, end) of each run of experts that are not idle."""
+    first = 0
     for is_idle, run in groupby(idle_E.tolist()):
-        end = first + each * len(list(run))
+        end = first + len(list(run))
         if not is_idle:
             yield first, end
         first = end
