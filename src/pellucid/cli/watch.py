@@ -57,7 +57,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="a run, finished or not")],
     to: Annotated[list[str], typer.Option(help="tensorboard, wandb, mlflow or parquet; several times")],
 ) -> None:
-    """Write what a run recorded for another tool, into RUN/export/TOOL; `observe.export` does it at the end of each training.
+    """Write a run for TensorBoard, W&B, MLflow, or as Parquet.
+
+    It goes into RUN/export/TOOL; `observe.export` does the same at the end of each training.
 
     Example: pellucid export runs/demo --to wandb --to parquet
     """
