@@ -90,8 +90,8 @@ def test_run_killed_at_random_moments_ends_with_the_very_same_weights(
     assert unbroken.exitcode == 0
     expected = final_state(tmp_path / "unbroken")
 
-    rng, kills, number, finished, stops = random.Random(os.environ.get("PELLUCID_SEED", "7")), 0, 0, 0, []
-    while kills < (KILLS + 1) // 2 or not finished:
+    rng, kills, number, ended, stops = random.Random(os.environ.get("PELLUCID_SEED", "7")), 0, 0, False, []
+    while kills < (KILLS + 1) // 2 or not ended:
         folder = tmp_path / f"run-{number}"
         worker = process(tables, folder)
         if kills < (KILLS + 1) // 2:
@@ -101,14 +101,14 @@ def test_run_killed_at_random_moments_ends_with_the_very_same_weights(
         if worker.is_alive():
             worker.kill()
             worker.join()
-            kills += 1
+            kills, ended = kills + 1, False
             stops.append(max(saved_steps(folder / "checkpoints"), default=None))
             check_telemetry(folder, stops[-1])
             continue
         assert worker.exitcode == 0
         assert final_state(folder) == expected, f"after kills at {stops}"
         assert losses(folder) == losses(tmp_path / "unbroken"), f"telemetry after kills at {stops}"
-        finished, number = finished + 1, number + 1
+        ended, number = True, number + 1
     assert not list(tmp_path.glob("run-*/checkpoints/*.saving")), "a later save cleans what a kill left"
 
 
