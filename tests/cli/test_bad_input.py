@@ -343,7 +343,10 @@ def test_other_arguments_that_cannot_be(tiny_run, here, refused, command):
     assert "--device = 'gpu': not usable on this machine (known:" in refused("plan", "tiny", "--device", "gpu")
     assert "--stop" in refused("generate", tiny_run.directory, "--stop", "")
     assert "not valid UTF-8" in refused("generate", tiny_run.directory, "--prompt", "caf\udce9")
-    assert "give either --data FILE or --harness TASK" in refused("evaluate", tiny_run.directory)
+    assert "give either --data FILE or --harness TASK" in refused("evaluate", tiny_run.directory, "--data", "a", "--harness", "b")
+    for option in (["--context", "4"], ["--text-field", "body"], ["--label-field", "label"], ["--tokenizer", "t.json"]):
+        assert f"{option[0]}: what the run held out is read as in its training" in refused("evaluate", tiny_run.directory, *option)
+    assert "not a run, so it has no held-out text" in refused("evaluate", tiny_run.directory / "model")
     for arguments in (["generate"], ["evaluate"], ["trains"], ["generate", "x", "--temperature", "-1"],
                       ["generate", "x", "--seed", str(10**23)]):
         code, _, errors = command(*arguments)

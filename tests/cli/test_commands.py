@@ -1,6 +1,7 @@
 """The commands' answers: JSON that parses, numbers that match, help with examples."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from pellucid.config import make_config
 from pellucid.measure.files import evaluate_files
 from pellucid.model.generate import generate
 from pellucid.model.size import flops_per_token, parameter_counts, training_bytes
+from pellucid.observe.reader import Reader
 
 
 @pytest.fixture
@@ -41,6 +43,22 @@ def test_evaluate_prints_what_evaluate_files_finds(command, tiny_run, tmp_path):
     assert lines[0].split()[1] == f"{expected['loss']:.4f}"
     other = json.loads(command("evaluate", tiny_run.directory, "--data", "text.txt", "--context", "5", "--json"))
     assert other["tokens"] == expected["tokens"] and other["loss"] != expected["loss"]
+
+
+def test_evaluate_without_data_is_the_last_evaluation_of_the_run(command, tiny_run):
+    """That of its training, in fp32 as here, whatever checkpoint is asked: the newest is the finished model."""
+    with Reader(tiny_run.directory) as run:
+        step, recorded = (values[-1] for values in run.series("held-out", "loss", stream="evaluation"))
+    for model in (tiny_run.directory, tiny_run.directory / "checkpoints" / f"step-{int(step) + 1}"):
+        found = json.loads(command("evaluate", model, "--json"))
+        assert found["loss"] == pytest.approx(recorded, abs=1e-6) and found["tokens"] > 0
+
+
+def test_a_ckpt_0_goes_with_the_tokenizer_that_its_conversion_names(command, tiny_run):
+    said = command("convert", tiny_run.directory, "ckpt-0", "--to", "xai")
+    options = shlex.split(said[said.index("--tokenizer"):])
+    asked = ["--prompt", "the cat", "--max-new-tokens", "3", "--temperature", "0"]
+    assert command("generate", "ckpt-0", *options, *asked).startswith("the cat")
 
 
 def test_a_loss_that_is_not_finite_is_json_too(command, tiny_run, tmp_path):

@@ -274,6 +274,8 @@ def test_the_held_out_measures_of_a_run_are_those_of_the_files(class_run, comman
         _, loss = reader.series("held-out", "loss", stream="evaluation")
         _, f1 = reader.series("held-out", "macro_f1", stream="evaluation")
     assert facts["loss"] == pytest.approx(float(loss[-1]), rel=1e-4) and facts["macro_f1"] == pytest.approx(float(f1[-1]), rel=1e-5)
+    own = json.loads(command("evaluate", class_run.directory, "--json")[1])  # without --data: those that the run held out
+    assert own == facts | {"loss": pytest.approx(facts["loss"], rel=1e-4)}
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

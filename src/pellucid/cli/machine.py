@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ def convert(
     """
     from pellucid.exchange.convert import convert as convert_model
     from pellucid.exchange.convert import convert_tokenizer
+    from pellucid.exchange.load import find_tokenizer_folder
     from pellucid.training.progress import Shown
 
     shown = Shown()
@@ -39,6 +41,8 @@ def convert(
     finally:
         shown.close()
     shown.say(f"written: {destination}")
+    if to == "xai" and (tokenizer := find_tokenizer_folder(Path(source))) is not None:
+        shown.say(f"this layout has no place for a tokenizer; give the model's own with --tokenizer {shlex.quote(str(tokenizer))}")
 
 
 @app.command()

@@ -87,7 +87,7 @@ def predict(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run or one of its checkpoints, a Hugging Face directory, or an official ckpt-0")],
-    data: Annotated[str | None, typer.Option(help="file, glob, directory or builtin source to predict")] = None,
+    data: Annotated[str | None, typer.Option(help="file, glob, directory or builtin source; default: what the run held out")] = None,
     harness: Annotated[list[str] | None, typer.Option(help="instead: a task of lm-eval, or a task file; several times")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="with --harness: questions of each task")] = None,
     few_shot: Annotated[int | None, typer.Option(min=0, help="with --harness: examples before each question")] = None,
@@ -98,22 +98,28 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a model over whole files; or how well it labels their documents.
+    """Loss, perplexity and bits per byte over what the run held out or over whole files; or how well documents are labelled.
 
     With --harness: EleutherAI's lm-evaluation-harness asks it one of its tasks, or one of a file of yours.
     Example: pellucid evaluate runs/demo --data README.md
     """
-    from pellucid.measure.files import DEFAULT_CONTEXT, evaluate_files
-    from pellucid.measure.texts import trained_with
+    from pellucid.measure.files import DEFAULT_CONTEXT, evaluate_files, evaluate_held_out
+    from pellucid.measure.texts import held_out_by, trained_with
 
-    if (data is None) == (not harness):
-        raise UserError("give either --data FILE or --harness TASK")
+    if data is not None and harness:
+        raise UserError("give either --data FILE or --harness TASK, or neither for what the run held out")
+    own = data is None and not harness  # text of the model's run
+    if own:
+        for option, given in (("--label-field", label_field), ("--text-field", text_field != "text"), ("--context", context),
+                              ("--tokenizer", tokenizer)):  # fmt: skip
+            if given:
+                raise UserError(f"{option}: what the run held out is read as in its training; it is for --data FILE")
+    held_out = held_out_by(model) if own else None
     network, tokens = load_with_tokenizer(model, tokenizer, dtype)
     if network.config.head is not None:
         if harness:
             raise UserError(f"--harness: {model} labels documents; the harness asks language models")
-        _evaluate_labels(network, tokens, model, data, label_field, text_field, as_json)
-        return
+        return _evaluate_labels(network, tokens, model, held_out, data, label_field, text_field, as_json)
     if label_field:
         raise UserError(f"--label-field: {model} is a language model, which labels no documents")
     settings, most = trained_with(model), network.config.max_position_embeddings
@@ -129,8 +135,11 @@ def evaluate(
         print(in_json(found) if as_json else _measures(found))
         return
     with progress() as shown:
-        result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage,
-                                normalization=settings and settings.normalize)  # fmt: skip
+        if held_out:
+            result, _ = evaluate_held_out(network, model, held_out, shown.stage)
+        else:
+            result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage,
+                                    normalization=settings and settings.normalize)  # fmt: skip
     if as_json:
         print(in_json(result.as_dict()))
         return
@@ -152,15 +161,19 @@ def _measures(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_field: str, as_json: bool) -> None:
+def _evaluate_labels(network, tokens, model: str, held_out, data: str | None, label_fields, text_field: str, as_json: bool) -> None:
     from pellucid.measure.documents import evaluate_labels
+    from pellucid.measure.files import evaluate_held_out
     from pellucid.measure.tables import describe_labels
     from pellucid.measure.texts import trained_with
 
     settings = trained_with(model)
     fields = label_fields or (settings.label_fields if settings else ())
     with progress() as shown:
-        result, cut = evaluate_labels(
-            network, tokens, data, fields, text_field, settings and settings.normalize, progress=shown.stage)  # fmt: skip
+        if held_out:
+            result, cut = evaluate_held_out(network, model, held_out, shown.stage)
+        else:
+            result, cut = evaluate_labels(
+                network, tokens, data, fields, text_field, settings and settings.normalize, progress=shown.stage)  # fmt: skip
     facts = result.as_dict() | {"truncated_documents": cut}
     print(in_json(facts) if as_json else describe_labels(facts))

@@ -1,24 +1,27 @@
-"""How well a model predicts whole files: every token of every document once, in windows of its context.
+"""How well a model predicts whole files, or what its run held out: every token of every document once.
 
-A document is eos + text, and text + eos is predicted (as in training). Windows do not overlap: the first tokens of a
-window see little before them, so a longer `context` gives a lower loss. Letters: B windows, T positions.
+Of files, a document is eos + text, and text + eos is predicted (as in training), in windows of its context. Windows do not overlap: the
+first tokens of a window see little before them, so a longer `context` gives a lower loss. Letters: B windows, T positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pellucid.config import NormalizeConfig, SourceConfig, UserError
-from pellucid.data.dataset import IGNORE, Batch
+from pellucid.config import NormalizeConfig, SourceConfig, UserError, load_config
+from pellucid.data.dataset import IGNORE, Batch, Dataset
 from pellucid.data.document import Unreadable
 from pellucid.data.sources import list_files, read_documents
 from pellucid.data.stages.normalize import normalize
+from pellucid.exchange.load import run_of
 from pellucid.model.grok import Grok1
-from pellucid.training.evaluate import Evaluation, evaluate_batches
+from pellucid.training.evaluate import Evaluation, evaluate_batches, split_batches
+from pellucid.training.tasks import TASKS, LabelEvaluation
 
 WINDOWS = 16  # predicted at once
 DEFAULT_CONTEXT = 1024  # where neither the caller nor the model's training says
@@ -53,6 +56,24 @@ def evaluate_files(
     if not result.tokens:
         raise UserError(f"{path}: holds no text to evaluate")
     return result
+
+
+def evaluate_held_out(
+    model: Grok1, place: str | Path, dataset: Dataset, progress: Callable[[str, int, int | None], None] | None = None
+) -> tuple[Evaluation | LabelEvaluation, int]:
+    """(what the run of `place` measures at its end, of this model; how many labelled documents were cut to length).
+
+    dataset: its data (`held_out_by`); all that is held out counts, in the rows of its training and by its task.
+    """
+    split, settings = dataset.validation, load_config(run_of(Path(place)) / "config.toml").training
+
+    def batches() -> Iterator[Batch]:
+        for number, batch in enumerate(split_batches(split, settings.micro_batch_size)):
+            yield batch
+            if progress is not None:
+                progress("evaluating", min((number + 1) * settings.micro_batch_size, len(split)), len(split))
+
+    return TASKS[settings.task].evaluate(model, batches(), settings, dataset.tokenizer.byte_lengths), split.plan.truncated
 
 
 def _texts(file: Any, normalization: NormalizeConfig) -> Iterator[str]:

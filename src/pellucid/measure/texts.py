@@ -57,6 +57,16 @@ def open_dataset(place: str | Path) -> Dataset | None:
     return Dataset(path) if "splits" in manifest else None
 
 
+def held_out_by(place: str | Path) -> Dataset:
+    """The prepared data of a run that held some out (`validation` is there). Raises UserError."""
+    dataset = open_dataset(place)
+    if dataset is None:
+        raise UserError(f"{place}: not a run, so it has no held-out text of its own; give some with --data FILE")
+    if dataset.validation is None:
+        raise UserError(f"{place}: the run held no text out; give some with --data FILE")
+    return dataset
+
+
 def file_texts(
     places: Sequence[str], limit: int, option: str, text_field: str = "text", normalization: NormalizeConfig | None = None
 ) -> Texts:
@@ -111,11 +121,7 @@ def token_streams(model_place: str, data: str | None, tokenizer: Any, limit: int
         settings = trained_with(model_place)
         texts = file_texts([data], limit, "--data", text_field, settings and settings.normalize).texts
         return [np.array([eos, *tokenizer.encode(text), eos], dtype=np.int64) for text in texts]
-    dataset = open_dataset(model_place)
-    if dataset is None:
-        raise UserError(f"{model_place}: not a run, so it has no held-out text of its own; give some with --data FILE")
-    if dataset.validation is None:
-        raise UserError(f"{model_place}: the run held no text out; give some with --data FILE")
+    dataset = held_out_by(model_place)
     reader = dataset.validation.reader
     return [np.concatenate([[eos], reader.tokens(np.arange(reader.starts[number], reader.ends[number]))])
             for number in split_documents(dataset, "validation", limit)]
