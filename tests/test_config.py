@@ -219,6 +219,13 @@ def test_preset_values_give_way_to_given_ones():
     assert (config.optimizer.learning_rate, config.optimizer.name) == (1.0, "muon")
 
 
+def test_a_sequence_length_that_nobody_gave_follows_the_model():
+    config = make_config({"model": {"max_position_embeddings": 64}})
+    assert config.data.sequence_length == 64
+    with pytest.raises(UserError, match="data.sequence_length 2 exceeds model.max_position_embeddings 1"):
+        make_config({"model": {"max_position_embeddings": 1}})
+
+
 def test_relative_paths_mean_beside_the_file(tmp_path, monkeypatch):
     (tmp_path / "settings").mkdir()
     (tmp_path / "settings" / "a.toml").write_text(

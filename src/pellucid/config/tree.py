@@ -48,6 +48,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sequence_fits_model(self) -> Config:
+        if self.data.sequence_length > self.model.max_position_embeddings and "sequence_length" not in self.data.model_fields_set:
+            self.data.sequence_length = max(2, self.model.max_position_embeddings)  # a default follows the model
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} exceeds model.max_position_embeddings "
