@@ -54,6 +54,22 @@ def test_xray_shows_the_recorded_value_of_a_cell(open_page, address, reader, num
     assert np.float32(exactly) == np.float32(recorded)  # the shortest decimal that is this very float32
 
 
+def test_xray_names_what_rows_too_low_for_names_are(open_page, serving, tmp_path):
+    """A layer's roles, and the chosen row where a role's name would stand."""
+    (tmp_path / "a.txt").write_text("the cat sees a dog. " * 200)
+    many = {"model": {"hidden_size": 16, "num_hidden_layers": 4, "num_experts": 8, "num_attention_heads": 2},
+            "data": {"sources": [str(tmp_path / "a.txt")], "directory": str(tmp_path / "data"), "sequence_length": 32,
+                     "tokenizer": {"kind": "bytes"}},
+            "training": {"max_steps": 2, "batch_size": 2, "precision": "fp32"}}  # fmt: skip
+    train(make_config(many), run_dir=tmp_path / "run")
+    with serving([Feed(tmp_path / "run")]) as found:
+        page = open_page(f"{found}#tensor=layers.1.attention.q_proj.weight", wait=".gutter em")
+        assert set(page.locator(".gutter em").all_inner_texts()) <= {"attention", "experts", "norms"}
+        assert page.locator(".gutter b").all_inner_texts() == ["q_proj"]
+        tops = sorted(page.locator(".gutter em, .gutter b").evaluate_all("all => all.map((e) => e.getBoundingClientRect().top)"))
+        assert len(tops) > 8 and min(np.diff(tops)) >= 10
+
+
 def test_xray_cells_are_chosen_zoomed_and_opened(open_page, address, reader):
     page = open_page(address)
     canvas = page.locator(".field canvas")

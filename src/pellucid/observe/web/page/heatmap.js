@@ -1,7 +1,7 @@
 // Rows of numbers over steps, painted pixel by pixel: thousands of series in one canvas. A pixel that stands for several
 // cells shows the extreme one, and any non-finite value under it turns it magenta: no zoom hides a spike or a NaN.
 import { html, useEffect, useLayoutEffect, useMemo, useRef, useState, useWidth } from "./ui.js";
-import { MAGENTA, NEUTRAL, colourAt, css } from "./colour.js";
+import { MAGENTA, NEUTRAL, ROLES, colourAt, css } from "./colour.js";
 import { number, power } from "./format.js";
 
 const NEUTRAL_WORD = { light: 0xfff1f3f3, dark: 0xff2b2522 };
@@ -162,7 +162,7 @@ export function Heatmap({ window, other = null, otherEnd, rows, stat = 0, part =
   </div>`;
 }
 
-/** Names of rows where there is room; a bar in the colour of their role; names of groups in any case. */
+/** Names of rows where there is room, else of runs of one role and of the chosen row; a bar in the colour of their role; names of groups. */
 function Gutter({ rows, tops, rowHeight, width, selected, onPick }) {
   const named = rowHeight >= 9, pick = useRef(onPick);
   pick.current = onPick;
@@ -170,17 +170,20 @@ function Gutter({ rows, tops, rowHeight, width, selected, onPick }) {
 }
 
 function drawGutter({ rows, tops, rowHeight, width, selected, named, pick }) {
-  const groups = [];
-  rows.forEach((row, r) => {
-    const open = groups[groups.length - 1];
-    if (open?.name === row.group) open.bottom = tops[r] + rowHeight;
-    else groups.push({ name: row.group, top: tops[r], bottom: tops[r] + rowHeight });
-  });
+  const runsOf = (name) => rows.reduce((runs, row, r) => {
+    const open = runs[runs.length - 1];
+    if (open?.name === name(row) && open.group === row.group) open.bottom = tops[r] + rowHeight;
+    else runs.push({ name: name(row), group: row.group, top: tops[r], bottom: tops[r] + rowHeight });
+    return runs;
+  }, []);
+  const groups = runsOf((row) => row.group), chosen = tops[rows.findIndex((row) => row.label === selected)] ?? -Infinity;
+  const roles = named ? [] : runsOf((row) => ROLES[row.role]?.label).map((run) => ({ ...run, at: (run.top + run.bottom) / 2 - 6 }));
   return html`<div class="gutter" style=${{ width: `${width}px` }} aria-hidden="true">
     ${groups.map((group) => html`<span class="group" style=${{ top: `${group.top}px`, height: `${group.bottom - group.top}px` }}>
       ${group.bottom - group.top >= 8 ? group.name : ""}</span>`)}
     ${rows.map((row, r) => html`<i style=${{ top: `${tops[r]}px`, height: `${Math.max(1, rowHeight - (rowHeight >= 9 ? 1 : 0))}px`, background: row.hue }}></i>`)}
-    ${named && rows.map((row, r) => html`<b class=${row.label === selected ? "chosen" : ""} style=${{ top: `${tops[r] - (12 - rowHeight) / 2}px` }}
+    ${roles.filter((run) => run.name && run.bottom - run.top >= 10 && Math.abs(run.at - chosen) > 12).map((run) => html`<em style=${{ top: `${run.at}px` }}>${run.name}</em>`)}
+    ${rows.map((row, r) => (named || row.label === selected) && html`<b class=${row.label === selected ? "chosen" : ""} style=${{ top: `${tops[r] - (12 - rowHeight) / 2}px` }}
       onClick=${() => pick.current(row)}>${row.short ?? row.label}</b>`)}
   </div>`;
 }
