@@ -40,7 +40,8 @@ export function Learn() {
   const river = useAnswer(`river?run=${index}`, 0).data;
   const main = useWindow(index, "run", "*").window, held = useWindow(index, "evaluation", "*").window;
   const series = (window, stream, stat) => (window?.columns ? window.series(0, statIndex(run, stream, stat)) : []);
-  const router = useReading(index, "router", "*", step), recent = useReading(index, "run", "*", step, 32);
+  const measured = held?.columns ? Math.max(0, held.steps[held.columnOf(step)] ?? 0) : step; // training then is what held-out text is compared with
+  const router = useReading(index, "router", "*", step), recent = useReading(index, "run", "*", measured, 32);
   const began = useReading(index, "run", "*", 0), now = useReading(index, "run", "*", step), loss = statIndex(run, "run", "loss");
   const losses = series(main, "run", "loss").slice(0, main ? main.columnOf(step) + 1 : 0), heldLosses = series(held, "evaluation", "loss");
   const labelled = taskOf(run).labelled;
@@ -183,5 +184,5 @@ function Generalise({ run, heldLosses, held, recent, loss, step }) {
   return html`<${Idea} id="idea-generalise" title="Learning or memorising?" sources=${[5]}
     formula=${html`gap = held-out loss − training loss${out !== null && train !== null ? html` = ${n(out)} − ${n(train)} = ${n(out - train, { signed: true })}` : ""}`}>
     <p>A model can find what holds for the language, or remember these very sentences. On text it never saw, only the first helps. So a part of the documents is held out and measured again and again.</p>
-    ${out !== null ? html`<p>The held-out loss was ${n(out)} ${task.unit} per ${task.each} ${when(held.steps[at])}${at > 0 ? html`; ${when(held.steps[0])} it was ${n(heldLosses[0])}` : ""}. The training loss is ${n(train)} ${recent?.when ?? ""}. ${said}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
+    ${out !== null ? html`<p>The held-out loss was ${n(out)} ${task.unit} per ${task.each} ${when(held.steps[at])}${at > 0 ? html`; ${when(held.steps[0])} it was ${n(heldLosses[0])}` : ""}. The training loss was ${n(train)} ${recent?.when ?? ""}. ${said}</p>` : html`<p class="hint">Nothing is held out in this run.</p>`}<//>`;
 }
