@@ -202,6 +202,20 @@ def test_cached_generation_equals_full_recomputation():
         assert runs[0] == runs[1] and len(runs[0]) == 80
 
 
+def test_a_model_made_bf16_as_a_whole_computes_with_its_rounded_weights():
+    """As `model.to(torch.bfloat16)` makes it, routers and norms too; by rows and one by one."""
+    model, rounded = made(), made()
+    model.to(torch.bfloat16)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.bfloat16().float()
+    row = tokens(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(row), rounded(row))
+        cache = model.new_cache()
+        one_by_one = torch.cat([model(row[:, t : t + 1], cache=cache) for t in range(20)], dim=1)
+    torch.testing.assert_close(one_by_one, rounded(row), rtol=1e-4, atol=1e-5)
+
+
 def test_cached_logits_equal_full_logits_in_uneven_steps():
     model, text = made(), tokens(2, 150)
     cache, pieces, start = model.new_cache(), [], 0

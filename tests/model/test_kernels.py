@@ -216,8 +216,9 @@ def test_one_token_is_mixed_as_many_are(dtype):
     x = random(1, 24, dtype=dtype).detach()
     routing = moe.route(x)
     with torch.no_grad():
-        one, plain = moe.mix_one(x, routing), moe.mix_plain(x, routing)
-    assert one.dtype == dtype and (one.double() - plain.double()).norm() < TOLERANCE[dtype] * plain.double().norm()
+        for parity in (False, True):
+            one, plain = moe.mix_one(x, routing, parity), moe.mix_plain(x, routing, parity)
+            assert one.dtype == dtype and (one.double() - plain.double()).norm() < TOLERANCE[dtype] * plain.double().norm()
 
 
 def test_without_gradients_the_same_bits():

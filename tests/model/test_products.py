@@ -164,6 +164,24 @@ def test_what_products_cpp_does_not_take_is_torchs(way):
         product(x, random(40, 25))
 
 
+@pytest.mark.skipif(not native.fits(torch.ones(1)), reason="no compiled kernels here")
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 300), *[st.sampled_from(DTYPES)] * 2, st.integers(0, 9), st.integers(0, 2**31))
+@example(600, 130, torch.bfloat16, torch.float32, 0, 1)
+def test_one_row_is_the_product_in_every_pair_of_dtypes_and_on_any_number_of_threads(O, K, dtype, held, gap, seed):
+    torch.manual_seed(seed)
+    x, weight = random(1, 1, K, dtype=dtype), random(O, K + gap, dtype=held)[:, gap:]
+    with torch.no_grad():
+        found = linear(x, weight)
+        assert found.dtype == dtype and found.shape == (1, 1, O)
+        assert_close(found.view(1, O), x.view(1, K), weight.t())
+        torch.set_num_threads(1)
+        assert torch.equal(linear(x, weight), found)
+        torch.set_num_threads(2)
+        weight[O // 2, K // 2] = torch.nan
+        assert linear(x, weight).isnan().view(O).nonzero().tolist() == [[O // 2]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_stays_in_its_row(way, dtype):
     x, weight = random(40, 20, dtype=dtype), random(24, 20)

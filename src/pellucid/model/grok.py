@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pellucid.config import ModelConfig
 from pellucid.model.attention import Attention, Visibility
 from pellucid.model.cache import KVCache
+from pellucid.model.kernels.products import linear
 from pellucid.model.layers import Linear, RMSNorm, rotary_phases
 from pellucid.model.moe import MoE, Routing
 
@@ -137,7 +138,7 @@ class Grok1(nn.Module):
         """
         if self.score is not None:
             return self.score(hidden).float()
-        scores = F.linear(hidden, self.embedding.weight.to(hidden.dtype))
+        scores = linear(hidden, self.embedding.weight)
         return scores.float() * self.config.output_multiplier_scale
 
     def new_cache(self) -> KVCache:

@@ -44,7 +44,7 @@ class Router(nn.Module):
             from pellucid.model.kernels.gpu.router import router_scores
 
             return router_scores(x_ND, self.weight)
-        return F.linear(x_ND.float(), self.weight)
+        return F.linear(x_ND.float(), self.weight.float())  # also where the whole model was made bf16
 
 
 class MoE(nn.Module):
@@ -79,19 +79,20 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.route(x_ND)
         fused = None if parity else _fused(x_ND, self.gate_up_proj, self.down_proj)
-        if len(x_ND) == 1 and not parity and not torch.is_grad_enabled():
-            mixed = self.mix_one(x_ND, routing)
+        if len(x_ND) == 1 and not torch.is_grad_enabled():
+            mixed = self.mix_one(x_ND, routing, parity)
         elif fused is not None:
             mixed = fused(x_ND, routing.gate_Nk, routing.expert_index_Nk, self.gate_up_proj, self.down_proj)
         else:
             mixed = self.mix_plain(x_ND, routing, parity)
         return mixed.view_as(x_BTD), routing
 
-    def mix_one(self, x_1D: Tensor, routing: Routing) -> Tensor:
+    def mix_one(self, x_1D: Tensor, routing: Routing, parity: bool = False) -> Tensor:
         """`mix_plain` of a single token, as in decoding, where sorting would cost more than the products."""
         mixed_1D = x_1D.new_zeros(x_1D.shape, dtype=torch.float32)
         for choice, e in enumerate(routing.expert_index_Nk[0].tolist()):
-            gate, up = linear(x_1D, self.gate_up_proj[e]).chunk(2, dim=-1)
+            gate_up = linear(x_1D, self.gate_up_proj[e])
+            gate, up = (gate_up.float() if parity else gate_up).chunk(2, dim=-1)
             output = linear(F.gelu(gate, approximate="tanh") * up, self.down_proj[e])
             mixed_1D.addcmul_(output, routing.gate_Nk[:, choice : choice + 1])
         return mixed_1D.to(x_1D.dtype)

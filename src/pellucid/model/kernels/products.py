@@ -2,10 +2,11 @@
 
 On AMD processors with AVX-512 the product is Pellucid's own (products.cpp): there torch asks Intel's MKL in fp32, which
 leaves AVX-512 unused, and oneDNN in bf16, which compiles a product anew for every size it meets (0.7 ms, and half a megabyte
-kept). A handful of rows, and all other processors, are torch's; in bf16 it needs a processor with AVX-512, and otherwise
-multiplies number by number (8 to 10 GFLOP/s a core, 1 for an input's gradient, against 42 to 70). There the factors are
-widened to fp32, where a product of two bf16 numbers is exact, and the result is rounded once. All are the same definition:
-operands in the activations' dtype (fp32 masters are rounded to bf16 as they are read), sums in fp32.
+kept). A handful of rows, and all other processors, are torch's; but one row without a gradient, as in decoding, is cpu.cpp's
+everywhere. In bf16 torch needs a processor with AVX-512, and otherwise multiplies number by number (8 to 10 GFLOP/s a core, 1 for
+an input's gradient, against 42 to 70). There the factors are widened to fp32, where a product of two bf16 numbers is exact, and
+the result is rounded once. All are the same definition: operands in the activations' dtype (fp32 masters are rounded to bf16 as
+they are read), sums in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pellucid.model.kernels import native
 from pellucid.model.kernels.gpu.copies import copy_of, may_have_copy, narrowed
 
 ROWS = 256  # at a time, of products whose number of rows changes from call to call
-FEW = 16  # rows below which packing costs more than it brings, as in decoding
+FEW = 16  # rows below which packing costs more than it brings
 
 
 def product(x_MI: Tensor, weight_OI: Tensor, out: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
@@ -83,6 +84,8 @@ def batched_product(a_BMI: Tensor, b_BIO: Tensor, out: Tensor | None = None, add
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """`F.linear(x, weight.to(x.dtype))`, of which it is the fast twin."""
+    if x.numel() == x.shape[-1] and not torch.is_grad_enabled() and _one_row_fits(x, weight_OI):
+        return _one_row(x, weight_OI)
     own = own_serves(x.dtype) if native.fits(x) else _is_emulated(x) and native.is_ordinary(x)
     if not own and not may_have_copy(weight_OI, x.dtype):
         return F.linear(x, weight_OI.to(x.dtype))
@@ -133,6 +136,19 @@ def _own(
         int(right.dtype == torch.float32), int(out.dtype == torch.float32), strided=True,
     )  # fmt: skip
     return out
+
+
+def _one_row(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x @ weight.T of one row, as in decoding: the weight is read once and as it lies, in whatever dtype."""
+    (O, K), y = weight_OI.shape, x.new_empty(*x.shape[:-1], weight_OI.shape[0])
+    if K != x.shape[-1]:
+        raise ValueError(f"no product: {list(x.shape)} @ {list(weight_OI.t().shape)}")
+    native.call("one_row", x.dtype, x, weight_OI, weight_OI.stride(0), int(weight_OI.dtype == torch.bfloat16), y, O, K, strided=True)
+    return y
+
+
+def _one_row_fits(x: Tensor, weight_OI: Tensor) -> bool:
+    return x.stride(-1) == weight_OI.stride(-1) == 1 and native.fits(x, weight_OI) and weight_OI.dtype in native.SUFFIXES
 
 
 def _with_rows(x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
