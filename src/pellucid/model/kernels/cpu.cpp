@@ -48,7 +48,7 @@ static void one_row(const T* x, const W* weight, int64_t stride, T* y, int64_t N
     const int64_t LANES = 16, CHAINS = 4, whole = K / (LANES * CHAINS) * (LANES * CHAINS);
     std::vector<float> wide((K + LANES - 1) / LANES * LANES);
     for (int64_t k = 0; k < K; k++) wide[k] = load(x[k]);
-#pragma omp parallel for if (N * K > 32 * 1024)
+#pragma omp parallel for if (N * K > 128 * 1024)
     for (int64_t n = 0; n < N; n++) {
         const W* row = weight + n * stride;
         floats sums[CHAINS] = {};
