@@ -261,6 +261,15 @@ def test_a_seed_means_the_same_weights():
     assert not torch.equal(a.embedding.weight, c.embedding.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_moved_to_another_dtype_computes_as_before_with_the_weights_that_dtype_holds(dtype):
+    rounded, model, text = made(), made().to(dtype), tokens(2, 24)
+    for mine, theirs in zip(rounded.parameters(), model.parameters(), strict=True):
+        mine.data.copy_(theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(model(text), rounded(text), rtol=1e-5, atol=1e-5)  # fp32 sums in another order
+
+
 @pytest.mark.parametrize("recompute", ["attention", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputing_changes_no_bit_and_keeps_less(recompute, dtype):

@@ -40,11 +40,12 @@ class Router(nn.Module):
         )
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        if gpu.fits("scores", x_ND, self.weight):
+        weight = self.weight.float()  # already, unless the whole model was moved to another dtype
+        if gpu.fits("scores", x_ND, weight):
             from pellucid.model.kernels.gpu.router import router_scores
 
-            return router_scores(x_ND, self.weight)
-        return F.linear(x_ND.float(), self.weight.float())  # also where the whole model was made bf16
+            return router_scores(x_ND, weight)
+        return F.linear(x_ND.float(), weight)
 
 
 class MoE(nn.Module):
