@@ -27,6 +27,8 @@ from pellucid.observe.theatre import staged_steps, theatre_path
 from pellucid.observe.trace import trace
 from pellucid.run import train
 from pellucid.training import checkpoint
+from pellucid.training.evaluate import Evaluation
+from pellucid.training.loop import Loop
 
 
 @pytest.fixture
@@ -76,6 +78,16 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(tables, tmp_path, final_sta
     shutil.rmtree(tmp_path / "cut" / "model")
     resumed = train(tables(*task), run_dir=tmp_path / "cut", resume=True)
     assert final_state(resumed.directory) == final_state(whole.directory)
+
+
+@pytest.mark.parametrize(("changed", "best"), [
+    ({"micro_batch_size": 2}, 5), ({"label_smoothing": 0.9}, 10), ({"evaluate_rows": 2}, 10)])
+def test_the_lowest_held_out_loss_is_sought_anew_where_a_resumed_run_measures_otherwise(tables, tmp_path, monkeypatch, changed, best):
+    monkeypatch.setattr(Loop, "measure", lambda loop, rows: Evaluation(nats=1.0 if loop.counters.step == 5 else 2.0, tokens=1))
+    both = {"label_smoothing": 0.1, "evaluate_every": 5}
+    run = train(tables(max_steps=6, **both) | {"observe": {"enabled": False}}, run_dir=tmp_path / "run")
+    train(tables(max_steps=12, **both | changed) | {"observe": {"enabled": False}}, run_dir=run.directory, resume=True)
+    assert checkpoint.newest_good(run.directory / "checkpoints").state["counters"]["best_step"] == best
 
 
 def test_config_of_a_run_repeats_it(class_run, tmp_path, final_state):

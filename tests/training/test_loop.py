@@ -415,7 +415,8 @@ def test_run_describes_itself(tiny_run):
     assert str(tiny_run.directory) in repr(run)
 
 
-@pytest.mark.parametrize(("losses", "best"), [((3.0, 1.0, 2.0), 20), ((1.0, 2.0, 3.0), 10), ((3.0, math.nan, 2.0), 30)])
+@pytest.mark.parametrize(("losses", "best"), [
+    ((3.0, 1.0, 2.0), 20), ((1.0, 2.0, 3.0), 10), ((math.nan, 3.0, 2.0), 30), ((3.0, math.nan, 2.0), 30), ((0.0, 1.0, 2.0), 10)])
 def test_best_checkpoint_is_kept_beside_the_newest(losses, best, tiny_tables, tmp_path, recorded, monkeypatch):
     def evaluate(loop, rows):
         loss = losses[loop.counters.step // 10 - 1] if loop.counters.step in (10, 20, 30) else 9.0

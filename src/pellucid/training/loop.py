@@ -120,7 +120,8 @@ class Loop:
         began = time.perf_counter()
         tensors, facts = optimizer_state(self.optimizer)
         settings = decisive_settings(self.config, self.dataset)
-        state = {"counters": vars(self.counters), "optimizer": facts, "settings": settings, "loader": self.loader.state()}
+        state = {"counters": vars(self.counters), "optimizer": facts, "settings": settings, "loader": self.loader.state(),
+                 "measured": measured_by(self.config)}  # fmt: skip
         folders = {"model": dict(self.model.state_dict()), "optimizer": tensors}
         folder = checkpoint.save(self.checkpoints, self.counters.step, folders, state, best=best)
         self.saved_step = self.counters.step
@@ -155,6 +156,9 @@ class Loop:
         self.model.load_state_dict(saved.tensors["model"])
         load_optimizer_state(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
         self.counters = Counters(**saved.state["counters"])
+        now = measured_by(self.config)
+        if saved.state.get("measured", now) != now:  # its lowest held-out loss is none that is measured from here on
+            self.counters.best_loss = self.counters.best_step = None
         self.saved_step = self.counters.step
 
     def _after_step(self) -> None:
@@ -165,7 +169,8 @@ class Loop:
         best = False
         if settings.evaluate_every and step % settings.evaluate_every == 0:
             result = self.evaluate(rows=settings.evaluate_rows)
-            best = result is not None and result.loss < (self.counters.best_loss or math.inf)
+            lowest = math.inf if self.counters.best_loss is None else self.counters.best_loss
+            best = result is not None and result.loss < lowest
             if best:
                 self.counters.best_loss, self.counters.best_step = result.loss, step
         if (best and saving.keep_best) or (saving.every_steps and step % saving.every_steps == 0):
@@ -197,3 +202,9 @@ def decisive_settings(config: Config, dataset: Any) -> dict[str, Any]:
         "training": config.training.model_dump(mode="json", include={"seed", "batch_size", "precision", "task"}),
         "optimizer": {"name": optimizer.name} | ({"state_dtype": optimizer.state_dtype} if optimizer.state_dtype != "fp32" else {}),
     }
+
+
+def measured_by(config: Config) -> dict[str, Any]:
+    """What may change between a checkpoint and its continuation, but makes the held-out loss while training another number."""
+    names = {"label_smoothing", "class_weights", "huber_delta", "evaluate_rows"}
+    return config.training.model_dump(mode="json", include=names)
