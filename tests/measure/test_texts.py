@@ -3,7 +3,7 @@
 import pytest
 
 from pellucid.config import NormalizeConfig, UserError
-from pellucid.measure.texts import file_texts, token_streams
+from pellucid.measure.texts import file_texts, token_streams, trained_with
 from pellucid.run import train
 
 
@@ -13,8 +13,10 @@ def test_files_are_normalized_as_the_text_of_the_run_was(tiny_tables, tmp_path):
     file = tmp_path / "given.txt"
     file.write_text("The CAT")
     _, tokenizer = run.load()
-    (stream,) = token_streams(str(run.directory), str(file), tokenizer, 10**6)
-    assert tokenizer.decode(stream[1:-1].tolist()) == "the cat"
+    for place in (run.directory, run.directory / "model", run.directory / "checkpoints" / "step-1"):
+        (stream,) = token_streams(str(place), str(file), tokenizer, 10**6)
+        assert tokenizer.decode(stream[1:-1].tolist()) == "the cat"
+        assert trained_with(place) == run.config.data
     (stream,) = token_streams("tiny", str(file), tokenizer, 10**6)
     assert tokenizer.decode(stream[1:-1].tolist()) == "The CAT", "nothing is known of other models' text"
     assert file_texts([str(file)], 10**6, "DATA", normalization=NormalizeConfig(lowercase=True)).texts == ["the cat"]

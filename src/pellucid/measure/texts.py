@@ -5,6 +5,7 @@ Letters: B rows, T positions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.config import DataConfig, NormalizeConfig, SourceConfig, UserError, load_config
+from pellucid.config import DataConfig, NormalizeConfig, SourceConfig, UserError, is_of_a_run, load_config
 from pellucid.data.dataset import MANIFEST, Dataset
 from pellucid.data.document import Unreadable
 from pellucid.data.place import folder_of_run
@@ -40,8 +41,10 @@ class Texts:
 
 
 def trained_with(place: str | Path) -> DataConfig | None:
-    """The data settings of a run or its checkpoint; other formats do not say them."""
-    file = run_of(Path(place)) / "config.toml"
+    """The data settings of a run, its model/ or a checkpoint of it; other formats do not say them."""
+    path = run_of(Path(os.path.abspath(place)))
+    run = path.parent if path.name == "model" and is_of_a_run(path.parent / "config.toml") else path
+    file = run / "config.toml"
     return load_config(file).data if file.is_file() else None
 
 
