@@ -207,6 +207,24 @@ def test_foreign_tokenizers_get_what_they_lack(tmp_path, special, config, pad_bo
     assert load_tokenizer(tmp_path / "again").fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.parametrize(("kind", "before"), [("Unigram", {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never"}),
+                                              ("WordLevel", {"type": "WhitespaceSplit"})])
+def test_a_vocabulary_of_whole_words_gives_no_text_a_special_id(tmp_path, kind, before):
+    """Where the pieces themselves are looked up in the text, the names of special tokens are among them."""
+    names = ["<pad>", "</s>", "<unk>", "a", "b", "\u2581", "<", "/", "s", ">"]
+    model = {"vocab": [[name, -2.0] for name in names], "unk_id": 2} if kind == "Unigram" else \
+        {"vocab": {name: i for i, name in enumerate(names)}, "unk_token": "<unk>"}
+    made = word_level(**{name: names.index(name) for name in ("<pad>", "</s>", "<unk>")}) | {"pre_tokenizer": before, "decoder": None}
+    made["added_tokens"].append(made["added_tokens"][0] | {"id": 10, "content": "word", "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made | {"model": {"type": kind} | model}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.vocab_size) == (0, 1, 11)
+    plain, special = tokenizer.encode("a b word"), tokenizer.encode("a </s> <pad> b")
+    assert plain == ([3, 5, 4, 5, 10] if kind == "Unigram" else [3, 4, 10])
+    assert special == ([3, 5, 6, 7, 8, 9, 5, 6, 2, 3, 2, 9, 5, 4] if kind == "Unigram" else [3, 2, 2, 4])
+    assert tokenizer.decode([3, 1, 4, 0, 10]) == "a b word" and tokenizer.token_bytes(1) == b""
+
+
 @pytest.mark.parametrize(("name", "data", "says"), [
     ("tokenizer.json", b"{not json", "not a json file that can be read"),
     ("tokenizer.json", b'{"a": 1}', "not a json file that can be read"),

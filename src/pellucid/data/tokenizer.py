@@ -178,16 +178,17 @@ class HuggingFaceEngine:
     def __init__(self, content: bytes):
         self.content = content
         self._backend = tokenizers.Tokenizer.from_buffer(content)
-        self._backend.encode_special_tokens = True  # "<eos>" in a text is five characters
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._reader = tokenizers.Tokenizer.from_buffer(_without_special_names(content))
+        self._reader.encode_special_tokens = True  # "<eos>" in a text is five characters
+        self._reader.no_padding()
+        self._reader.no_truncation()
         self._vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.size = max(self._vocabulary.values(), default=-1) + 1
         if self.size == 0:
             raise ValueError("it has no tokens")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [item.ids for item in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [item.ids for item in self._reader.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
@@ -299,6 +300,25 @@ def _special_names(path: Path) -> dict[str, Any]:
         if isinstance(value, kinds.get(key, ())):
             names[key] = value
     return names
+
+
+def _without_special_names(content: bytes) -> bytes:
+    """The same tokenizer.json for encoding: where whole pieces are looked up in the text (BPE makes them by merges), those named as
+    special tokens get a name that no text has, so that their ids are never found. The unknown one stays: any text may be unknown."""
+    settings = json.loads(content)
+    model, added = settings["model"], settings.get("added_tokens") or []
+    if model.get("type") not in ("Unigram", "WordLevel", "WordPiece"):
+        return content
+    vocabulary = model["vocab"]
+    listed = isinstance(vocabulary, list)  # Unigram: [name, score] by id
+    unknown = vocabulary[model["unk_id"]][0] if listed and model.get("unk_id") is not None else model.get("unk_token")
+    names = {entry["content"] for entry in added if entry["special"]} - {unknown}
+    names &= {name for name, _ in vocabulary} if listed else vocabulary.keys()
+    hidden = lambda name: f"\ufffe\uffff{name}" if name in names else name
+    pairs = [[hidden(name), value] for name, value in (vocabulary if listed else vocabulary.items())]
+    model["vocab"] = pairs if listed else dict(pairs)
+    settings["added_tokens"] = [entry for entry in added if entry["content"] not in names]
+    return json.dumps(settings).encode()
 
 
 def _piece_bytes(piece: str, spaces: bool) -> bytes:
