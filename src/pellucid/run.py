@@ -17,7 +17,7 @@ from pellucid.config import Config, HeadConfig, ModelConfig, TokenizerConfig, Us
 from pellucid.data.build import prepare
 from pellucid.data.dataset import Dataset
 from pellucid.data.place import folder_of_run
-from pellucid.data.tokenizer import Tokenizer, load_tokenizer
+from pellucid.data.tokenizer import Tokenizer, load_tokenizer, read_by_sentencepiece_alone
 from pellucid.exchange.huggingface import save_huggingface
 from pellucid.exchange.leaves import Source, fill
 from pellucid.exchange.load import find_tokenizer, find_tokenizer_folder, open_source
@@ -159,6 +159,8 @@ def _train(config: Config, folder: Path | None, name: str, resume: bool, progres
         save_huggingface(model, dataset.tokenizer, folder / "model", replace=True)
         summary.show_sample(progress, "after training", loop)
         summary.show_result(progress, loop)
+        if (note := read_by_sentencepiece_alone(folder / "model")) is not None:
+            progress.say(note)
     return run
 
 

@@ -177,6 +177,17 @@ def test_version(command):
     assert as_module.stdout.strip() == pellucid.__version__
 
 
+@pytest.mark.parametrize(("kind", "told"), [("unigram", True), ("sentencepiece", False)])
+def test_a_tokenizer_that_only_sentencepiece_reads_exactly_is_told(command, tiny_folder, tmp_path, kind, told):
+    said = "programs that read it with anything but SentencePiece, as transformers does, may give the model other ids"
+    trained = command("train", f"data.sources=['{tiny_folder}/corpus']", f"data.tokenizer={{kind='{kind}', vocab_size=320}}",
+                      "model.preset=tiny", "training.max_steps=1", "training.batch_size=2", "observe.enabled=false", "--run-dir", "run")
+    converted = command("convert", "run", "hf")
+    for text in (trained, converted):
+        assert (said in " ".join(text.split())) == told
+    assert (tmp_path / "hf" / "tokenizer.json").exists() != told
+
+
 def commands():
     from typer.main import get_command
 

@@ -25,6 +25,7 @@ def convert(
 
     Example: pellucid convert ckpt-0 grok-1-hf --to hf --dtype bfloat16
     """
+    from pellucid.data.tokenizer import read_by_sentencepiece_alone
     from pellucid.exchange.convert import convert as convert_model
     from pellucid.exchange.convert import convert_tokenizer
     from pellucid.exchange.load import find_tokenizer_folder
@@ -43,6 +44,8 @@ def convert(
     shown.say(f"written: {destination}")
     if to == "xai" and (tokenizer := find_tokenizer_folder(Path(source))) is not None:
         shown.say(f"this layout has no place for a tokenizer; give the model's own with --tokenizer {shlex.quote(str(tokenizer))}")
+    if (note := read_by_sentencepiece_alone(destination)) is not None:
+        shown.say(note)
 
 
 @app.command()

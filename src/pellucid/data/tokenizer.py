@@ -285,6 +285,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                         f"({str(error).splitlines()[0][:160] if str(error) else type(error).__name__})") from None
 
 
+def read_by_sentencepiece_alone(folder: Path) -> str | None:
+    """A sentence where a folder that `save` wrote has no tokenizer.json, for want of an exact one."""
+    if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
+        return None
+    return (f"no tokenizer.json gives exactly the ids of {folder / 'tokenizer.model'}: programs that read it with anything but "
+            "SentencePiece, as transformers does, may give the model other ids")
+
+
 def _special_names(path: Path) -> dict[str, Any]:
     """{"eos_token": "</s>", "eos_token_id": 2, ...} of a tokenizer_config.json, if there is one."""
     if not path.is_file():
