@@ -184,6 +184,20 @@ def test_a_preset_takes_the_place_of_a_runs_whole_shape(tmp_path):
     assert load_config(own, overrides) == load_config(None, [*overrides, "training.seed=3"])
 
 
+def test_other_weights_take_the_place_of_a_runs_whole_shape_and_of_the_tokenizer_that_came_with_the_old_ones(tmp_path):
+    own = tmp_path / "config.toml"
+    (tmp_path / "manifest.json").write_text("{}")
+    tokenizer = ["data.tokenizer.kind=file", "data.tokenizer.path=/tokenizer"]
+    own.write_text(load_config(None, ["model.init_from=/old", "model.hidden_size=64", "training.seed=3", *tokenizer]).to_toml())
+    assert load_config(own, ["model.init_from=/new"]) == load_config(None, ["model.init_from=/new", "training.seed=3"])
+    old = load_config(None, ["model.preset=tiny", "training.seed=3", *tokenizer])
+    own.write_text(old.to_toml())
+    changed = load_config(own, ["model.init_from=/new"])
+    assert changed.model == make_config({"model": {"init_from": "/new"}}).model
+    assert (changed.optimizer, changed.training, changed.data) == (old.optimizer, old.training, old.data)
+    assert changed.data.tokenizer.path == "/tokenizer", "whoever gave it knows what it is for"
+
+
 def test_a_shape_is_a_preset_or_that_of_other_weights(tmp_path):
     assert "model.init_from brings its own shape: leave model.preset out" in refusal({"model": {"preset": "tiny", "init_from": "x"}})
     assert load_config(None, ["model.init_from=x"]) == make_config({"model": {"init_from": "x"}})

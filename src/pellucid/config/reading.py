@@ -44,6 +44,10 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             raise UserError(f"{path}: not valid TOML: {error}") from None
         resolve_paths(tables, Path(path).resolve().parent)
         if overrides and is_of_a_run(path):
+            if "model.init_from" in names:
+                if "init_from" in tables.get("model", {}):
+                    tables.get("data", {}).pop("tokenizer", None)  # it came with the old weights
+                tables["model"] = {}
             tables = _in_fewest_words(tables, str(path))
             if "model.preset" in names:
                 tables["model"] = {}
