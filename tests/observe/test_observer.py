@@ -51,6 +51,13 @@ def test_run_frame_holds_the_step_s_own_numbers_and_nulls_what_is_undefined(run_
     assert (values["applied"] == 1).all() and values["beta1"][0] == np.float32(0.9)
 
 
+@pytest.mark.parametrize("off", [{"balance_loss": "none"}, {"balance_loss_weight": 0.0}])
+def test_a_balance_loss_that_is_off_is_null_not_zero(tiny_tables, tmp_path, off):
+    folder = pellucid.train(tiny_tables(max_steps=1, **off), run_dir=tmp_path / "run").directory
+    with Reader(folder) as run:
+        assert is_missing(run.series("run", "balance_loss", stream="run")[1]).all()
+
+
 def test_position_and_source_and_document_losses_add_up_to_the_step_s_loss(run_dir):
     with Reader(run_dir) as run:
         _, whole = run.frames("run")

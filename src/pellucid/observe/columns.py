@@ -114,7 +114,7 @@ PHASES = ("data", "forward", "loss", "backward", "clip", "update", "observe", "b
 RUN = (
     Stat("loss", "nats", low=0, high=12, meaning="Cross-entropy of the step's batch, per token. Classification: per document. "
          "Regression: squared (or Huber) error per document, in standard deviations. With class weights and smoothing, where set."),
-    Stat("balance_loss", low=0, high=10, meaning="Load-balance loss, unweighted; 1 is balanced (switch)."),
+    Stat("balance_loss", low=0, high=10, meaning="Load-balance loss, unweighted; 1 is balanced (switch); null if it is off."),
     Stat("router_z_loss", low=0, high=10, meaning="Router z-loss, unweighted; null if it is off."),
     Stat("z_loss", low=0, high=1, meaning="z-loss of the output scores, weighted; null if it is off."),
     Stat("learning_rate", scale="log", low=1e-6, high=1e-1, meaning="Of the first parameter group."),

@@ -264,7 +264,8 @@ class Observer(SilentObserver):
         seconds = time.perf_counter() - self.began
         beta1, beta2 = next((g["betas"] for g in self.optimizer.param_groups if "betas" in g), (None, None))
         return {
-            "loss": result.loss, "balance_loss": result.balance_loss if settings.balance_loss != "none" else None,
+            "loss": result.loss,
+            "balance_loss": result.balance_loss if settings.balance_loss != "none" and settings.balance_loss_weight else None,
             "router_z_loss": result.router_z_loss if settings.router_z_loss else None,
             "z_loss": result.z_loss if settings.z_loss else None, "learning_rate": result.learning_rate,
             "gradient_norm": result.grad_norm, "clip_factor": result.clip_factor, "applied": float(result.applied),
