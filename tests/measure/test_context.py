@@ -75,7 +75,7 @@ def test_the_early_and_the_late_band_of_a_short_window_share_no_position(context
 
 @pytest.mark.parametrize(("model", "says"), [
     (by_position, "All of the window of 128 tokens is used: every smaller amount tried is clearly worse; with 1 token the loss is 3.5"),
-    (bigram, "After 1 tokens of context more of it makes no difference")])  # fmt: skip
+    (bigram, "After 1 token of context more of it makes no difference")])  # fmt: skip
 def test_it_says_how_much_of_the_window_is_used(model, says):
     outcome = measure_context(model, documents(), V, context=T, predictions=200, copies=16)
     assert outcome.findings[1].startswith(says)
@@ -99,6 +99,12 @@ def test_a_model_that_copies_gains_nearly_all_on_repeated_random_tokens():
     gain = found["induction"]["gain"]
     assert 0.6 * math.log(V - 4) < gain["low"] <= gain["high"] <= math.log(V - 4)
     assert measure(by_position)["induction"]["random"] == pytest.approx(math.log(60))
+
+
+def test_the_most_that_copying_can_gain_is_all_that_random_tokens_cost_a_trained_model_at_first():
+    outcome = measure_context(lambda i, t: 3 * copier(i, t), documents(), V, context=32, predictions=20, copies=16)
+    gain, first = (outcome.numbers["induction"][name]["mean"] for name in ("gain", "first"))
+    assert math.log(V - 4) < gain <= first and outcome.findings[3].endswith(f" of at most {first:.2f}.")
 
 
 def test_kinds_of_context_are_what_they_are_called():

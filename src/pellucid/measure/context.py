@@ -139,9 +139,10 @@ def _last_losses(losses: Losses, inputs_MT: np.ndarray, targets_M: np.ndarray) -
 
 
 def induction(losses: Losses, vocab_size: int, T: int, copies: int, random, progress: Callable[..., None]) -> dict:
-    """Loss on random tokens the first time minus the second time: ln V where copying is perfect, 0 where there is none.
+    """Loss on random tokens the first time minus the second time: all of the first where copying is perfect, 0 where there is none.
 
-    The first four ids are left out: they are reserved in trained tokenizers.
+    At first they cost a model that has learnt a language more than to guess evenly would (`random`). The first four ids are left
+    out: they are reserved in trained tokenizers.
     """
     half = T // 2
     rows = random.integers(4, vocab_size, (copies, half))
@@ -163,7 +164,8 @@ def _describe(outcome: Outcome) -> None:
     found = outcome.numbers
     curve, amount, kinds, copied, fall = (found[k] for k in ("by_position", "amount", "kinds", "induction", "drop"))
     enough, most = useful_tokens(amount), found["context"]
-    used = (f"After {enough} tokens of context more of it makes no difference that {found['predictions']} predicted tokens can show"
+    used = (f"After {enough} token{'s' * (enough > 1)} of context more of it makes no difference that {found['predictions']} predicted "
+            "tokens can show"
             if enough < most else f"All of the window of {most} tokens is used: every smaller amount tried is clearly worse")
     verdict = ("context helps" if fall["high"] < 0 else "no gain from context can be shown" if fall["low"] <= 0
                else "more context makes it worse")
@@ -174,8 +176,9 @@ def _describe(outcome: Outcome) -> None:
         f"Against the true context, foreign text before the last {found['near']} tokens costs "
         f"{spread(kinds['far foreign']['to_true'])}, "
         f"the same words shuffled {spread(kinds['far shuffled']['to_true'])}, none at all {spread(kinds['near only']['to_true'])}.",
-        f"Random tokens repeated: {copied['first']['mean']:.2f} nats at first, {copied['second']['mean']:.2f} the second time: "
-        f"induction gains {spread(copied['gain'])} of at most {copied['random']:.2f}.",
+        f"Random tokens repeated: {copied['first']['mean']:.2f} nats at first (guessed evenly: {copied['random']:.2f}), "
+        f"{copied['second']['mean']:.2f} the second time: induction gains {spread(copied['gain'])} of at most "
+        f"{copied['first']['mean']:.2f}.",
     ]
     outcome.tables.append({
         "title": "Loss under each kind of context", "columns": ["context", "loss", "low", "high", "more than true", "low", "high"],
