@@ -47,6 +47,22 @@ def test_a_share_stays_one():
     assert found["mean"] == pytest.approx(0.3) and (found["low"], found["high"]) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("documents", [5, 34, 400])
+def test_documents_that_all_agree_leave_room_for_those_that_were_not_drawn(documents):
+    """Clopper & Pearson: at the bound, such a sample comes one time in forty."""
+    ones = np.ones(documents)
+    none, every = share(0 * ones, 3 * ones), share(3 * ones, 3 * ones)
+    assert (none["mean"], none["low"], every["mean"], every["high"]) == (0.0, 0.0, 1.0, 1.0)
+    assert (1 - none["high"]) ** documents == pytest.approx(0.025) and every["low"] ** documents == pytest.approx(0.025)
+
+
+def test_a_rare_thing_is_inside_as_often_as_a_frequent_one():
+    """1 document in 33, 34 of them: in a third of the samples there is none."""
+    rng = np.random.default_rng(7)
+    found = [share((rng.random(34) < 0.03).astype(float), np.ones(34), draws=200) for _ in range(400)]
+    assert sum(each["low"] <= 0.03 <= each["high"] for each in found) >= 0.92 * 400
+
+
 def test_columns_share_their_draws():
     values = np.random.default_rng(3).normal(0, 1, (60, 1))
     found = ratio(np.hstack([values, values + 5]), np.ones((60, 2)))

@@ -35,8 +35,16 @@ def ratio(sums: np.ndarray, counts: np.ndarray, *, draws: int = DRAWS, seed: int
 
 
 def share(sums: np.ndarray, counts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> dict:
-    """As `ratio`, of what lies between 0 and 1."""
-    return {name: _plain(np.clip(value, 0.0, 1.0)) for name, value in ratio(sums, counts, draws=draws, seed=seed).items()}
+    """As `ratio`, of what lies between 0 and 1.
+
+    Documents that are all without it, or all of it, draw nothing else: there the far end is Clopper & Pearson's (1934), at which
+    G documents would all be so one time in forty.
+    """
+    found = {name: np.clip(value, 0.0, 1.0) for name, value in ratio(sums, counts, draws=draws, seed=seed).items()}
+    alike = 0.025 ** (1 / len(sums))
+    found["high"] = np.where(found["mean"] == 0, np.maximum(found["high"], 1 - alike), found["high"])
+    found["low"] = np.where(found["mean"] == 1, np.minimum(found["low"], alike), found["low"])
+    return {name: _plain(value) for name, value in found.items()}
 
 
 def around(mean: np.ndarray, drawn: np.ndarray, documents: int) -> tuple[np.ndarray, np.ndarray]:
