@@ -1,5 +1,10 @@
 """The fit of the scaling law on runs made from known constants, and against SciPy's own global optimum of them."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -77,11 +82,21 @@ def test_an_E_of_nothing_is_as_unsure_as_the_runs_leave_it():
     assert any("hardly fix E, A, alpha" in sentence for sentence in outcome.findings)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_the_fit_starts_no_threads_that_would_wait_for_each_other():
+    code = ("import os; from pellucid.measure.scaling_law import _optimizer; threads = lambda: len(os.listdir('/proc/self/task'));"
+            "before = threads(); _optimizer(); print(threads() - before)")  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip() == "0"
+
+
 def test_outcome_predicts_the_trial_run():
     N, D, _ = runs(SMALL, [2e4, 6e4, 2e5], [1e5, 4e5, 1.6e6])
     of = lambda n, d: {"parameters": {"active": int(n)}, "tokens": int(d), "held_out": float(SMALL.loss(n, d))}
     results = {f"run-{i}": of(n, d) for i, (n, d) in enumerate(zip(N, D, strict=True))}
-    outcome = scaling_outcome({**results, "trial": of(8e5, 6.4e6)}, draws=20)
+    told = []
+    outcome = scaling_outcome({**results, "trial": of(8e5, 6.4e6)}, draws=20, progress=lambda *call: told.append(call))
+    assert told == [("fitting the law", n, 20) for n in range(1, 21)]
     trial = outcome.numbers["trial"]
     assert trial["predicted"] == pytest.approx(trial["loss"], rel=1e-4) and abs(trial["error"]) < 1e-4
     assert trial["error_of_no_gain"] > 0.01

@@ -58,7 +58,8 @@ def plan_folder(out: Path | None, name: str) -> Path:
 
 def finish_plan(make: Callable[..., Any], describe: Callable[..., Any], name: str, out: Path | None, run: str | None,
                 at_once: int, ray: str | None, yes: bool, as_json: bool) -> None:  # fmt: skip
-    """Estimate, ask, run what is not finished, keep the result. make(progress) -> (jobs, facts)."""
+    """Estimate, ask, run what is not finished, keep the result. make(progress) -> (jobs, facts); describe(jobs, results, facts,
+    progress) -> the outcome."""
     import time
 
     from pellucid.measure.plan import Plan
@@ -72,7 +73,7 @@ def finish_plan(make: Callable[..., Any], describe: Callable[..., Any], name: st
         jobs, facts = make(progress)
         plan = Plan(jobs, folder)
         plan.ask(at_once, yes)
-        outcome = describe(jobs, plan.run(at_once, ray, progress), facts)
+        outcome = describe(jobs, plan.run(at_once, ray, progress), facts, progress)
         outcome.seconds = time.perf_counter() - began
         outcome.numbers["job_seconds"] = sum(record["seconds"] for record in plan.finished().values())
         return outcome
@@ -118,7 +119,7 @@ def capacity(
     finish_plan(
         lambda progress: (capacity_jobs(numbers(parameters, "--parameters", int), numbers(loads, "--loads", float), epochs=epochs,
                                         seeds=seeds, compare=names(compare), progress=progress), None),
-        lambda jobs, results, facts: capacity_outcome(jobs, results), "capacity", out, run, jobs, ray, yes, as_json)  # fmt: skip
+        lambda jobs, results, *_: capacity_outcome(jobs, results), "capacity", out, run, jobs, ray, yes, as_json)  # fmt: skip
 
 
 @measure_app.command()
@@ -150,7 +151,8 @@ def scaling(
     finish_plan(
         lambda progress: (scaling_jobs(config, prepared(progress), names(sizes), numbers(tokens, "--tokens", int), largest, seed,
                                        progress), None),
-        lambda jobs, results, facts: scaling_outcome(results, seed=seed), "scaling", out, run, jobs, ray, yes, as_json)  # fmt: skip
+        lambda jobs, results, facts, progress: scaling_outcome(results, seed=seed, progress=progress), "scaling", out, run, jobs, ray,
+        yes, as_json)  # fmt: skip
 
 
 @measure_app.command()
@@ -181,7 +183,8 @@ def robustness(
     finish_plan(
         lambda progress: robustness_jobs(config, prepared(progress), folder, amounts=numbers(amounts, "--amounts", int), tokens=tokens,
                                          arms=names(arms), seeds=seeds, versions=versions, progress=progress),
-        robustness_outcome, "robustness", out, run, jobs, ray, yes, as_json)  # fmt: skip
+        lambda jobs, results, facts, _: robustness_outcome(jobs, results, facts), "robustness", out, run, jobs, ray,
+        yes, as_json)  # fmt: skip
 
 
 def names(text: str) -> list[str]:

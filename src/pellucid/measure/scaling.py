@@ -76,14 +76,16 @@ def scaling_jobs(
     return jobs
 
 
-def scaling_outcome(results: dict[str, Any], *, draws: int = 200, seed: int = 0) -> Outcome:
+def scaling_outcome(
+    results: dict[str, Any], *, draws: int = 200, seed: int = 0, progress: Callable[..., None] = lambda *_: None,
+) -> Outcome:  # fmt: skip
     """The law of the runs, its intervals, what it says of the trial run and of larger budgets."""
     runs = [{"name": name, "N": result["parameters"]["active"], "D": result["tokens"], "loss": result["held_out"]}
             for name, result in results.items()]
     trial, fitted = runs[-1], runs[:-1]
     N, D, loss = (np.array([run[key] for run in fitted], float) for key in ("N", "D", "loss"))
     law = fit(N, D, loss)
-    laws = bootstrap(N, D, loss, law, draws, seed)
+    laws = bootstrap(N, D, loss, law, draws, seed, lambda n: progress("fitting the law", n, draws))
     expected = float(law.loss(trial["N"], trial["D"]))
     low, high = interval(laws, lambda other: float(other.loss(trial["N"], trial["D"])))
     error = expected / trial["loss"] - 1
