@@ -10,7 +10,7 @@ from pellucid.data.build import prepare
 from pellucid.measure.plan import Job, Plan
 from pellucid.measure.robustness import robustness_jobs, robustness_outcome
 
-FACTS = {"unavailable": {}, "vendi": {}}
+FACTS = {"unavailable": {}, "vendi": {}, "unique_tokens": {}}
 SEEDS, DOCUMENTS, TOKENS = 3, 40, 100.0
 
 
@@ -102,6 +102,9 @@ def test_texts_are_what_they_are_called_and_the_plan_runs(corpus, tmp_path):
     outcome = robustness_outcome(jobs, Plan(jobs, tmp_path).run(), facts)
     assert {row["arm"] for row in outcome.numbers["augmentation"]} == {"bpe-dropout"}
     assert outcome.numbers["narrow_minus_varied"]["amount"] == 1500 and outcome.numbers["trained_tokens"] > 500
+    for gap, texts in zip(outcome.numbers["gaps"], (small, large), strict=True):
+        unique = sum(len(dataset.tokenizer.encode(text)) + 1 for text in texts)  # the last document goes beyond what was asked for
+        assert unique > gap["amount"] and gap["epochs"] == outcome.numbers["trained_tokens"] / unique == gap["curve"][-1]["epochs"]
 
 
 def test_mistakes(corpus, tmp_path):

@@ -40,7 +40,7 @@ def robustness_jobs(
     base: Config, dataset: Dataset, folder: Path, *, amounts: Sequence[int], tokens: int, arms: Sequence[str], seeds: int = 3,
     versions: int = 4, held_out: int = 40_000, progress: Callable[..., None] | None = None,
 ) -> tuple[list[Job], dict[str, Any]]:  # fmt: skip
-    """Jobs, and facts of the texts: what was left out and why, Vendi scores. Prepared texts lie in `folder`.
+    """Jobs, and facts of the texts: what was left out and why, Vendi scores, their tokens. Prepared texts lie in `folder`.
 
     amounts: unique training tokens; tokens: what each run trains on in all; versions: augmented ones of each document.
     Raises UserError for an unknown arm, or where the corpus has too little text or too few documents for an answer.
@@ -59,7 +59,7 @@ def robustness_jobs(
     texts = _Texts(dataset, folder, base.data, versions)
     pairs = [texts.narrow_and_varied(amounts[0], seed) for seed in range(seeds)]
     texts.write("held-out", "validation", texts.up_to("validation", held_out, seed=0, least=HELD_OUT))
-    facts: dict[str, Any] = {"unavailable": {}, "vendi": {}}
+    facts: dict[str, Any] = {"unavailable": {}, "vendi": {}, "unique_tokens": {}}
     wanted = [("off", amount) for amount in amounts] + [(arm, amount) for arm in arms if arm != "off" for amount in amounts]
     prepared = {}
     for number, (arm, amount) in enumerate(wanted):
@@ -73,6 +73,8 @@ def robustness_jobs(
             if arm == "off":
                 raise
             facts["unavailable"][arm] = str(error)
+        if arm == "off":
+            facts["unique_tokens"][amount] = int(prepared[arm, amount, None].train.reader.ends[-1])  # its last document is whole
     amount = amounts[0]
     for seed, pair in enumerate(pairs):
         say("preparing text", len(wanted) + 2 * seed, len(wanted) + 2 * seeds, "narrow and varied text")
@@ -172,8 +174,9 @@ def robustness_outcome(jobs: Sequence[Job], results: dict[str, Any], facts: dict
         train_S = np.array([runs["off", amount, seed]["train"] for seed in seeds])
         gap = intervals.crossed(nats("off", amount) - train_S[:, None] * counts_G, counts_G)
         curves = [runs["off", amount, seed]["curve"] for seed in seeds]
-        gaps.append({"amount": amount, "epochs": trained / amount, "held_out": intervals.crossed(nats("off", amount), counts_G),
-                     "train": float(train_S.mean()), "gap": gap, "curve": _mean_curve(curves, amount, trained)})
+        unique = facts["unique_tokens"].get(amount, amount)
+        gaps.append({"amount": amount, "unique": unique, "epochs": trained / unique, "train": float(train_S.mean()), "gap": gap,
+                     "held_out": intervals.crossed(nats("off", amount), counts_G), "curve": _mean_curve(curves, unique, trained)})
     paired = [{"arm": arm, "amount": amount, **_verdict(intervals.crossed(nats(arm, amount) - nats("off", amount), counts_G))}
               for arm in dict.fromkeys(arm for arm, _, _ in runs) if arm in ARMS and arm != "off" for amount in amounts]
     numbers = {"seeds": seeds, "trained_tokens": trained, "held_out_documents": len(counts_G), "gaps": gaps, "augmentation": paired,
@@ -209,7 +212,7 @@ def _begin(arm: str) -> str:
 def _describe(outcome: Outcome) -> None:
     found = outcome.numbers
     for gap in found["gaps"]:
-        outcome.findings.append(f"{gap['amount']:,} tokens of text, {gap['epochs']:.1f} times: training loss {gap['train']:.3f}, "
+        outcome.findings.append(f"{gap['unique']:,} tokens of text, {gap['epochs']:.1f} times: training loss {gap['train']:.3f}, "
                                 f"held-out {gap['held_out']['mean']:.3f}, a gap of {spread(gap['gap'])}.")
     for row in found["augmentation"]:
         outcome.findings.append(f"{_begin(row['arm'])} at {row['amount']:,} tokens: held-out loss changes by {spread(row)}: "
