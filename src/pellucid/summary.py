@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pellucid.measure.bigram import bigram_loss
-from pellucid.measure.documents import answer, told
+from pellucid.measure.documents import answer, in_digits, told
 from pellucid.model.size import parameter_counts
 from pellucid.observe.reader import Reader
 from pellucid.observe.store import FILE_NAME
@@ -95,7 +95,7 @@ def _labelled(loop: Loop) -> tuple[str, str]:
         excerpt = " ".join(document["text"].split())[:EXCERPT]
         label = document["label"]
         if loop.model.config.head.problem_type == "regression":
-            label = ", ".join(f"{value:.4g}" for value in np.atleast_1d(json.loads(str(label))))
+            label = in_digits(loop.model.config.head, np.atleast_1d(json.loads(str(label))))
         lines.append(f"{excerpt!r}: {label}, predicted {told(loop.model.config.head, outputs_K)}")
     return "", "\n".join(lines)
 

@@ -15,9 +15,9 @@ from sklearn import metrics as peer
 
 import pellucid
 from pellucid import cli
-from pellucid.config import UserError
+from pellucid.config import HeadConfig, UserError
 from pellucid.exchange.convert import convert
-from pellucid.measure.documents import predict_files
+from pellucid.measure.documents import in_digits, predict_files
 from pellucid.measure.tables import write_rows
 from pellucid.observe.explain import explain
 from pellucid.observe.explain_text import explain_text
@@ -366,6 +366,12 @@ def test_a_step_of_a_labelled_run_is_played_with_all_proofs(name, request):
     refuted = [edge for edge in compared if edge["doubt"] <= 0.05 * abs(edge["autograd"])
                and abs(edge["difference"] - edge["autograd"]) > 1e-3 * abs(edge["autograd"]) + edge["doubt"]]  # fmt: skip
     assert compared and not refuted and all(edge["by_hand"] == close(edge["autograd"]) for edge in play["edges"])
+
+
+def test_numbers_for_a_person_have_the_digits_that_tell_them_apart():
+    head = HeadConfig(problem_type="regression", labels=["far", "near"], mean=[1e9, 0.0], std=[2e5, 2.0], max_length=8)
+    assert in_digits(head, np.array([1e9 + 12345.0, 1.23456])) == "1.000012e+09, 1.235"
+    assert in_digits(head, np.array([np.nan, 0.0])) == "nan, 0"
 
 
 def test_where_predictions_cannot_be_written_the_file_named_is_the_one_asked_for(tmp_path):

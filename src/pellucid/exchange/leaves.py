@@ -181,5 +181,5 @@ def refuse_what_has_no_place(source: Source, format_name: str) -> None:
         if source.balance_bias(layer) is not None:
             raise UserError(
                 f"layer {layer} has a nonzero balance bias, for which {format_name} has no place: without it the model "
-                "would choose other experts; export to 'hf', or train with training.balance_bias_rate = 0"
+                "would choose other experts; export to 'hf', or train anew with training.balance_bias_rate = 0, not from these weights"
             )

@@ -6,6 +6,7 @@ model was trained with. Letters: M documents, K classes or numbers, T positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -51,10 +52,16 @@ def answer(model: Grok1, tokenizer: Any, texts: Sequence[str]) -> tuple[np.ndarr
 def told(head: HeadConfig, outputs_K: np.ndarray) -> str:
     """What the head says of one document, for a person."""
     if head.problem_type == "regression":
-        return ", ".join(f"{value:.4g}" for value in as_told(head, outputs_K[None])[0])
+        return in_digits(head, as_told(head, outputs_K[None])[0])
     probabilities_K = softmax(outputs_K)
     best = int(probabilities_K.argmax())
     return f"{head.labels[best]} ({probabilities_K[best]:.0%})"
+
+
+def in_digits(head: HeadConfig, numbers_K: np.ndarray) -> str:
+    """Numbers in their own unit for a person: four digits, or as many as show a hundredth of their standard deviation."""
+    digits = lambda value, std: max(4, 3 + math.ceil(math.log10(abs(value) / std))) if value and std and math.isfinite(value) else 4
+    return ", ".join(f"{value:.{digits(value, std)}g}" for value, std in zip(numbers_K.tolist(), head.std, strict=True))
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

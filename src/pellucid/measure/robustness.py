@@ -211,11 +211,12 @@ def _begin(arm: str) -> str:
 
 def _describe(outcome: Outcome) -> None:
     found = outcome.numbers
+    unique = {gap["amount"]: gap["unique"] for gap in found["gaps"]}  # tokens asked for -> tokens there
     for gap in found["gaps"]:
         outcome.findings.append(f"{gap['unique']:,} tokens of text, {gap['epochs']:.1f} times: training loss {gap['train']:.3f}, "
                                 f"held-out {gap['held_out']['mean']:.3f}, a gap of {spread(gap['gap'])}.")
     for row in found["augmentation"]:
-        outcome.findings.append(f"{_begin(row['arm'])} at {row['amount']:,} tokens: held-out loss changes by {spread(row)}: "
+        outcome.findings.append(f"{_begin(row['arm'])} at {unique[row['amount']]:,} tokens: held-out loss changes by {spread(row)}: "
                                 f"{row['verdict']}.")
     outcome.findings += [f"{_begin(arm)} could not be tried: {why}" for arm, why in found["unavailable"].items()]
     if "narrow_minus_varied" in found:
@@ -227,12 +228,12 @@ def _describe(outcome: Outcome) -> None:
             f"{ {'harms': 'generalises better', 'helps': 'generalises worse'}.get(row['verdict'], 'shows no difference') }.")
     outcome.tables.append({
         "title": "Held-out loss against no augmentation", "columns": ["augmentation", "tokens", "difference", "low", "high", ""],
-        "rows": [[r["arm"], r["amount"], r["mean"], r["low"], r["high"], r["verdict"]] for r in found["augmentation"]]})
+        "rows": [[r["arm"], unique[r["amount"]], r["mean"], r["low"], r["high"], r["verdict"]] for r in found["augmentation"]]})
     curve = lambda gap, key: {"x": [p["epochs"] for p in gap["curve"]], "y": [p[key] for p in gap["curve"]]}
     outcome.charts.append({
         "title": "The same text again and again (dashed: loss on the training text)", "x": "times the text was seen",
         "y": "nats per token", "log_x": True,
-        "lines": [*({"name": f"{g['amount']:,} tokens, held-out", **curve(g, "held_out")} for g in found["gaps"]),
+        "lines": [*({"name": f"{g['unique']:,} tokens, held-out", **curve(g, "held_out")} for g in found["gaps"]),
                   *({"name": "", "dashed": True, "colour": n, **curve(g, "train")} for n, g in enumerate(found["gaps"]))]})
     arms = list(dict.fromkeys(row["arm"] for row in found["augmentation"]))
     if arms:
