@@ -352,6 +352,13 @@ def test_a_text_too_small_for_the_tokenizer_asked_for_is_told(tiny_tables, tmp_p
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_last_held_out_loss_says_that_it_is_of_more_text_than_those_before(tiny_tables, tmp_path, capsys):
+    train(tiny_tables(max_steps=4, evaluate_every=2, evaluate_rows=1), run_dir=tmp_path / "run", progress=True)
+    lines = " ".join(capsys.readouterr().out.split()).split("held-out loss ")
+    whole = [", over all that is held out" in line[:60] for line in lines[1:]]
+    assert whole[:3] == [False, False, True], lines  # before training, after 2 steps, after 4
+
+
 def test_alarms_and_the_best_checkpoint_are_told_at_the_end(tiny_tables, tmp_path, capsys, monkeypatch):
     """Losses that rise: what is best was saved after two steps, and is not the model that the run ends with."""
     losses = {0: 3.0, 2: 1.0, 4: 2.0, 6: 2.5}

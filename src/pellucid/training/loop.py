@@ -106,7 +106,8 @@ class Loop:
             return None
         result = self.measure(rows)
         self.observer.evaluation(self.counters.step, result)
-        self.progress.say(f"{after(self.counters.step)}: {result.in_words()}")
+        more = rows is None and len(self.dataset.validation) > self.config.training.evaluate_rows  # than the evaluations before
+        self.progress.say(f"{after(self.counters.step)}: {result.in_words()}{', over all that is held out' if more else ''}")
         return result
 
     def measure(self, rows: int | None) -> Any:
