@@ -229,8 +229,11 @@ def test_bad_token_files_are_one_sentence(built, tmp_path):
     refused("negative", index, np.array([5, -1, 7], np.int32).tobytes(), "token id -1")
     refused("empty", None, b"", "no documents to train on")
     refused("kind", None, b"ab", "there is no other", kind="other")
-    pq.write_table(pa.table({"text": ["a"], "input_ids": [[1, None]]}), tmp_path / "t.parquet")
+    ids = pa.array([[1, None]])
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), ids, ids, ids], names=["text", "input_ids", "twice", "twice"]),
+                   tmp_path / "t.parquet")
     for field, says in (("text", "holds string, not lists"), ("no", r"no column 'no'; the columns are text, input_ids"),
+                        ("twice", "2 columns are called 'twice'"),
                         ("input_ids", "row 0: column 'input_ids' is null, or holds a null")):
         with pytest.raises(UserError, match=says):
             import_tokens(str(tmp_path / "t.parquet"), tmp_path / "no", tokenizer=tokenizer, field=field)

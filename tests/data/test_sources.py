@@ -458,6 +458,17 @@ def test_parquet_names_its_columns_when_the_text_field_is_wrong(tmp_path):
     assert read(tmp_path / "a.parquet", text_field="body")[0].text == "x"
 
 
+def test_two_columns_of_one_name_are_one_sentence(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"]), pa.array(["z"])], names=["text", "text", "body"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "b.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "b.arrow"):
+        [problem] = read(tmp_path / name)
+        assert problem.reason == "wrong field" and f"{name}: 2 columns are called 'text'" in problem.message
+        assert [document.text for document in read(tmp_path / name, text_field="body")] == ["z"]
+
+
 @pytest.mark.parametrize("compression", ["", ".gz"])
 def test_a_line_too_long_is_left_out_and_the_next_is_read(tmp_path, monkeypatch, compression):
     monkeypatch.setattr(readers, "LARGEST_LINE", 1000)

@@ -151,6 +151,8 @@ def read_rows(rows: Iterable[dict], field: str, name: str) -> Iterator[Tokenized
 def _check_column(schema: pa.Schema, field: str, name: str) -> None:
     if field not in schema.names:
         raise UserError(f"{name}: no column '{field}'; the columns are {', '.join(schema.names) or 'none'} (set --field)")
+    if schema.names.count(field) > 1:
+        raise UserError(f"{name}: {schema.names.count(field)} columns are called '{field}'; rename all but one")
     kind = schema.field(field).type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not lists or not pa.types.is_integer(kind.value_type):

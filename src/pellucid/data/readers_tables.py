@@ -127,6 +127,9 @@ def _wrong_column(schema: pa.Schema, file: SourceFile) -> Unreadable | None:
             return unreadable_field(file.uri, field, schema.names, "data.label_field")
     if file.text_field not in schema.names:
         return unreadable_field(file.uri, file.text_field, schema.names)
+    for field in (file.text_field, *file.label_fields):
+        if (count := schema.names.count(field)) > 1:
+            return Unreadable("wrong field", f"{file.uri}: {count} columns are called '{field}'; rename all but one")
     kind = schema.field(file.text_field).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
