@@ -40,8 +40,11 @@ def test_what_is_found_is_what_looking_into_every_text_finds(tmp_path, monkeypat
             split = dataset.split(item.split)
             places = {piece["document"] for piece in split.describe_rows(item.rows)}
             assert item.document in places
-    with pytest.raises(UserError, match="nothing to search for"):
-        search(dataset, "")
+    for wanted in (" river", " ", " 数"):  # a tokenizer's own space before a text is none of it
+        assert search(dataset, wanted).occurrences == sum(text.count(wanted) for text in written)
+    for nothing in ("", "\udcff", "caf\udce9"):  # the bytes that a terminal gave are no text
+        with pytest.raises(UserError, match="nothing to search for"):
+            search(dataset, nothing)
 
 
 @pytest.mark.parametrize(("query", "places"), [

@@ -57,9 +57,12 @@ class Search:
 def search(dataset: Dataset, text: str, *, limit: int = 20, progress: Callable[..., None] = lambda *call: None) -> Search:
     """Documents of all splits that hold `text` (as the data are normalised), the first `limit` of them described.
 
-    progress(stage, done, total) counts tokens. Raises UserError for an empty text.
+    progress(stage, done, total) counts tokens. Raises UserError for an empty text, and for what is none.
     """
-    needle = _as_prepared(text, dataset.config.normalize).encode("utf-8", "surrogateescape")
+    try:
+        needle = _as_prepared(text, dataset.config.normalize).encode()
+    except UnicodeEncodeError:
+        raise UserError("nothing to search for: the text is not valid UTF-8") from None
     if not needle:
         raise UserError("nothing to search for: the text is empty" + (" once it is normalised as the data are" if text else ""))
     result, table, done = Search(text), TokenBytes(dataset.tokenizer), 0
@@ -88,11 +91,18 @@ def _documents_with(split: Split, table: TokenBytes, needle: bytes, progress: Ca
                     ) -> Iterator[tuple[int, list[int]]]:
     """(document, bytes of its own text before each place) in order."""
     reader, first = split.reader, 0
+    puts_blank = split.tokenizer.byte_lengths[split.tokenizer.eos_token_id] < 0  # before each text, as SentencePiece does
+    text_bytes = reader.columns(["text_bytes"]).column(0).to_numpy()
     while first < len(reader.ends):
         stop = max(first + 1, int(np.searchsorted(reader.ends, reader.starts[first] + TOKENS_AT_ONCE, side="right")))
         base = int(reader.starts[first])
         content, ends = table.join(reader.tokens(np.arange(base, reader.ends[stop - 1])))
         document_ends = ends[reader.ends[first:stop] - 1 - base]
+        if puts_blank:
+            starts = np.concatenate([[0], document_ends[:-1]])
+            content = bytearray(content)
+            for blank in starts[document_ends - 1 - starts > text_bytes[first:stop]].tolist():
+                content[blank : blank + 1] = BETWEEN
         places: list[int] = []
         place = content.find(needle)
         while place >= 0:
