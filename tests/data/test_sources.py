@@ -389,6 +389,8 @@ def test_the_help_topics_are_a_corpus():
     ("a.zip", b"PK no zip", "damaged", "not a zip archive"),
     ("a.csv", b"id,text\n1,good\n2\n", "bad CSV", "a.csv:3: 1 fields where the header has 2"),
     ("a.csv", b'text\n"unclosed\n', "bad CSV", "not a CSV record"),
+    ("a.csv", b"id,text\r1,good\r", "bad CSV", r"a.csv:1: not a CSV record (a CR in the middle of it, not in quotes; where lines "
+     r"end so: tr '\r' '\n')"),
     ("a.csv", b"text\ncaf\xe9\n", "wrong encoding", "a.csv:2: not UTF-8 (0xe9"),
     ("a.csv", b"body\nx\n", "wrong field", "the fields are 'body'"),
     ("a.json", b'{"text": "x"', "bad JSON", "a.json:1: not a JSON object"),
@@ -449,6 +451,14 @@ def test_a_line_of_a_gigabyte_is_left_out_counted_and_never_in_memory(tmp_path, 
     dropped, documents = done.stdout.splitlines()
     assert dropped.startswith("{'line too long': 1}") and says in dropped
     assert documents.startswith("['the first', 'the last']") and int(documents.split()[-1]) < 1000  # MB
+
+
+def test_a_long_text_whose_lines_end_with_cr_alone_is_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST_PLAIN", 50)
+    (tmp_path / "a.txt").write_bytes(b"a line of words\r" * 20)
+    documents = read(tmp_path / "a.txt")
+    assert len(documents) == 7 and all(document.text == "a line of words\r" * (len(document.text) // 16) for document in documents)
+    assert "".join(document.text for document in documents) == "a line of words\r" * 20
 
 
 def test_parquet_names_its_columns_when_the_text_field_is_wrong(tmp_path):

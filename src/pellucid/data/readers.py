@@ -51,7 +51,7 @@ def plain_cuts(stream: BinaryIO, span: Span = WHOLE) -> Iterator[bytes]:
             return
         size = len(block)
         if size == LARGEST_PLAIN:
-            size = block.rfind(b"\n") + 1 or _whole_characters(block)
+            size = block.rfind(b"\n") + 1 or block.rfind(b"\r") + 1 or _whole_characters(block)
         yield block[:size]
         start, rest = start + size, block[size:]
 
@@ -135,6 +135,8 @@ def _csv_records(lines: _CsvLines) -> Iterator[tuple[list[str] | Unreadable, int
             row = next(rows, None)
         except csv.Error as error:  # the csv module begins anew at the next line
             reason, at = str(error), lines.number
+            if "new-line" in reason:
+                reason = "a CR in the middle of it, not in quotes; where lines end so: tr '\\r' '\\n'"
             if lines.ended:
                 reason, at = f"a quote is not closed in {lines.held:,} bytes; the rest of the file is left out", first
             row = Unreadable("bad CSV", f"{lines.file.uri}:{at}: not a CSV record ({reason})")
