@@ -190,3 +190,18 @@ def test_the_pipeline_gives_ids_when_the_tokenizer_is_varied(tokenizer):
     assert 8 < len(varied) < 32 and all(v.text == text for v, text in zip(versions, CORPUS, strict=True))
     assert all(tokenizer.decode(v.token_ids) == v.text and v.steps[-1]["name"] == "bpe_dropout" for v in varied)
     assert augment.versions(DOCUMENTS[::-1], 1, tokenizer)[::-1] == versions
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.5])
+def test_dropout_counts_the_tokens_it_changed_and_no_version_where_it_changed_none(tokenizer, rate):
+    augment = make({"name": "bpe_dropout", "rate": rate})
+    versions = augment.versions(DOCUMENTS, 1, tokenizer)
+    places = lambda ids: [(sum(map(len, pieces[:n])), piece) for pieces in [[*map(tokenizer.token_bytes, ids)]]
+                          for n, piece in enumerate(pieces)]
+    for version, text in zip(versions, CORPUS, strict=True):
+        usual, changed = tokenizer.encode(text), sum(step["changed"] for step in version.steps)
+        varied = usual if version.token_ids is None else version.token_ids
+        assert changed == len(set(places(varied)) - set(places(usual))) and (changed > 0) == (varied != usual) == bool(version.steps)
+    assert len({v.token_ids is None for v in versions}) == (2 if rate == 0.02 else 1)
+    [entry] = augment.describe()
+    assert (entry["name"], entry["changed"]) == ("bpe_dropout", sum(step["changed"] for v in versions for step in v.steps))

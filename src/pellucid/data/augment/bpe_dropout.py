@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import tokenizers
@@ -82,6 +83,12 @@ class BpeDropout:
                 yield [part]
             else:
                 yield from (list(word) for word in (WORDS.findall(part) if SPACE in part else [part]))
+
+
+def spelled_otherwise(ids: list[int], usual: list[int], tokenizer: Tokenizer) -> int:
+    """How many of the ids that spell a text stand for other bytes of it than each of its usual ids."""
+    places = lambda ids: set(pairwise([0, *np.cumsum(tokenizer.byte_lengths[ids]).tolist()]))
+    return len(places(ids) - places(usual))
 
 
 def _as_json(tokenizer: Tokenizer) -> bytes:

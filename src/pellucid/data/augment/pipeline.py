@@ -25,7 +25,7 @@ from pellucid.config import (
 )
 from pellucid.data.augment import noise
 from pellucid.data.augment.back_translation import BackTranslation, Gates
-from pellucid.data.augment.bpe_dropout import BpeDropout
+from pellucid.data.augment.bpe_dropout import BpeDropout, spelled_otherwise
 from pellucid.data.augment.lexicons import open_source
 from pellucid.data.augment.neural_translators import CTranslate2Translator, TransformersTranslator
 from pellucid.data.augment.outcome import Augmenter, Outcome
@@ -64,7 +64,7 @@ class Step:
     name: str
     settings: dict[str, Any]
     documents: float
-    run: Augmenter
+    run: Augmenter | None  # None: bpe_dropout, which varies the ids
     fingerprint: str = ""
     rearranges: bool = False
     rejected: dict[str, int] = field(default_factory=dict)
@@ -82,12 +82,12 @@ class Augmentation:
         self._caches: list[CachedTranslator] = []
         self._lookups: dict[tuple, Lookup] = {}
         self.steps: list[Step] = []
-        self.dropout: BpeDropoutConfig | None = None
+        self.dropout: Step | None = None
         names: dict[str, int] = {}
         for entry in sorted(config.augment, key=_rearranges):
             names[entry.name] = names.get(entry.name, 0) + 1
             if isinstance(entry, BpeDropoutConfig):
-                self.dropout = entry  # ids come last, whatever its place
+                self.dropout = Step(entry.name, entry.model_dump(mode="json"), entry.documents, None)  # last, whatever its place
             elif not isinstance(entry, TokenMaskingConfig):
                 name = entry.name if names[entry.name] == 1 else f"{entry.name}#{names[entry.name]}"
                 run, fingerprint = self._make(entry, Path(config.directory))
@@ -127,21 +127,27 @@ class Augmentation:
         if self.dropout is not None and tokenizer is not None:
             stream = generator(stream_key(self.seed, document, epoch, "bpe_dropout"))
             if stream.random() < self.dropout.documents:
-                encoder = self._encoders.get(tokenizer.fingerprint) or BpeDropout(tokenizer, self.dropout.rate)
+                settings = self.dropout.settings
+                encoder = self._encoders.get(tokenizer.fingerprint) or BpeDropout(tokenizer, settings["rate"])
                 self._encoders[tokenizer.fingerprint] = encoder
-                ids = encoder.encode(text, stream)
-                settings = self.dropout.model_dump(mode="json")
-                steps = [*steps, {"name": "bpe_dropout", "settings": settings, "changed": len(ids)}]
+                varied = encoder.encode(text, stream)
+                if changed := spelled_otherwise(varied, tokenizer.encode(text), tokenizer):
+                    ids, self.dropout.changed = varied, self.dropout.changed + changed
+                    steps = [*steps, {"name": "bpe_dropout", "settings": settings, "changed": changed}]
         return Augmented(text, document, epoch, self.seed, tuple(steps), ids)
 
     def describe(self) -> list[dict[str, Any]]:
         """Per entry: settings, the data it stands on, units changed, and changes refused by reason."""
         return [{"name": step.name, "settings": step.settings, "fingerprint": step.fingerprint, "changed": step.changed,
-                 "rejected": dict(sorted(step.rejected.items()))} for step in self.steps]
+                 "rejected": dict(sorted(step.rejected.items()))} for step in self._all]
+
+    @property
+    def _all(self) -> list[Step]:
+        return [*self.steps, self.dropout] if self.dropout else self.steps
 
     def forget(self) -> None:
         """Start counting anew."""
-        for step in self.steps:
+        for step in self._all:
             step.changed, step.rejected = 0, {}
 
     def close(self) -> None:
