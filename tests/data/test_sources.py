@@ -181,6 +181,16 @@ def test_a_crawl_archive_gives_the_pages_it_holds(tmp_path):
     assert [document.text for document in read(tmp_path / "b.warc.gz")] == [document.text for document in documents]
 
 
+@pytest.mark.parametrize("http", [
+    b"HTTP/1.0 200 OK\nContent-Type: text/plain\n\n", b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\n", b"HTTP/1.0 200 OK\r\n\r\n",
+], ids=["LF", "mixed", "no header"])
+def test_a_page_of_a_server_that_is_loose_about_line_ends_is_not_lost(tmp_path, http):
+    """RFC 9112, section 2.2: a recipient may take a single LF as a line end."""
+    (tmp_path / "a.warc").write_bytes(warc(("response", "application/http", http + b"one\n\ntwo\r\n\r\nthree")))
+    [document] = read(tmp_path / "a.warc")
+    assert document.text.split() == ["one", "two", "three"]
+
+
 def test_warc_records_agree_with_warcio(tmp_path):
     from warcio import archiveiterator, warcwriter
     from warcio.statusandheaders import StatusAndHeaders

@@ -100,15 +100,14 @@ def _record_text(head: dict[str, str], content: bytes, where: str) -> str | Unre
     """The text of a record, or None where it has none to read."""
     kind, mime = head.get("warc-type", "").lower(), head.get("content-type", "").lower()
     if kind == "response" and mime.startswith("application/http"):
-        status, _, rest = content.partition(b"\r\n")
-        fields, _, body = rest.partition(b"\r\n\r\n")
-        if not re.match(rb"HTTP/\S+ 2\d\d", status):
+        if not re.match(rb"HTTP/\S+ 2\d\d", content):
             return None
+        fields, *rest = re.split(rb"\r?\n\r?\n", content, maxsplit=1)  # some servers leave out the CR (RFC 9112, section 2.2)
         headers = {name.strip().lower(): value.strip() for name, _, value in
-                   (line.partition(":") for line in fields.decode("latin1").split("\r\n"))}
+                   (line.partition(":") for line in fields.decode("latin1").split("\n")[1:])}
         mime = headers.get("content-type", "text/html").lower()
         try:
-            content = _decoded_body(headers, body)
+            content = _decoded_body(headers, b"".join(rest))
         except (ValueError, OSError, EOFError, zlib.error) as error:
             return Unreadable("damaged", f"{where}: its body cannot be decoded ({error})")
     elif kind not in ("conversion", "resource"):
