@@ -168,14 +168,15 @@ def test_a_crawl_archive_gives_the_pages_it_holds(tmp_path):
         ("response", "application/http; msgtype=response", http + b"\r\n" + page),
         ("response", "application/http", http + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(page)),
         ("response", "application/http", http + chunks),
+        ("response", "application/http", http + chunks.replace(b"%x\r\n" % len(page), b"%x  \r\n" % len(page))),  # some servers pad
         ("response", "application/http", b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\n\r\n<p>gone</p>"),
         ("response", "application/http", b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n\x89PNG"),
         ("resource", "text/plain", b"a resource"),
     )
     (tmp_path / "a.warc").write_bytes(data)
     documents = read(tmp_path / "a.warc")
-    assert [document.text for document in documents] == ["Ünïcödé page"] * 3 + ["a resource"]
-    assert data[documents[3].byte_start : documents[3].byte_end] == b"a resource"
+    assert [document.text for document in documents] == ["Ünïcödé page"] * 4 + ["a resource"]
+    assert data[documents[4].byte_start : documents[4].byte_end] == b"a resource"
     members = b"".join(gzip.compress(part) for part in (data[:300], data[300:]))  # a member per record, in real ones
     (tmp_path / "b.warc.gz").write_bytes(members)
     assert [document.text for document in read(tmp_path / "b.warc.gz")] == [document.text for document in documents]

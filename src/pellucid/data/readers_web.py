@@ -119,7 +119,7 @@ def _record_text(head: dict[str, str], content: bytes, where: str) -> str | Unre
 
 
 def _decoded_body(headers: dict[str, str], body: bytes) -> bytes:
-    if "chunked" in headers.get("transfer-encoding", "").lower() and re.match(rb"[0-9A-Fa-f]+[;\r]", body):
+    if "chunked" in headers.get("transfer-encoding", "").lower() and re.match(rb"[0-9A-Fa-f]+[ \t]*[;\r]", body):
         parts = []
         while body:
             line, _, body = body.partition(b"\r\n")
