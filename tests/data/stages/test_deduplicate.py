@@ -167,8 +167,8 @@ def test_a_text_that_repeats_itself_is_cut_to_one_copy(tmp_path):
 
 def test_copies_are_dropped_and_counted(tmp_path):
     text = " ".join(prose("copy", 30))
-    left, dropped = deduplicated(tmp_path, documents([text, text, text]), CutRepeats, substring_words=10)
-    assert [item.text for item in left] == [text] and dropped == {"nothing but repeated passages": 2}
+    left, dropped = deduplicated(tmp_path, documents([f'"""{text}"""'] * 3), CutRepeats, substring_words=10)
+    assert [item.text for item in left] == [f'"""{text}"""'] and dropped == {"nothing but repeated passages": 2}
 
 
 def test_words_are_cut_with_what_follows_them():

@@ -26,6 +26,7 @@ class CutRepeats(CorpusPass):
     """
 
     name = "cut repeated passages"
+    version = 2
     sweeps = 2
 
     def __init__(self, config: DeduplicateConfig, folder: Path, slots: int = 1 << 26):
@@ -66,7 +67,8 @@ class CutRepeats(CorpusPass):
         if not len(positions):
             return document
         text = cut_words(document.text, positions, self.window)
-        return replace(document, text=text, exact=False) if text.strip() else Dropped("nothing but repeated passages")
+        left = any(map(str.isalnum, text))  # marks alone are no text: what stood before the first word
+        return replace(document, text=text, exact=False) if left else Dropped("nothing but repeated passages")
 
     def close(self) -> None:
         self.cuts.remove()
