@@ -258,6 +258,28 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, code):
         assert not list((tmp_path / "data").glob("*"))
 
 
+@pytest.mark.parametrize("block_bytes", [1 << 23, 20])  # the second: it is looked at before it is read, to be cut
+def test_a_file_that_may_not_be_read_is_a_bad_document(tmp_path, monkeypatch, block_bytes):
+    for name in ("a", "b", "shut"):
+        (tmp_path / f"{name}.txt").write_text(f"a text of a certain length in {name}.txt\n")
+    real = open
+
+    def guarded(path, *arguments, **named):
+        if str(path).endswith("shut.txt"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr("builtins.open", guarded)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
+    config = configure(tmp_path, [str(tmp_path / "*.txt")])
+    with pytest.raises(UserError, match=r"shut.txt: cannot be read \(Permission denied\); data.on_error = \"skip\""):
+        prepare(config)
+    config.on_error = "skip"
+    assert prepare(config).manifest["stages"][0]["dropped"] == {"unreadable": 1}
+    os.utime(tmp_path / "shut.txt", (1, 1))
+    assert prepare(config).reused, "nothing was read of it, nor can be"
+
+
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     path = Path(write_jsonl(tmp_path / "a.jsonl", ["some text of a certain length", "and another one beside it"]))
 

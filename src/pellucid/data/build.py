@@ -31,8 +31,8 @@ from pellucid.data.document import SourceFile, StageRecord
 from pellucid.data.labels import summarize
 from pellucid.data.passes import Build, Progress
 from pellucid.data.pipeline import Setup, forget, stages
-from pellucid.data.shards import damage, describe_files, file_sha256
-from pellucid.data.sources import list_files
+from pellucid.data.shards import damage, describe_files
+from pellucid.data.sources import list_files, sha256_of
 from pellucid.data.splitting import Splitter
 from pellucid.data.stages.assemble import corpus_passes, held_out_passes, pass_versions
 from pellucid.data.stages.refine import refine
@@ -174,7 +174,7 @@ def _fits(folder: Path, settings_hash: str, files: list[SourceFile], progress: P
         progress("checking", number, len(files))
         if (file.uri, file.size) != (before["uri"], before["size"]):
             return False
-        if file.version != before["version"] and (file.remote or file_sha256(file.path) != before["sha256"]):
+        if file.version != before["version"] and (file.remote or sha256_of(file.path) != before["sha256"]):
             return False
     wrong = damage(folder, manifest["files"], hashes=False)
     if wrong:

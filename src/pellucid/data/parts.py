@@ -22,8 +22,7 @@ from pellucid.config import DataConfig
 from pellucid.data.document import WHOLE, SourceFile, Span
 from pellucid.data.readers import LOOKED_AT, PLAIN, no_text, plain_cuts
 from pellucid.data.readers_tables import row_groups
-from pellucid.data.shards import file_sha256
-from pellucid.data.sources import opened
+from pellucid.data.sources import opened, sha256_of
 
 FILES_PER_PART = 1024
 
@@ -82,7 +81,9 @@ def worth_scanning(part: Part, block_bytes: int) -> bool:
 def scan(part: Part, block_bytes: int) -> list[Part]:
     """A large file's parts of about block_bytes each, and its sha256 (of files on this machine)."""
     file = part.files[0][1]
-    sha256 = None if file.remote else file_sha256(file.path)
+    sha256 = None if file.remote else sha256_of(file.path)
+    if sha256 is None and not file.remote:
+        return [part]  # reading it says what is wrong
     with opened(file) as (_, stream):
         if file.format != "parquet" and no_text(stream.peek(LOOKED_AT)[:LOOKED_AT], file):
             starts = iter([(0, 0)])  # whole: reading it says so, once

@@ -28,8 +28,8 @@ from pellucid.data.augment.materialize import Item, Materializer, augmentation_o
 from pellucid.data.blocks import BLOCK_DOCUMENTS, Block, BlockWriter, commit
 from pellucid.data.document import Document, Dropped, SourceFile, Stage, StageRecord, Unreadable, utf8_size
 from pellucid.data.parts import Part, scan
-from pellucid.data.shards import TokenBlock, file_sha256, write_shard
-from pellucid.data.sources import read_documents, state_of
+from pellucid.data.shards import TokenBlock, write_shard
+from pellucid.data.sources import read_documents, sha256_of, state_of
 from pellucid.data.splitting import Splitter
 from pellucid.data.stages.assemble import build_stages
 from pellucid.data.tokenizer import Tokenizer, load_tokenizer
@@ -140,7 +140,7 @@ class _Reading:
             before += file.size
             self.position = min(before, self.part.stored_bytes)
             if self.part.sha256 is None and not file.remote:
-                self.ended[str(self.number)] = file_sha256(file.path)
+                self.ended[str(self.number)] = sha256_of(file.path)
 
     def _at(self, position: int) -> None:
         self.position = min(position, self.part.stored_bytes)

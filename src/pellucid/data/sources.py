@@ -24,6 +24,7 @@ from pellucid.data.compression import DAMAGE, NAMES, OPENERS
 from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable
 from pellucid.data.readers import EXTENSIONS, READERS, known_format
 from pellucid.data.remote import list_remote, open_remote
+from pellucid.data.shards import file_sha256
 
 BUILTINS = ("builtin:python", "builtin:python-topics")
 HUGGING_FACE = "hf-dataset:"
@@ -99,6 +100,14 @@ def opened(file: SourceFile) -> Iterator[tuple[BinaryIO | None, BinaryIO | None]
     with open_remote(file.path, file.size, file.options) if file.remote else open(file.path, "rb") as raw:
         with OPENERS[file.compression](raw) as stream:
             yield raw, stream
+
+
+def sha256_of(path: Path) -> str | None:
+    """Of a file on this machine; None of one that may not be read."""
+    try:
+        return file_sha256(path)
+    except OSError:
+        return None
 
 
 def state_of(path: Path) -> tuple[int, str]:
