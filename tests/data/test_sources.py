@@ -334,6 +334,28 @@ def test_a_glob_matches_what_the_library_matches_where_there_are_no_links(tmp_pa
         assert found == expected
 
 
+@pytest.mark.parametrize("path", ["", "**/*.txt", "*/*.txt"])
+def test_a_folder_that_may_not_be_read_stands_for_its_files(tmp_path, monkeypatch, path):
+    for name in ("a/1.txt", "b/2.txt", ".hidden/3.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("text")
+    scandir, access = os.scandir, os.access
+
+    def guarded(path="."):
+        if Path(path).name in ("b", ".hidden"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("b", ".hidden") and access(path, mode))
+    document, problem = read(tmp_path / path)
+    assert document.source == str(tmp_path / "a" / "1.txt")
+    assert (problem.reason, problem.message) == (
+        "unreadable folder", f"{tmp_path}/b: the folder cannot be read (Permission denied)")
+    (tmp_path / "a" / "1.txt").unlink()
+    assert read(tmp_path / path) == [problem], "no word of extensions"
+
+
 def test_a_file_name_that_is_not_utf8_is_refused(tmp_path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("text")
     for path in (tmp_path, tmp_path / "*.txt"):

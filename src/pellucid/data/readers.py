@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from codecs import BOM_UTF8, getincrementaldecoder
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -232,6 +233,16 @@ def read_topics(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Itera
         yield Document(text, f"{file.uri}/{name}", file.source_index, ordinal, 0, size, True, file.split)
 
 
+def read_folder(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
+    """A folder whose files could not be listed, in their place."""
+    why = "it could not when files were listed"
+    try:
+        os.scandir(os.path.join(file.path, ".")).close()
+    except OSError as error:
+        why = error.strerror
+    yield Unreadable("unreadable folder", f"{file.uri}: the folder cannot be read ({why})")
+
+
 def _looked_at(reader: Callable) -> Callable:
     """A reader that first looks at a file's first bytes, so that a binary one is one sentence and not one a line."""
     def read(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator[Document | Unreadable]:
@@ -334,10 +345,10 @@ READERS: dict[str, Callable[[BinaryIO, SourceFile, Span], Iterator[Document | Un
     "csv": _looked_at(read_csv), "tsv": _looked_at(read_csv),
     "parquet": read_parquet, "arrow": read_arrow, "feather": read_arrow,
     "html": _looked_at(read_html), "htm": _looked_at(read_html), "warc": read_warc, "wet": read_warc, "zip": read_zip,
-    "topics": read_topics, "hf": read_hugging_face,
+    "topics": read_topics, "hf": read_hugging_face, "folder": read_folder,
 }
 PLAIN = ("txt", "md", "py", "rst")
-EXTENSIONS = tuple(name for name in READERS if name not in ("topics", "hf"))
+EXTENSIONS = tuple(name for name in READERS if name not in ("topics", "hf", "folder"))
 
 
 def known_format(name: str) -> tuple[str, str] | None:

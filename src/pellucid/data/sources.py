@@ -54,6 +54,9 @@ def list_files(sources: list[SourceConfig], key: str = "data.sources", split: st
         named = os.path.isfile(source.path)
         for uri, path, reader in _matches(source.path, where):
             known, compression = (reader, "") if reader else known_format(path.name)
+            if known == "folder":
+                files.append(SourceFile(uri, uri, index, source.text_field, known, "", False, split, 0, "", (), *labels))
+                continue
             size, version = state_of(path)
             files.append(SourceFile(
                 uri, path, index, source.text_field, known, compression, named, split, size, version, (), *labels))
@@ -94,7 +97,7 @@ def read_documents(file: SourceFile, progress: Callable[[int], None] = lambda po
 @contextmanager
 def opened(file: SourceFile) -> Iterator[tuple[BinaryIO | None, BinaryIO | None]]:
     """(the file as stored, the same decompressed)."""
-    if file.format == "hf":
+    if file.format in ("hf", "folder"):
         yield None, None
         return
     with open_remote(file.path, file.size, file.options) if file.remote else open(file.path, "rb") as raw:
@@ -124,28 +127,29 @@ def _matches(path: str, where: str) -> Iterator[tuple[str, Path, str | None]]:
     if path.startswith("builtin:"):
         yield from _builtin(path, where)
         return
+    shut: set[str] = set()
     if os.path.isfile(path):
         if known_format(path) is None:
             raise UserError(f"{where}: '{path}' has no known extension; known: {_known_extensions()}")
         found = [path]
     elif os.path.isdir(path):
-        found = [name for name in _matching(os.path.join(glob.escape(path), "**")) if known_format(name)]
-        if not found:
+        found = [name for name in _matching(os.path.join(glob.escape(path), "**"), shut) if known_format(name)]
+        if not found and not shut:
             raise UserError(f"{where}: no file in the folder '{path}' has a known extension ({_known_extensions()})")
     else:
-        matched = _matching(path)
+        matched = _matching(path, shut)
         found = [name for name in matched if known_format(name)]
-        if not matched:
+        if not matched and not shut:
             raise UserError(f"{where}: no file matches '{path}' (looked from the folder {_looked_from(path)})")
-        if not found:
+        if not found and not shut:
             raise UserError(f"{where}: no file that '{path}' matches has a known extension ({_known_extensions()})")
-    for name in _each_once(found):
+    for name in _each_once([*found, *shut]):
         absolute = os.path.abspath(name)
         try:
             absolute.encode()
         except UnicodeEncodeError:
             raise UserError(f"{where}: the file name {os.fsencode(absolute)!r} is not UTF-8; rename the file") from None
-        yield absolute, Path(absolute), None
+        yield absolute, Path(absolute), "folder" if name in shut else None
 
 
 def _each_once(names: list[str]) -> list[str]:
@@ -158,21 +162,31 @@ def _each_once(names: list[str]) -> list[str]:
     return sorted(by_place.values())
 
 
-def _matching(pattern: str) -> list[str]:
-    """The files that a glob matches. As the library's, but that `**` enters no folder twice: links may lead in circles."""
+def _matching(pattern: str, shut: set[str]) -> list[str]:
+    """The files that a glob matches. As the library's, but that `**` enters no folder twice: links may lead in circles.
+
+    `shut` gets the folders that it looks into and that may not be read.
+    """
     before, *after = re.split(r"(?<![^/])\*\*(?:/+|$)", pattern, maxsplit=1)
     if not after:
+        folder, last = os.path.split(pattern)
+        if glob.has_magic(last):
+            shut.update(filter(_is_shut, glob.glob(folder or ".")))
         return [name for name in glob.glob(pattern) if os.path.isfile(name)]
     named = not glob.has_magic(before)
     roots = (root for root in glob.glob(before or ".") if named or not _written_by_us(root))
-    folders = (folder for root in roots for folder in _folders(root))
-    return [name for folder in folders for name in _matching(os.path.join(glob.escape(folder), after[0] or "*"))]
+    folders = (folder for root in roots for folder in _folders(root, shut))
+    return [name for folder in folders for name in _matching(os.path.join(glob.escape(folder), after[0] or "*"), shut)]
 
 
-def _folders(root: str) -> Iterator[str]:
+def _is_shut(folder: str) -> bool:
+    return os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)
+
+
+def _folders(root: str, shut: set[str]) -> Iterator[str]:
     """A folder and those below it but hidden ones and our own, also behind links, each once."""
     entered = {os.path.realpath(root)}
-    for parent, names, _ in os.walk(root, followlinks=True):
+    for parent, names, _ in os.walk(root, followlinks=True, onerror=lambda error: shut.add(error.filename)):
         yield parent
         below = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(names) if not name.startswith(".")}
         names[:] = [name for name, place in below.items()
