@@ -150,13 +150,15 @@ def test_data_build_counts_what_it_leaves_out(command, tiny_tables, tmp_path):
     lines = [json.dumps({"text": f"line {n} of a text " * 20}) for n in range(30)]
     (tmp_path / "corpus" / "a.jsonl").write_text("\n".join([*lines, lines[0], "{", '{"text": 3}', '{"text": " "}']))
     (tmp_path / "corpus" / "b.jsonl").write_text("")
+    (tmp_path / "corpus" / "c.jsonl").write_text("{")
     tables["data"] |= {"sources": ["corpus/*.jsonl"], "on_error": "skip", "deduplicate": {"exact": True}}
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tables))
     built = command("data", "build", "tiny.toml", "--out", "built")
-    assert "read: 2 left out (1 bad JSON, 1 wrong field)" in built
+    assert "read: 3 left out (2 bad JSON, 1 wrong field)" in built
     assert "normalize: 1 left out (1 empty)" in built and "deduplicate: 1 left out (1 exact duplicate)" in built
-    assert f"files without a document: 1, the first {tmp_path}/corpus/b.jsonl" in built
-    assert "2 files" in (said := command("data", "inspect", "built")) and "1 gave no document" in said
+    assert f"files without a document: 2, the first {tmp_path}/corpus/b.jsonl" in built
+    said = command("data", "inspect", "built")
+    assert "3 files" in said and "32 documents; 2 gave no document" in said and "documents  35 -> 32" in said
 
 
 def test_train_says_what_it_does_and_what_to_type_next(command, tiny_tables, tmp_path):

@@ -183,13 +183,13 @@ def _fill(writer: BlockWriter, items: Iterator[Document | Unreadable], reading: 
             last = True
             break
         count += 1
-        files[str(reading.number)] = files.get(str(reading.number), 0) + 1
         read.documents_in += 1
         if isinstance(item, Unreadable):
             read.drop(item.reason)
             messages = [*messages, item.message][:3]
         else:
             size = utf8_size(item.text)
+            files[str(reading.number)] = files.get(str(reading.number), 0) + 1
             read.documents_out += 1
             read.bytes_in, read.bytes_out = read.bytes_in + size, read.bytes_out + size
             for document in setup.splitter.cut(item):
