@@ -161,6 +161,24 @@ def test_data_build_counts_what_it_leaves_out(command, tiny_tables, tmp_path):
     assert "3 files" in said and "32 documents; 2 gave no document" in said and "documents  35 -> 32" in said
 
 
+def test_files_beyond_a_cap_are_not_among_those_without_a_document(command, tiny_tables, tmp_path):
+    tables = tiny_tables()
+    (tmp_path / "corpus").mkdir()
+    for name in "abcd":
+        lines = [json.dumps({"text": f"line {n} of {name}, some text " * 20}) for n in range(20)]
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text("" if name == "a" else "\n".join(lines))
+    tables["data"]["sources"] = [{"path": "corpus/*.jsonl", "max_documents": 25}]
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tables))
+    assert "files without a document: 1, the first" in command("data", "build", "tiny.toml", "--out", "built")
+    assert "4 files" in command("data", "inspect", "built"), "all are named"
+    tables["data"]["sources"][0]["max_documents"] = 20  # all of b, so that c is not opened
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tables))
+    assert "files without a document: 1, the first" in command("data", "build", "tiny.toml", "--out", "less")
+    assert "20 documents; 1 gave no document; 2 were not opened, beyond a cap\n" in command("data", "inspect", "less")
+    manifest = json.loads((tmp_path / "less" / "manifest.json").read_text())
+    assert [source["documents"] for source in manifest["sources"]] == [0, 20, None, None]
+
+
 def test_train_says_what_it_does_and_what_to_type_next(command, tiny_tables, tmp_path):
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(tiny_tables()))
     output = command("train", "tiny.toml", "training.max_steps=3")

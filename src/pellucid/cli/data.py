@@ -48,7 +48,7 @@ def _say_left_out(shown: Any, manifest: dict[str, Any]) -> None:
         if stage["dropped"]:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in stage["dropped"].items())
             shown.say(f"{stage['name']}: {sum(stage['dropped'].values()):,} left out ({reasons})")
-    if silent := [file["uri"] for file in manifest["sources"] if not file["documents"]]:
+    if silent := [file["uri"] for file in manifest["sources"] if file["documents"] == 0]:
         shown.say(f"files without a document: {len(silent):,}, the first {silent[0]}")
 
 

@@ -41,12 +41,13 @@ def describe_origin(found: dict[str, Any]) -> Text:
 
 
 def _sources(files: list[dict[str, Any]]) -> Text:
-    size, documents = sum(file["size"] for file in files), sum(file["documents"] for file in files)
+    size, documents = sum(file["size"] for file in files), sum(file["documents"] or 0 for file in files)
     names = [file["uri"] for file in files]
-    silent = sum(not file["documents"] for file in files)
+    silent, beyond = sum(file["documents"] == 0 for file in files), sum(file["documents"] is None for file in files)
     shown = names if len(names) <= 4 else [*names[:3], f"... and {len(names) - 3:,} more"]
     head = Text(f"sources: {len(files):,} files, {size:,} bytes as stored, {documents:,} documents"
-                f"{f'; {silent:,} gave no document' if silent else ''}\n  ", style="bold")
+                f"{f'; {silent:,} gave no document' if silent else ''}"
+                f"{f'; {beyond:,} were not opened, beyond a cap' if beyond else ''}\n  ", style="bold")
     return Text.assemble(head, ("\n  ".join(shown), "cyan"))
 
 

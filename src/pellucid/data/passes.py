@@ -162,8 +162,8 @@ class Build:
         return splits, files
 
     def identities(self, blocks: list[Block]) -> list[dict[str, Any]]:
-        """The manifest's entry for each source file."""
-        documents, hashes = [0] * len(self.files), [None] * len(self.files)
+        """The manifest's entry for each source file; `documents` is None of one beyond a cap, which was not opened."""
+        documents, hashes = [None] * len(self.files), [None] * len(self.files)
         for part in self.parts:
             for number, _ in part.files:
                 hashes[number] = hashes[number] or part.sha256
@@ -171,7 +171,7 @@ class Build:
         for block in blocks:
             numbers = places[part_name(block)]
             for place, count in block.facts["files"].items():
-                documents[numbers[int(place)]] += count
+                documents[numbers[int(place)]] = (documents[numbers[int(place)]] or 0) + count
             for place, digest in block.facts["sha256"].items():
                 hashes[numbers[int(place)]] = digest
         return [{"uri": file.uri, "path": str(file.path), "source_index": file.source_index, "split": file.split,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -173,10 +174,10 @@ class _Room:
 def _fill(writer: BlockWriter, items: Iterator[Document | Unreadable], reading: _Reading, room: _Room, setup: Setup,
           ) -> Iterator[Report]:
     """Items into one block until it is large enough; returns the finished block."""
-    read, files, reported = StageRecord(), {}, reading.position
+    read, files, reported = StageRecord(), Counter(), reading.position
     pipeline, messages = _pipeline(setup.config), []
     reading.ended.clear()
-    count, last = 0, False
+    count, last, first = 0, False, reading.number
     while True:
         item = None if room.full(writer) else next(items, None)
         if item is None:
@@ -189,7 +190,7 @@ def _fill(writer: BlockWriter, items: Iterator[Document | Unreadable], reading: 
             messages = [*messages, item.message][:3]
         else:
             size = utf8_size(item.text)
-            files[str(reading.number)] = files.get(str(reading.number), 0) + 1
+            files[reading.number] += 1
             read.documents_out += 1
             read.bytes_in, read.bytes_out = read.bytes_in + size, read.bytes_out + size
             for document in setup.splitter.cut(item):
@@ -201,7 +202,8 @@ def _fill(writer: BlockWriter, items: Iterator[Document | Unreadable], reading: 
             break
     read.samples = [{"message": message} for message in messages]
     block = writer.finish(
-        items=count, last=last, read=read.as_dict(), stages=[stage.record.as_dict() for stage in pipeline], files=files,
+        items=count, last=last, read=read.as_dict(), stages=[stage.record.as_dict() for stage in pipeline],
+        files={str(number): files[number] for number in range(first, reading.number + 1)},  # those opened, also without a document
         sha256=dict(reading.ended), position=reading.position)
     room.documents += block.facts["documents"]
     room.text_bytes += block.facts["text_bytes"]

@@ -87,7 +87,7 @@ class River:
         files = sorted(self.dataset.manifest["sources"], key=lambda file: -file["size"])
         largest = [{key: file[key] for key in ("uri", "size", "documents", "sha256")} for file in files[:40]]
         return {"name": "source", "title": "source", "into": sum(file["size"] for file in files), "out": text, "files": len(files),
-                "documents": sum(file["documents"] for file in files), "largest": largest}  # fmt: skip
+                "documents": sum(file["documents"] or 0 for file in files), "largest": largest}  # fmt: skip
 
     def step(self, step: int, losses: list[dict], worst: list[dict], config: dict[str, Any]) -> dict[str, Any]:
         """Pieces of the batch of a step, those with a recorded loss first, worst on top; worst tokens in their text."""
