@@ -510,6 +510,12 @@ def test_two_columns_of_one_name_are_one_sentence(tmp_path):
         [problem] = read(tmp_path / name)
         assert problem.reason == "wrong field" and f"{name}: 2 columns are called 'text'" in problem.message
         assert [document.text for document in read(tmp_path / name, text_field="body")] == ["z"]
+    (tmp_path / "c.csv").write_text("text,text,body,body,kind\nx,y,z,w,k\n")
+    config = SourceConfig(path=str(tmp_path / "c.csv"), text_field="text")
+    for text_field, label, twice in (("text", "kind", "text"), ("kind", "body", "body"), ("kind", "kind", None)):
+        config.text_field = text_field
+        [item] = read_documents(list_files([config], labels=((label,), "category"))[0])
+        assert item.message.endswith(f"c.csv: 2 columns are called '{twice}'; rename all but one") if twice else item.text == "k"
 
 
 @pytest.mark.parametrize("compression", ["", ".gz"])

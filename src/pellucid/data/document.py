@@ -112,6 +112,14 @@ def unreadable_field(where: str, field: str, present: list[str], setting: str = 
     return Unreadable("wrong field", f"{where}: no field '{field}'; the fields are {names} (set {setting})")
 
 
+def repeated_column(file: SourceFile, present: list[str]) -> Unreadable | None:
+    """What is wrong with a table of which two columns bear the name of the text's, or of a label's."""
+    for name in (file.text_field, *file.label_fields):
+        if (count := present.count(name)) > 1:
+            return Unreadable("wrong field", f"{file.uri}: {count} columns are called '{name}'; rename all but one")
+    return None
+
+
 def half_surrogate(text: str, where: str) -> Unreadable | None:
     """What is wrong with a text that cannot be written in UTF-8, as JSON's escapes allow."""
     try:

@@ -19,7 +19,17 @@ from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 from pellucid.data.compression import DAMAGE, OPENERS
-from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, half_surrogate, kind_of, unreadable_field
+from pellucid.data.document import (
+    WHOLE,
+    Document,
+    SourceFile,
+    Span,
+    Unreadable,
+    half_surrogate,
+    kind_of,
+    repeated_column,
+    unreadable_field,
+)
 from pellucid.data.labels import read_label
 from pellucid.data.readers_tables import read_arrow, read_hugging_face, read_parquet, seekable
 from pellucid.data.readers_web import read_html, read_warc
@@ -110,6 +120,9 @@ def read_csv(stream: BinaryIO, file: SourceFile, span: Span = WHOLE) -> Iterator
         return
     if file.text_field not in header:
         yield unreadable_field(file.uri, file.text_field, header)
+        return
+    if repeated := repeated_column(file, header):
+        yield repeated
         return
     column = header.index(file.text_field)
     for number, (row, line, end) in enumerate(records):

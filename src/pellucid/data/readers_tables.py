@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pellucid.config import UserError
-from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, kind_of, unreadable_field
+from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable, kind_of, repeated_column, unreadable_field
 from pellucid.data.labels import read_label
 from pellucid.data.remote import silence
 
@@ -127,9 +127,8 @@ def _wrong_column(schema: pa.Schema, file: SourceFile) -> Unreadable | None:
             return unreadable_field(file.uri, field, schema.names, "data.label_field")
     if file.text_field not in schema.names:
         return unreadable_field(file.uri, file.text_field, schema.names)
-    for field in (file.text_field, *file.label_fields):
-        if (count := schema.names.count(field)) > 1:
-            return Unreadable("wrong field", f"{file.uri}: {count} columns are called '{field}'; rename all but one")
+    if repeated := repeated_column(file, schema.names):
+        return repeated
     kind = schema.field(file.text_field).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
