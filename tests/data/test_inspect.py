@@ -70,6 +70,10 @@ def test_every_token_leads_back_to_its_bytes(tmp_path):
     for wrong in ({"token": 10**6}, {"document": -1}):
         with pytest.raises(UserError, match="the train split has"):
             origin(dataset, "train", **wrong)
+    with pytest.raises(UserError, match="there is no split 'valid'; known: train, validation"):
+        origin(dataset, "valid", token=0)
+    with pytest.raises(UserError, match="give a token or a document, not both"):
+        origin(dataset, "train", token=0, document=0)
 
 
 def test_a_version_names_its_parent(tmp_path):

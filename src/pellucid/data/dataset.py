@@ -97,6 +97,8 @@ class Dataset:
 
     def split(self, name: str, seed: int = 0) -> Split:
         """The "train" or "validation" split in the order of `seed` (training.seed)."""
+        if name not in ("train", "validation"):
+            raise UserError(f"{self.directory}: there is no split '{name}'; known: train, validation")
         if name not in self.manifest["splits"]:
             raise UserError(f"{self.directory}: holds no {name} split; set data.validation_fraction or data.validation")
         return Split(self._parts(name), self, name, seed)

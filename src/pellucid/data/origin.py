@@ -20,6 +20,8 @@ def origin(dataset: Dataset, split_name: str, *, token: int | None = None, docum
     decisions {stage: "changed" | "as it was"}, parent and augmentation (of a version), rows; before, text and after.
     For a token also token {number, id, position in the document}. Raises UserError for a number that is not there.
     """
+    if token is not None and document is not None:
+        raise UserError(f"{dataset.directory}: give a token or a document, not both")
     split = dataset.split(split_name)
     reader = split.reader
     number, count, what = (document, len(reader.ends), "document") if token is None else (token, int(reader.ends[-1]), "token")
