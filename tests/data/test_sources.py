@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,21 @@ def test_a_page_of_a_server_that_is_loose_about_line_ends_is_not_lost(tmp_path, 
     (tmp_path / "a.warc").write_bytes(warc(("response", "application/http", http + b"one\n\ntwo\r\n\r\nthree")))
     [document] = read(tmp_path / "a.warc")
     assert document.text.split() == ["one", "two", "three"]
+
+
+def test_a_body_in_an_encoding_that_is_not_read_is_named(tmp_path):
+    page = "<p>Ünïcödé page</p>".encode() * 20
+    raw = zlib.compressobj(wbits=-15)
+    bodies = {"zstd": zstandard.compress(page), "br": bytes(range(128, 256)), "deflate": raw.compress(page) + raw.flush()}
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=latin1\r\nContent-Encoding: %s\r\n\r\n"  # in which all bytes are text
+    (tmp_path / "a.warc").write_bytes(warc(*(
+        ("response", "application/http", head % name.encode() + body) for name, body in bodies.items())))
+    for problem, name in zip(read(tmp_path / "a.warc"), bodies, strict=True):
+        assert problem.reason == "damaged" and f"its body cannot be decoded (content-encoding {name}" in problem.message
+    crawler = head.replace(b"latin1", b"utf-8") % b"br" + page  # some decode the body and leave the header
+    server = head % b"none" + page.decode().encode("latin1")
+    (tmp_path / "b.warc").write_bytes(warc(*(("response", "application/http", http) for http in (crawler, server))))
+    assert [document.text.startswith("Ünïcödé page") for document in read(tmp_path / "b.warc")] == [True, True]
 
 
 def test_warc_records_agree_with_warcio(tmp_path):

@@ -109,7 +109,9 @@ def _record_text(head: dict[str, str], content: bytes, where: str) -> str | Unre
         try:
             content = _decoded_body(headers, b"".join(rest))
         except (ValueError, OSError, EOFError, zlib.error) as error:
-            return Unreadable("damaged", f"{where}: its body cannot be decoded ({error})")
+            encoding = headers.get("content-encoding")
+            named = f"content-encoding {encoding}: " if encoding else ""
+            return Unreadable("damaged", f"{where}: its body cannot be decoded ({named}{error})")
     elif kind not in ("conversion", "resource"):
         return None
     charset = re.search(r"charset=[\"']?([\w-]+)", mime)
@@ -132,7 +134,14 @@ def _decoded_body(headers: dict[str, str], body: bytes) -> bytes:
     encoding = headers.get("content-encoding", "").lower()
     if "gzip" in encoding and body[:2] == b"\x1f\x8b":
         return gzip.decompress(body)
-    return zlib.decompress(body) if encoding == "deflate" else body
+    if encoding == "deflate":
+        return zlib.decompress(body)
+    if {"br", "zstd", "compress"} & set(re.split(r"[\s,]+", encoding)):  # others that servers write ("none", "utf-8") encode nothing
+        try:
+            body.decode()  # some crawlers decode the body and leave the header
+        except UnicodeDecodeError:
+            raise ValueError("known are gzip and deflate") from None
+    return body
 
 
 def _text(content: bytes, where: str, charset: str | None) -> str | Unreadable:
