@@ -352,18 +352,18 @@ def test_a_glob_matches_what_the_library_matches_where_there_are_no_links(tmp_pa
 
 @pytest.mark.parametrize("path", ["", "**/*.txt", "*/*.txt"])
 def test_a_folder_that_may_not_be_read_stands_for_its_files(tmp_path, monkeypatch, path):
-    for name in ("a/1.txt", "b/2.txt", ".hidden/3.txt"):
+    for name in ("a/1.txt", "b/2.txt", ".hidden/3.txt", "lost+found/4.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("text")
-    scandir, access = os.scandir, os.access
+    scandir, access, shut = os.scandir, os.access, ("b", ".hidden", "lost+found")
 
     def guarded(path="."):
-        if Path(path).name in ("b", ".hidden"):
+        if Path(path).name in shut:
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("b", ".hidden") and access(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in shut and access(path, mode))
     document, problem = read(tmp_path / path)
     assert document.source == str(tmp_path / "a" / "1.txt")
     assert (problem.reason, problem.message) == (
