@@ -18,51 +18,34 @@ static const int64_t SMALL = 8;  // rows that are not worth a second thread
 
 // --------------------------------------------------------------------------------------------- products of one row
 
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-
-static inline floats get(const float* x) {
-    floats found;
-    std::memcpy(&found, x, sizeof found);
-    return found;
-}
-static inline floats get(const bf16* x) {
-    halves found;
-    std::memcpy(&found, x, sizeof found);
-    return (floats)(__builtin_convertvector(found, words) << 16);
-}
-// 16 weights as they meet numbers of type T: fp32 masters are rounded to bf16 first.
+// A weight as it meets numbers of type T: fp32 masters are rounded to bf16 first.
 template <class T, class W>
-static inline floats get_for(const W* weight) { return get(weight); }
+static inline float meeting(W weight) { return load(weight); }
 template <>
-inline floats get_for<bf16, float>(const float* weight) {
-    floats x = get(weight);
-    words bits = (words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    return (floats)(x == x ? rounded : bits);
+inline float meeting<bf16, float>(float weight) {
+    bf16 rounded;
+    store(rounded, weight);
+    return load(rounded);
 }
 
 // y[n] = x . weight[n], each one sum of the same order whatever the number of threads: the weight is read once, from end to end.
 template <class T, class W>
 static void one_row(const T* x, const W* weight, int64_t stride, T* y, int64_t N, int64_t K) {
-    const int64_t LANES = 16, CHAINS = 4, whole = K / (LANES * CHAINS) * (LANES * CHAINS);
-    std::vector<float> wide((K + LANES - 1) / LANES * LANES);
+    const int64_t LANES = 32;
+    std::vector<float> wide(K);
     for (int64_t k = 0; k < K; k++) wide[k] = load(x[k]);
 #pragma omp parallel for if (N * K > 128 * 1024)
     for (int64_t n = 0; n < N; n++) {
         const W* row = weight + n * stride;
-        floats sums[CHAINS] = {};
-        for (int64_t k = 0; k < whole; k += LANES * CHAINS)
-#pragma GCC unroll 4
-            for (int64_t c = 0; c < CHAINS; c++) sums[c] += get(&wide[k + c * LANES]) * get_for<T>(row + k + c * LANES);
-        for (int64_t k = whole; k < K; k += LANES) {
-            W rest[LANES] = {};
-            std::copy_n(row + k, std::min(LANES, K - k), rest);
-            sums[0] += get(&wide[k]) * get_for<T>(rest);
-        }
-        floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        float total = 0;
-        for (int64_t i = 0; i < LANES; i++) total += sum[i];
+        const float* by = wide.data();
+        float sums[LANES] = {}, total = 0;
+        int64_t k = 0;
+        for (; k + LANES <= K; k += LANES)
+#pragma omp simd
+            for (int64_t i = 0; i < LANES; i++) sums[i] += by[k + i] * meeting<T>(row[k + i]);
+        for (int64_t i = 0; k + i < K; i++) sums[i] += by[k + i] * meeting<T>(row[k + i]);
+#pragma omp simd reduction(+ : total)
+        for (int64_t i = 0; i < LANES; i++) total += sums[i];
         store(y[n], total);
     }
 }
