@@ -236,6 +236,8 @@ def test_preset_values_give_way_to_given_ones():
 def test_a_sequence_length_that_nobody_gave_follows_the_model():
     config = make_config({"model": {"max_position_embeddings": 64}})
     assert config.data.sequence_length == 64
+    assert make_config({"model": {"preset": "tiny", "max_position_embeddings": 64}}).data.sequence_length == 64
+    assert make_config({"model": {"preset": "tiny", "max_position_embeddings": 200}}).data.sequence_length == 128
     with pytest.raises(UserError, match=r"data\.sequence_length 2 exceeds model\.max_position_embeddings 1"):
         make_config({"model": {"max_position_embeddings": 1}})
 

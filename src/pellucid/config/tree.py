@@ -40,7 +40,9 @@ class Config(Section):
         model = values.get("model", {"preset": "small"})
         if not (isinstance(model, dict) and model.get("preset")):
             return values
-        defaults = preset(model["preset"])
+        defaults, most = preset(model["preset"]), model.get("max_position_embeddings")
+        if isinstance(most, int) and most < defaults["data"]["sequence_length"]:
+            del defaults["data"]["sequence_length"]  # see `_sequence_fits_model`
         given = values.get("training")
         if isinstance(given, dict) and any(given.get(budget) is not None for budget in BUDGETS):
             defaults.get("training", {}).pop("max_steps", None)
