@@ -108,18 +108,21 @@ def evaluate(
 
     if data is not None and harness:
         raise UserError("give either --data FILE or --harness TASK, or neither for what the run held out")
-    own = data is None and not harness  # text of the model's run
-    if own:
+    if data is None and not harness:
         for option, given in (("--label-field", label_field), ("--text-field", text_field != "text"), ("--context", context),
                               ("--tokenizer", tokenizer)):  # fmt: skip
             if given:
                 raise UserError(f"{option}: what the run held out is read as in its training; it is for --data FILE")
-    held_out = held_out_by(model) if own else None
+        held_out = held_out_by(model)
+        network, _ = load_with_tokenizer(model, None, dtype)
+        with progress() as shown:
+            result, cut = evaluate_held_out(network, model, held_out, shown.stage)
+        return _tell(result, cut, as_json)
     network, tokens = load_with_tokenizer(model, tokenizer, dtype)
     if network.config.head is not None:
         if harness:
             raise UserError(f"--harness: {model} labels documents; the harness asks language models")
-        return _evaluate_labels(network, tokens, model, held_out, data, label_field, text_field, as_json)
+        return _evaluate_labels(network, tokens, model, data, label_field, text_field, as_json)
     if label_field:
         raise UserError(f"--label-field: {model} is a language model, which labels no documents")
     settings, most = trained_with(model), network.config.max_position_embeddings
@@ -135,18 +138,9 @@ def evaluate(
         print(in_json(found) if as_json else _measures(found))
         return
     with progress() as shown:
-        if held_out:
-            result, _ = evaluate_held_out(network, model, held_out, shown.stage)
-        else:
-            result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage,
-                                    normalization=settings and settings.normalize)  # fmt: skip
-    if as_json:
-        print(in_json(result.as_dict()))
-        return
-    print(f"loss            {result.loss:.4f} nats per token")
-    print(f"perplexity      {result.perplexity:.2f}")
-    print(f"bits per byte   {result.bits_per_byte:.4f}")
-    print(f"over            {result.tokens:,} tokens, {result.text_bytes:,} bytes of text")
+        result = evaluate_files(network, tokens, data, text_field, context, progress=shown.stage,
+                                normalization=settings and settings.normalize)  # fmt: skip
+    _tell(result, 0, as_json)
 
 
 def _measures(found: dict[str, dict]) -> str:
@@ -161,19 +155,29 @@ def _measures(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def _evaluate_labels(network, tokens, model: str, held_out, data: str | None, label_fields, text_field: str, as_json: bool) -> None:
+def _evaluate_labels(network, tokens, model: str, data: str, label_fields, text_field: str, as_json: bool) -> None:
     from pellucid.measure.documents import evaluate_labels
-    from pellucid.measure.files import evaluate_held_out
-    from pellucid.measure.tables import describe_labels
     from pellucid.measure.texts import trained_with
 
     settings = trained_with(model)
     fields = label_fields or (settings.label_fields if settings else ())
     with progress() as shown:
-        if held_out:
-            result, cut = evaluate_held_out(network, model, held_out, shown.stage)
-        else:
-            result, cut = evaluate_labels(
-                network, tokens, data, fields, text_field, settings and settings.normalize, progress=shown.stage)  # fmt: skip
-    facts = result.as_dict() | {"truncated_documents": cut}
-    print(in_json(facts) if as_json else describe_labels(facts))
+        result, cut = evaluate_labels(
+            network, tokens, data, fields, text_field, settings and settings.normalize, progress=shown.stage)  # fmt: skip
+    _tell(result, cut, as_json)
+
+
+def _tell(result, cut: int, as_json: bool) -> None:
+    """An evaluation of text, or of labelled documents of which `cut` were cut to length."""
+    from pellucid.measure.tables import describe_labels
+    from pellucid.training.evaluate import Evaluation
+
+    text = isinstance(result, Evaluation)
+    facts = result.as_dict() | ({} if text else {"truncated_documents": cut})
+    if as_json or not text:
+        print(in_json(facts) if as_json else describe_labels(facts))
+        return
+    print(f"loss            {result.loss:.4f} nats per token")
+    print(f"perplexity      {result.perplexity:.2f}")
+    print(f"bits per byte   {result.bits_per_byte:.4f}")
+    print(f"over            {result.tokens:,} tokens, {result.text_bytes:,} bytes of text")

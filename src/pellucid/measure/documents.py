@@ -60,7 +60,8 @@ def told(head: HeadConfig, outputs_K: np.ndarray) -> str:
 
 def in_digits(head: HeadConfig, numbers_K: np.ndarray) -> str:
     """Numbers in their own unit for a person: four digits, or as many as show a hundredth of their standard deviation."""
-    digits = lambda value, std: max(4, 3 + math.ceil(math.log10(abs(value) / std))) if value and std and math.isfinite(value) else 4
+    known = lambda x: x and math.isfinite(x)
+    digits = lambda value, std: max(4, 3 + math.ceil(math.log10(abs(value)) - math.log10(std))) if known(value) and known(std) else 4
     return ", ".join(f"{value:.{digits(value, std)}g}" for value, std in zip(numbers_K.tolist(), head.std, strict=True))
 
 

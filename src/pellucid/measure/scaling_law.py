@@ -132,9 +132,14 @@ def _minimise(start: Law, N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tup
 def _optimizer() -> Callable:
     # SciPy's BLAS asks once, when it is loaded. For matrices of 40 x 40 its threads only wait for each other: with every core in use
     # elsewhere a fit took 18 times as long.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    threads = "OPENBLAS_NUM_THREADS"
+    given = os.environ.get(threads)
+    os.environ[threads] = given or "1"
     try:
         from scipy.optimize import minimize
     except ImportError:
         raise UserError("fitting a scaling law needs SciPy: pip install 'pellucid[measure]'") from None
+    finally:
+        if given is None:
+            del os.environ[threads]
     return minimize

@@ -176,7 +176,7 @@ function drawGutter({ rows, tops, rowHeight, width, selected, named, pick }) {
     else runs.push({ name: name(row), group: row.group, top: tops[r], bottom: tops[r] + rowHeight });
     return runs;
   }, []);
-  const groups = runsOf((row) => row.group), chosen = tops[rows.findIndex((row) => row.label === selected)] ?? -Infinity;
+  const groups = runsOf((row) => row.group), chosen = (tops[rows.findIndex((row) => row.label === selected)] ?? -Infinity) - (12 - rowHeight) / 2;
   const roles = named ? [] : runsOf((row) => ROLES[row.role]?.label).map((run) => ({ ...run, at: (run.top + run.bottom) / 2 - 6 }));
   return html`<div class="gutter" style=${{ width: `${width}px` }} aria-hidden="true">
     ${groups.map((group) => html`<span class="group" style=${{ top: `${group.top}px`, height: `${group.bottom - group.top}px` }}>
