@@ -31,7 +31,7 @@ inline float meeting<bf16, float>(float weight) {
 // y[n] = x . weight[n], each one sum of the same order whatever the number of threads: the weight is read once, from end to end.
 template <class T, class W>
 static void one_row(const T* x, const W* weight, int64_t stride, T* y, int64_t N, int64_t K) {
-    const int64_t LANES = 32;
+    const int64_t LANES = 32, FAR = 8192;  // bytes: of bf16 the processor itself does not fetch enough before its turn
     std::vector<float> wide(K);
     for (int64_t k = 0; k < K; k++) wide[k] = load(x[k]);
 #pragma omp parallel for if (N * K > 128 * 1024)
@@ -40,9 +40,11 @@ static void one_row(const T* x, const W* weight, int64_t stride, T* y, int64_t N
         const float* by = wide.data();
         float sums[LANES] = {}, total = 0;
         int64_t k = 0;
-        for (; k + LANES <= K; k += LANES)
+        for (; k + LANES <= K; k += LANES) {
+            if (sizeof(W) == 2) __builtin_prefetch((const char*)(row + k) + FAR);
 #pragma omp simd
             for (int64_t i = 0; i < LANES; i++) sums[i] += by[k + i] * meeting<T>(row[k + i]);
+        }
         for (int64_t i = 0; k + i < K; i++) sums[i] += by[k + i] * meeting<T>(row[k + i]);
 #pragma omp simd reduction(+ : total)
         for (int64_t i = 0; i < LANES; i++) total += sums[i];
