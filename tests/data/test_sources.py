@@ -163,11 +163,15 @@ def test_the_encoding_of_a_record_is_the_one_its_mark_or_its_header_names(tmp_pa
 def test_a_crawl_archive_gives_the_pages_it_holds(tmp_path):
     http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
     page = "<p>Ünïcödé page</p>".encode()
+    raw, frames = zlib.compressobj(wbits=-15), b"".join(map(zstandard.compress, (page[:9], page[9:])))
     chunks = b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%s\r\n0\r\n\r\n" % (len(page), page)
     data = warc(
         ("request", "application/http", b"GET / HTTP/1.1\r\n\r\n"),
         ("response", "application/http; msgtype=response", http + b"\r\n" + page),
         ("response", "application/http", http + b"Content-Encoding: gzip\r\n\r\n" + gzip.compress(page)),
+        ("response", "application/http", http + b"Content-Encoding: deflate\r\n\r\n" + zlib.compress(page)),
+        ("response", "application/http", http + b"Content-Encoding: deflate\r\n\r\n" + raw.compress(page) + raw.flush()),
+        ("response", "application/http", http + b"Content-Encoding: zstd\r\n\r\n" + frames),
         ("response", "application/http", http + chunks),
         ("response", "application/http", http + chunks.replace(b"%x\r\n" % len(page), b"%x  \r\n" % len(page))),  # some servers pad
         ("response", "application/http", b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\n\r\n<p>gone</p>"),
@@ -176,8 +180,8 @@ def test_a_crawl_archive_gives_the_pages_it_holds(tmp_path):
     )
     (tmp_path / "a.warc").write_bytes(data)
     documents = read(tmp_path / "a.warc")
-    assert [document.text for document in documents] == ["Ünïcödé page"] * 4 + ["a resource"]
-    assert data[documents[4].byte_start : documents[4].byte_end] == b"a resource"
+    assert [document.text for document in documents] == ["Ünïcödé page"] * 7 + ["a resource"]
+    assert data[documents[7].byte_start : documents[7].byte_end] == b"a resource"
     members = b"".join(gzip.compress(part) for part in (data[:300], data[300:]))  # a member per record, in real ones
     (tmp_path / "b.warc.gz").write_bytes(members)
     assert [document.text for document in read(tmp_path / "b.warc.gz")] == [document.text for document in documents]
@@ -195,8 +199,7 @@ def test_a_page_of_a_server_that_is_loose_about_line_ends_is_not_lost(tmp_path, 
 
 def test_a_body_in_an_encoding_that_is_not_read_is_named(tmp_path):
     page = "<p>Ünïcödé page</p>".encode() * 20
-    raw = zlib.compressobj(wbits=-15)
-    bodies = {"zstd": zstandard.compress(page), "br": bytes(range(128, 256)), "deflate": raw.compress(page) + raw.flush()}
+    bodies = {"br": bytes(range(128, 256)), "compress": b"\x1f\x9d" + bytes(range(128, 256)), "zstd": bytes(range(128, 256))}
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=latin1\r\nContent-Encoding: %s\r\n\r\n"  # in which all bytes are text
     (tmp_path / "a.warc").write_bytes(warc(*(
         ("response", "application/http", head % name.encode() + body) for name, body in bodies.items())))

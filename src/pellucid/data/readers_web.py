@@ -14,7 +14,10 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
+import zstandard
+
 from pellucid.config import UserError
+from pellucid.data.compression import DAMAGE, LARGEST_WINDOW
 from pellucid.data.document import WHOLE, Document, SourceFile, Span, Unreadable
 
 LARGEST_PAGE = 1 << 26  # bytes
@@ -108,7 +111,7 @@ def _record_text(head: dict[str, str], content: bytes, where: str) -> str | Unre
         mime = headers.get("content-type", "text/html").lower()
         try:
             content = _decoded_body(headers, b"".join(rest))
-        except (ValueError, OSError, EOFError, zlib.error) as error:
+        except (ValueError, OSError, *DAMAGE) as error:
             encoding = headers.get("content-encoding")
             named = f"content-encoding {encoding}: " if encoding else ""
             return Unreadable("damaged", f"{where}: its body cannot be decoded ({named}{error})")
@@ -134,13 +137,17 @@ def _decoded_body(headers: dict[str, str], body: bytes) -> bytes:
     encoding = headers.get("content-encoding", "").lower()
     if "gzip" in encoding and body[:2] == b"\x1f\x8b":
         return gzip.decompress(body)
-    if encoding == "deflate":
-        return zlib.decompress(body)
+    if encoding == "deflate":  # of zlib, though some servers send it raw (RFC 9110, section 8.4.1.2)
+        zlibs = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0
+        return zlib.decompress(body, zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS)
+    if "zstd" in encoding and body.startswith(b"\x28\xb5\x2f\xfd"):
+        with zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).stream_reader(body, read_across_frames=True) as reader:
+            return reader.read()
     if {"br", "zstd", "compress"} & set(re.split(r"[\s,]+", encoding)):  # others that servers write ("none", "utf-8") encode nothing
         try:
             body.decode()  # some crawlers decode the body and leave the header
         except UnicodeDecodeError:
-            raise ValueError("known are gzip and deflate") from None
+            raise ValueError("known are gzip, deflate and zstd") from None
     return body
 
 
