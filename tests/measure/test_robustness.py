@@ -10,7 +10,7 @@ from pellucid.data.build import prepare
 from pellucid.measure.plan import Job, Plan
 from pellucid.measure.robustness import robustness_jobs, robustness_outcome
 
-FACTS = {"unavailable": {}, "vendi": {}, "unique_tokens": {}}
+FACTS = {"unavailable": {}, "vendi": {}, "unique_tokens": {1000: 1000}}
 SEEDS, DOCUMENTS, TOKENS = 3, 40, 100.0
 
 

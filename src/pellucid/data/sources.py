@@ -180,19 +180,20 @@ def _matching(pattern: str, shut: set[str]) -> list[str]:
 
 
 def _is_shut(folder: str) -> bool:
-    return os.path.isdir(folder) and not _is_systems(os.path.basename(folder)) and not os.access(folder, os.R_OK | os.X_OK)
+    return os.path.isdir(folder) and not _is_passed_over(os.path.basename(folder)) and not os.access(folder, os.R_OK | os.X_OK)
 
 
-def _is_systems(name: str) -> bool:
+def _is_passed_over(name: str) -> bool:
+    """Whether it is a hidden folder's name, or of one that a file system keeps for itself."""
     return name.startswith(".") or name == "lost+found"
 
 
 def _folders(root: str, shut: set[str]) -> Iterator[str]:
-    """A folder and those below it but the system's (hidden, lost+found) and our own, also behind links, each once."""
+    """A folder and those below it but those passed over and our own, also behind links, each once."""
     entered = {os.path.realpath(root)}
     for parent, names, _ in os.walk(root, followlinks=True, onerror=lambda error: shut.add(error.filename)):
         yield parent
-        below = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(names) if not _is_systems(name)}
+        below = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(names) if not _is_passed_over(name)}
         names[:] = [name for name, place in below.items()
                     if place not in entered and not entered.add(place) and not _written_by_us(place)]
 

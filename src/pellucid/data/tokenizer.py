@@ -178,7 +178,8 @@ class HuggingFaceEngine:
     def __init__(self, content: bytes):
         self.content = content
         self._backend = tokenizers.Tokenizer.from_buffer(content)
-        self._reader = tokenizers.Tokenizer.from_buffer(_without_special_names(content))
+        without = _without_special_names(content)
+        self._reader = self._backend if without is content else tokenizers.Tokenizer.from_buffer(without)
         self._reader.encode_special_tokens = True  # "<eos>" in a text is five characters
         self._reader.no_padding()
         self._reader.no_truncation()

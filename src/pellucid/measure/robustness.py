@@ -174,7 +174,7 @@ def robustness_outcome(jobs: Sequence[Job], results: dict[str, Any], facts: dict
         train_S = np.array([runs["off", amount, seed]["train"] for seed in seeds])
         gap = intervals.crossed(nats("off", amount) - train_S[:, None] * counts_G, counts_G)
         curves = [runs["off", amount, seed]["curve"] for seed in seeds]
-        unique = facts["unique_tokens"].get(amount, amount)
+        unique = facts["unique_tokens"][amount]
         gaps.append({"amount": amount, "unique": unique, "epochs": trained / unique, "train": float(train_S.mean()), "gap": gap,
                      "held_out": intervals.crossed(nats("off", amount), counts_G), "curve": _mean_curve(curves, unique, trained)})
     paired = [{"arm": arm, "amount": amount, **_verdict(intervals.crossed(nats(arm, amount) - nats("off", amount), counts_G))}
