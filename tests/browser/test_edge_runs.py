@@ -63,11 +63,13 @@ def watched(tmp_path, serving, open_page):
 
     def watch(rest: str, *runs, **options):
         context = serving([make_run(tmp_path / f"run-{i}", ratios, **options) for i, ratios in enumerate(runs)])
-        opened.append(context)
-        return open_page(context.__enter__() + rest, wait="main .panel")
+        page = open_page(context.__enter__() + rest, wait="main .panel")
+        opened.append((context, page))
+        return page
 
     yield watch
-    for context in opened:
+    for context, page in opened:
+        page.goto("about:blank")  # what it still asks is given up, not refused by a server that is gone
         context.__exit__(None, None, None)
 
 
