@@ -164,4 +164,4 @@ def test_a_played_step_fits_its_frame(page):
     assert right(f"{box} .choice-row") <= right(box)
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_function("(box) => document.querySelector(box).scrollWidth > document.querySelector(box).clientWidth", arg=box)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.wait_for_function("() => document.documentElement.scrollWidth <= 390")  # once everything is laid out anew
